@@ -1,0 +1,149 @@
+"""The log's topics: names, settings, and who may do what. Pure data; creating them is the CLI's work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from celery_kafka_backend.settings import Settings
+
+DAY_MS: Final = 86_400_000
+
+
+class Topic(NamedTuple):
+    """A topic as it should be.
+
+    Attributes:
+        name: Its name.
+        partitions: How many; never shrunk.
+        replication: Copies of each.
+        config: Topic settings under Kafka's own names.
+        fixed_partitions: The count may never change, not even grow.
+    """
+
+    name: str
+    partitions: int
+    replication: int
+    config: dict[str, str]
+    fixed_partitions: bool = False
+
+
+def task_events(prefix: str) -> str:
+    """Return the name of the topic that is the log, keyed by task id."""
+    return f"{prefix}.task-events"
+
+
+def chords(prefix: str) -> str:
+    """Return the name of the chords' topic: input and state store in one, compacted."""
+    return f"{prefix}.chords"
+
+
+def dead_letters(prefix: str) -> str:
+    """Return the name of the topic for records that could not be folded or written."""
+    return f"{prefix}.dead-letters"
+
+
+def group_id(prefix: str, role: str) -> str:
+    """Return the consumer group of a view (its name) or of the chord processor (``chords``)."""
+    return f"{prefix}.{role}"
+
+
+def wanted(settings: Settings) -> list[Topic]:
+    """Return the topics that this configuration wants, with reasons in docs/topics.md."""
+    prefix = settings.topic_prefix
+    common = {
+        # Kafka refuses a producer's clock an hour ahead, and retention would eat spooled events.
+        "message.timestamp.type": "LogAppendTime",
+        "min.insync.replicas": str(min(settings.min_insync_replicas, settings.replication_factor)),
+        "max.message.bytes": str(settings.max_message_bytes),
+    }
+    return [
+        Topic(
+            task_events(prefix),
+            settings.partitions,
+            settings.replication_factor,
+            # Never compact: a late STARTED would erase a SUCCESS.
+            common
+            | {"cleanup.policy": "delete", "retention.ms": str(settings.retention_ms), "compression.type": "zstd"},
+        ),
+        Topic(
+            chords(prefix),
+            settings.chord_partitions,
+            settings.replication_factor,
+            common
+            | {
+                "cleanup.policy": "compact",
+                "compression.type": "zstd",
+                # Together these bound what an owner re-reads when it starts.
+                "segment.ms": "600000",
+                "segment.bytes": str(64 << 20),
+                "min.cleanable.dirty.ratio": "0.1",
+            },
+            fixed_partitions=True,
+        ),
+        Topic(
+            dead_letters(prefix),
+            1,
+            settings.replication_factor,
+            common | {"cleanup.policy": "delete", "retention.ms": str(max(settings.retention_ms, 30 * DAY_MS))},
+        ),
+    ]
+
+
+def chord_partition(group: str, partitions: int) -> int:
+    """Return the partition of ``<prefix>.chords`` that a group lives in, for ever."""
+    return (murmur2(group.encode()) & 0x7FFFFFFF) % partitions
+
+
+def murmur2(data: bytes) -> int:
+    """Return Kafka's own 32-bit hash of a key (seed 0x9747b28c), unsigned.
+
+    Computed by us for chords, because every writer must agree for ever, whatever its client
+    library's default partitioner is.
+    """
+    m = 0x5BD1E995
+    mask = 0xFFFFFFFF
+    length = len(data)
+    h = 0x9747B28C ^ length
+    whole = length & ~3
+    for i in range(0, whole, 4):
+        k = int.from_bytes(data[i : i + 4], "little") * m & mask
+        k = (k ^ k >> 24) * m & mask
+        h = h * m & mask ^ k
+    if whole < length:
+        h = (h ^ int.from_bytes(data[whole:], "little")) * m & mask
+    h = (h ^ h >> 13) * m & mask
+    return h ^ h >> 15
+
+
+class Right(NamedTuple):
+    """One access right that a role needs."""
+
+    role: str
+    resource: str
+    name: str
+    operation: str
+
+
+def rights(prefix: str) -> list[Right]:
+    """Return the least rights of each role, for ACLs."""
+    log, chord, dead = task_events(prefix), chords(prefix), dead_letters(prefix)
+    return [
+        Right("client", "topic", log, "Write"),
+        Right("client", "topic", log, "Describe"),
+        Right("client", "topic", chord, "Write"),
+        Right("client", "topic", chord, "Describe"),
+        Right("worker", "topic", log, "Write"),
+        Right("worker", "topic", log, "Read"),
+        Right("worker", "topic", log, "Describe"),
+        Right("worker", "topic", chord, "Write"),
+        Right("worker", "topic", chord, "Describe"),
+        Right("processor", "topic", log, "Read"),
+        Right("processor", "topic", log, "Describe"),
+        Right("processor", "topic", chord, "Read"),
+        Right("processor", "topic", chord, "Write"),
+        Right("processor", "topic", chord, "Describe"),
+        Right("processor", "topic", dead, "Write"),
+        Right("processor", "topic", dead, "Describe"),
+        Right("processor", "group", f"{prefix}.*", "Read"),
+    ]

@@ -1,0 +1,1 @@
+"""Everything that reads the log: fold, materializer, chord decision, replay."""

@@ -1,0 +1,1 @@
+"""Stores that hold a view: one contract, one small file per store."""

@@ -1,0 +1,197 @@
+"""The contract of a store: a `Sink` to write a view, a `View` to read it.
+
+A store is one file with both, and one line in `registry`. It knows neither Celery nor Kafka.
+
+**Guards live in the write.** A sink is handed changes that may be old, repeated or out of order,
+by a processor that may be a zombie. Each write must compare inside the store: a document is
+replaced only by a greater ``(order key, event id)``; side records are merged field by field;
+history is a set by event id; positions never go back. Never read, decide, then write.
+
+A document without our key (written by Celery's own backend) counts as key 0, but a stock
+SUCCESS stays.
+
+Retry, batching, backoff and pause live in the host, once. Two errors matter:
+
+* `Unavailable` - the host pauses, backs off and calls `write` again with the same batch.
+* `Rejected` - the store will never take some changes; the host sends those to the dead letters.
+  Everything else of the batch must have been written.
+
+Anything else is a bug and ends the process.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from celery_kafka_backend.changes import Batch, Partition, Side
+
+
+class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store needs beside its URL.
+
+    Attributes:
+        namespace: Keeps two pipelines in one store apart; the topic prefix.
+        key_prefix: Celery's ``global_keyprefix``, already with its separator; "" if unset.
+        history: Keep the history of every task in this store. None: the store's own default.
+        history_limit: Keep at most so many events per task, the latest by HLC; 0: all.
+        serializer: Name of the app's result serializer (the SQL columns need none).
+        options: The store's own options, as Celery names them.
+    """
+
+    namespace: str = "celery"
+    key_prefix: str = ""
+    history: bool | None = None
+    history_limit: int = 200
+    serializer: str = "json"
+    options: Mapping[str, Any] = {}
+
+
+class Shown(NamedTuple):
+    """What a view has about one task.
+
+    Attributes:
+        document: The native document, or None.
+        key: Order key of what is (or, forgotten, is not) shown; 0 without one of ours.
+        event_id: Its event's id; "" without one of ours.
+        side: The side record, or None.
+    """
+
+    document: bytes | None
+    key: int
+    event_id: str
+    side: Side | None
+
+
+class Row(NamedTuple):
+    """One row of a dump.
+
+    Attributes:
+        table: document, side, group, history, chord, native … (the store's word).
+        key: Unique within the table.
+        columns: Every column, bytes, text, numbers or None.
+        expires_at: ms since 1970; 0: never.
+    """
+
+    table: str
+    key: str
+    columns: Mapping[str, Any]
+    expires_at: int
+
+
+class Sink(ABC):
+    """The write side of a store, used by one thread of one process."""
+
+    url: str
+    """As configured, password masked."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Connect and make what is missing (tables, scripts).
+
+        Called once, in the process that will write, before anything else; again after `close`.
+
+        Raises:
+            Unavailable: The store cannot be reached.
+            SettingsError: It can, and refuses: credentials, rights, a foreign schema.
+        """
+
+    @abstractmethod
+    def write(self, batch: Batch) -> None:
+        """Apply a batch; return when all of it is durable by the store's own measure.
+
+        Called for each batch, also for an empty one, and again with the same batch after an
+        error: every part must be idempotent. ``batch.positions`` is stored last.
+
+        Raises:
+            Unavailable: Perhaps nothing, perhaps part of it was written.
+            Rejected: Everything but the named changes was written.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the store. Called any number of times, also before `open`."""
+
+    def warnings(self) -> list[str]:
+        """Return what about the store's configuration endangers the view, for ``status``."""
+        return []
+
+
+class Subscription(ABC):
+    """A client's ear: hears the ids of tasks whose document changed."""
+
+    @abstractmethod
+    def wait(self, timeout_s: float) -> list[str]:
+        """Return ids heard within ``timeout_s``, [] if none.
+
+        Raises:
+            Unavailable: The connection broke: subscribe anew, then read everything again.
+        """
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """Return a descriptor that becomes readable with the next id; -1 if there is none."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop hearing. Called any number of times."""
+
+
+class View(ABC):
+    """The read side of a store. Thread-safe; opened lazily; told about forks by `after_fork`.
+
+    Every method may raise `Unavailable`.
+    """
+
+    url: str
+    push: bool = False
+    """Whether `subscribe` works; else the reader polls, in batches."""
+
+    @abstractmethod
+    def documents(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Return the documents there are of these tasks, as Celery's key-value backends encode them."""
+
+    @abstractmethod
+    def shown(self, ids: Sequence[str]) -> dict[str, Shown]:
+        """Return all that is known of these tasks; ids with nothing are absent."""
+
+    @abstractmethod
+    def groups(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Return the saved groups there are of these, encoded."""
+
+    @abstractmethod
+    def history(self, task_id: str) -> list[bytes]:
+        """Return the record values of a task's events, by (HLC, event id); [] if none is kept."""
+
+    @abstractmethod
+    def chord(self, group_id: str) -> dict[str, bytes]:
+        """Return the facts about a chord by name."""
+
+    @abstractmethod
+    def positions(self) -> dict[Partition, int]:
+        """Return the next offset of each partition that this view has not folded yet."""
+
+    @abstractmethod
+    def rows(self) -> Iterator[Row]:
+        """Return every document, side record, group, history entry and chord fact; no bookkeeping."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the store. Called any number of times."""
+
+    @abstractmethod
+    def after_fork(self) -> None:
+        """Forget inherited connections without touching them."""
+
+    def register(self, client: str, ids: Iterable[str], ttl_s: float) -> None:
+        """Ask that `client` hear of these tasks for ``ttl_s``; then read, then wait."""
+        raise NotImplementedError
+
+    def subscribe(self, client: str) -> Subscription:
+        """Return the ear of a client; one per process."""
+        raise NotImplementedError

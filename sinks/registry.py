@@ -1,0 +1,78 @@
+"""Which store a URL means. Drivers are imported only when a URL asks for them.
+
+A third party adds a store by an entry point in the group ``celery_kafka_backend.sinks``, named
+for the URL's scheme, that refers to a module with the two functions of a store's file::
+
+    def sink(url: str, options: StoreOptions) -> Sink: …
+    def view(url: str, options: StoreOptions) -> View: …
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Final, Protocol, cast
+
+from celery_kafka_backend.errors import SettingsError
+
+if TYPE_CHECKING:
+    from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
+
+ENTRY_POINTS: Final = "celery_kafka_backend.sinks"
+
+_STORES: Final = {
+    "memory": "celery_kafka_backend.sinks.memory",
+    "sqlite": "celery_kafka_backend.sinks.sqlite",
+    "redis": "celery_kafka_backend.sinks.redis",
+    "rediss": "celery_kafka_backend.sinks.redis",
+}
+_EXTRAS: Final = {"redis": "redis"}
+
+
+class Store(Protocol):
+    """A store's module."""
+
+    def sink(self, url: str, options: StoreOptions) -> Sink:
+        """Return the write side."""
+
+    def view(self, url: str, options: StoreOptions) -> View:
+        """Return the read side."""
+
+
+def schemes() -> list[str]:
+    """Return every scheme that a view's URL may have."""
+    return sorted({*_STORES, *(entry.name for entry in metadata.entry_points(group=ENTRY_POINTS))})
+
+
+def store(url: str) -> Store:
+    """Return the store's module for a view's URL.
+
+    Raises:
+        SettingsError: Nobody knows the scheme, or its driver is not installed.
+    """
+    scheme = url.partition("://")[0]
+    name = _STORES.get(scheme)
+    try:
+        if name is not None:
+            return cast("Store", import_module(name))
+        for entry in metadata.entry_points(group=ENTRY_POINTS, name=scheme):
+            return cast("Store", entry.load())
+    except ModuleNotFoundError as exc:
+        missing = (exc.name or "").partition(".")[0]
+        extra = _EXTRAS.get(missing)
+        remedy = f"pip install 'celery-kafka-backend[{extra}]'" if extra else f"install the package {missing!r}"
+        raise SettingsError(
+            "view", f"{scheme}:// needs the package {missing!r}, which is not installed", remedy
+        ) from exc
+    raise SettingsError(
+        "view", f"nobody knows the scheme {scheme!r} of this view's URL", f"known: {', '.join(schemes())}"
+    )
+
+
+def open_sink(url: str, options: StoreOptions) -> Sink:
+    """Return the write side of a view, not yet opened."""
+    return store(url).sink(url, options)
+
+
+def open_view(url: str, options: StoreOptions) -> View:
+    """Return the read side of a view."""
+    return store(url).view(url, options)
