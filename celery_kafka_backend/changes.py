@@ -6,6 +6,7 @@ idempotent: any order, duplication, batching or number of replays gives the same
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -47,7 +48,9 @@ class Side(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 def side_of(event: Event) -> Side:
     """Return what one event adds to its task's side record."""
-    worker = event.worker
+    # A broadcast revoke makes every worker of the fleet write REVOKED without a request: they did not have the task.
+    guessed = event.kind == events.REVOKED and event.received_at is None and event.started_at is None
+    worker = None if guessed else event.worker
     return Side(
         run=event.run or 0,
         seen=event.hlc,
@@ -64,6 +67,11 @@ def _earliest(a: int, b: int) -> int:
     return min(a, b) if a and b else a or b
 
 
+def later_expiry(a: int, b: int) -> int:
+    """Return the later of two expiries, ms since 1970, where 0 is never."""
+    return max(a, b) if a and b else 0
+
+
 def merge_sides(a: Side, b: Side) -> Side:
     """Return both records in one."""
     workers = a.workers
@@ -77,7 +85,7 @@ def merge_sides(a: Side, b: Side) -> Side:
         started=_earliest(a.started, b.started),
         attempts=max(a.attempts, b.attempts),
         workers=workers,
-        expires_at=max(a.expires_at, b.expires_at) if a.expires_at and b.expires_at else 0,
+        expires_at=later_expiry(a.expires_at, b.expires_at),
     )
 
 
@@ -117,6 +125,16 @@ class Change(msgspec.Struct, gc=False):
         if self.winner is None or self.winner.kind in events.TOMBSTONES:
             return None
         return self.winner.document
+
+    @property
+    def expires_at(self) -> int:
+        """Until when the guard must be remembered: as long as any event asks; 0: for ever."""
+        if self.side is not None:
+            return self.side.expires_at
+        spoken = [logged.event for logged in self.history]
+        if self.winner is not None:
+            spoken.append(self.winner)
+        return reduce(later_expiry, (event.expires_at or 0 for event in spoken)) if spoken else 0
 
 
 class ChordFact(NamedTuple):

@@ -16,16 +16,18 @@ Record of ``<prefix>.task-events``::
 * ``doc`` is the native document, embedded as JSON, byte for byte as the worker's serializer wrote
   it: large integers, key order and spacing survive. A document that is not JSON travels as
   ``opaque``, base64.
+* Text that is not Unicode (lone surrogates, as in the name of an undecodable file) is written as
+  escapes; in ``args`` and ``kwargs``, NaN and infinities become null. Neither happens in a document.
 * A version is never edited in place: tests/golden holds one file for each.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
-from celery_kafka_backend.errors import Unreadable, UnknownVersion
+from celery_kafka_backend.errors import UnknownVersion, Unreadable
 from celery_kafka_backend.events import Event, NativeParts
 from celery_kafka_backend.order import key_text
 
@@ -46,6 +48,11 @@ class _Stamps(msgspec.Struct):
     stamps: dict[str, msgspec.Raw]
 
 
+_MAX_DEPTH: Final = 256
+"""Of a document that is embedded: every reader must be able to decode it, whatever its own recursion limit."""
+
+_NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Event)
 _probe = msgspec.json.Decoder(_Probe)
@@ -56,8 +63,26 @@ _raw_map = msgspec.json.Decoder(dict[str, msgspec.Raw])
 def encode(event: Event) -> bytes:
     """Return the record value of an event."""
     # omit_defaults leaves v out, as it is the default: a reader needs it, so it is put in front.
-    body = _encoder.encode(event)
+    try:
+        body = _encoder.encode(event)
+    except UnicodeEncodeError:
+        body = _encoder.encode(_well_formed(event))
     return b'{"v":%d,%s' % (event.v, body[1:]) if not body.startswith(b'{"v":') else body
+
+
+def _well_formed(event: Event) -> Event:
+    fields = {name: _escaped(getattr(event, name)) for name in event.__struct_fields__}
+    return msgspec.structs.replace(event, **fields)
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_escaped(item) for item in value]
+    return value
 
 
 def headers(event: Event, app: str = "") -> list[tuple[str, bytes]]:
@@ -83,34 +108,54 @@ def decode(value: bytes | None) -> Event:
         raise Unreadable("a tombstone, where an event was expected")
     try:
         event = _decoder.decode(value)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except _NOT_JSON as exc:
         raise _why(value, exc) from exc
     if event.v != VERSION:
-        raise UnknownVersion(f"schema version {event.v}; this software reads up to {VERSION}")
+        raise _not_ours(event.v)
     if not event.task or not event.id:
         raise Unreadable("an event without a task or without an id")
-    if not 0 <= event.key < 1 << 63:
-        raise Unreadable(f"an order key outside 63 bits: {event.key}")
+    doc = bytes(event.doc)
+    if doc and not doc.startswith(b"{"):
+        raise Unreadable("a document that is not a JSON object")
     return event
 
 
 def _why(value: bytes, exc: Exception) -> Unreadable | UnknownVersion:
     try:
         version = _probe.decode(value).v
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return Unreadable(f"not JSON: {exc}")
-    if version != VERSION:
+    except _NOT_JSON:
+        version = VERSION
+    return _not_ours(version) if version != VERSION else Unreadable(f"not an event: {exc}")
+
+
+def _not_ours(version: int) -> Unreadable | UnknownVersion:
+    if version > VERSION:
         return UnknownVersion(f"schema version {version}; this software reads up to {VERSION}")
-    return Unreadable(f"not an event: {exc}")
+    return Unreadable(f"schema version {version}, which never was")
 
 
 def is_json_document(encoded: bytes) -> bool:
     """Return whether an encoded document can be embedded as it is (NaN, for one, cannot)."""
     try:
-        msgspec.json.decode(encoded, type=dict[str, msgspec.Raw])
-        msgspec.json.decode(encoded)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        value = msgspec.json.decode(encoded)
+    except _NOT_JSON:
         return False
+    return isinstance(value, dict) and not _too_deep(encoded, value)
+
+
+def _too_deep(encoded: bytes, value: Any) -> bool:
+    if encoded.count(b"[") + encoded.count(b"{") <= _MAX_DEPTH:
+        return False
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
     return True
 
 
@@ -122,12 +167,19 @@ def native_parts(document: bytes) -> NativeParts:
     """
     try:
         return _parts.decode(document)
-    except msgspec.DecodeError as exc:
+    except _NOT_JSON as exc:
         raise Unreadable(f"not a native document: {exc}") from exc
 
 
 def native_stamps(document: bytes, stamped_headers: list[str]) -> bytes:
-    """Return what Celery's SQL backend keeps in its ``stamps`` column for a JSON document."""
-    values = _raw_map.decode(document)
+    """Return what Celery's SQL backend keeps in its ``stamps`` column for a JSON document.
+
+    Raises:
+        Unreadable: It is not a native JSON document.
+    """
+    try:
+        values = _raw_map.decode(document)
+    except _NOT_JSON as exc:
+        raise Unreadable(f"not a native document: {exc}") from exc
     found = {header: values[header] for header in stamped_headers if header in values}
     return _encoder.encode(_Stamps(stamped_headers=stamped_headers, stamps=found))

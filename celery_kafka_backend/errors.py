@@ -19,6 +19,8 @@ The tree::
 A driver's exceptions are translated into these in the one file that imports the driver.
 """
 
+# ruff: noqa: N818 - users catch these by the fact they state, as in `Rejected`
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

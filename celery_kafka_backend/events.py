@@ -7,7 +7,7 @@ is `codec`, and which one wins is `order`.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -55,6 +55,14 @@ OPERATOR: Final = "operator"
 
 _NOTHING: Final = msgspec.Raw(b"")
 
+# JSON has integers of any size, stores do not: the bounds are checked when bytes are decoded, so that a number that
+# no store can hold is a dead letter instead of a sink's crash.
+_Key = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Run = Annotated[int, msgspec.Meta(ge=0, le=(1 << 28) - 1)]
+_Ms = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
+_Int = Annotated[int, msgspec.Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
+
 
 class Opaque(msgspec.Struct, frozen=True, omit_defaults=True):
     """A document that is not JSON (pickle, msgpack, yaml, compression), and its parts.
@@ -63,6 +71,7 @@ class Opaque(msgspec.Struct, frozen=True, omit_defaults=True):
         meta: The whole document, as Celery's own key-value backends would store it.
         content_type: MIME type of ``meta`` and of the parts before any compression.
         result: The result alone, encoded the same way, for stores with a column of its own.
+        traceback: The traceback, text.
         children: The list of children alone, encoded the same way.
         args: Positional arguments alone, when ``result_extended`` is on.
         kwargs: Keyword arguments alone, likewise.
@@ -72,6 +81,7 @@ class Opaque(msgspec.Struct, frozen=True, omit_defaults=True):
     meta: bytes
     content_type: str = ""
     result: bytes | None = None
+    traceback: str | None = None
     children: bytes | None = None
     args: bytes | None = None
     kwargs: bytes | None = None
@@ -141,40 +151,40 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fa
     id: str
     kind: str
     task: str
-    key: int = 0
-    at: int
-    hlc: int
+    key: _Key = 0
+    at: _Ms
+    hlc: _Ms
     role: str = CHILD
     host: str = ""
-    pid: int = 0
-    run: int | None = None
+    pid: _Count = 0
+    run: _Run | None = None
     state: str | None = None
     doc: msgspec.Raw = _NOTHING
     opaque: Opaque | None = None
     date_done: str | None = None
-    expires_at: int | None = None
+    expires_at: _Ms | None = None
     name: str | None = None
     worker: str | None = None
-    attempt: int = 0
+    attempt: _Count = 0
     redelivered: bool = False
     queue: str | None = None
     exchange: str | None = None
     routing_key: str | None = None
-    priority: int | None = None
-    eta: int | None = None
-    message_expires: int | None = None
+    priority: _Int | None = None
+    eta: _Ms | None = None
+    message_expires: _Ms | None = None
     parent: str | None = None
     root: str | None = None
     group: str | None = None
-    index: int | None = None
+    index: _Count | None = None
     chord: str | None = None
     args: Any = None
     kwargs: Any = None
-    sent_at: int | None = None
-    received_at: int | None = None
-    started_at: int | None = None
+    sent_at: _Ms | None = None
+    received_at: _Ms | None = None
+    started_at: _Ms | None = None
     runtime_s: float | None = None
-    due: int | None = None
+    due: _Ms | None = None
     beat: str | None = None
     stamps: dict[str, Any] | None = None
     children: tuple[str, ...] | None = None
@@ -182,7 +192,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fa
     message: str | None = None
     by: str | None = None
     terminated: bool = False
-    signum: int | None = None
+    signum: _Int | None = None
     requeue: bool = False
     ignored: bool = False
 
@@ -209,6 +219,6 @@ class NativeParts(msgspec.Struct, frozen=True):
     args: msgspec.Raw = _NOTHING
     kwargs: msgspec.Raw = _NOTHING
     worker: str | None = None
-    retries: int | None = None
+    retries: _Int | None = None
     queue: str | None = None
     stamped_headers: list[str] | None = None

@@ -41,6 +41,9 @@ _FINE = 1 << 32
 _COARSE_MS = 256
 """… and beyond in these steps, which reaches 34 years."""
 _RUN_MAX = (1 << 28) - 1
+_RUN_MIN = 1 << 8
+"""The first run whose keys are above every key of an unknown run: 34 minutes into 2020. A publisher
+whose clock is before that (1970, most often) counts as started then."""
 
 _GUESS_BITS = 41
 _GUESS_MAX = (1 << _GUESS_BITS) - 2
@@ -64,7 +67,7 @@ class Rank(IntEnum):
 
 def run_at(wall_ms: int) -> int:
     """Return the run that a publisher at this wall-clock time (ms since 1970) starts."""
-    return min(max((wall_ms - EPOCH_MS) // UNIT_MS, 1), _RUN_MAX)
+    return min(max((wall_ms - EPOCH_MS) // UNIT_MS, _RUN_MIN), _RUN_MAX)
 
 
 def run_start_ms(run: int) -> int:
@@ -73,8 +76,8 @@ def run_start_ms(run: int) -> int:
 
 
 def trusted_run(run: int | None, wall_ms: int) -> int | None:
-    """Return ``run``, or None (unknown) if it is missing or absurdly far ahead of ``wall_ms``."""
-    if run is None or not 0 < run <= _RUN_MAX or run_start_ms(run) > wall_ms + SKEW_LIMIT_MS:
+    """Return ``run``, or None (unknown) if it is missing, no run at all, or absurdly far ahead of ``wall_ms``."""
+    if run is None or not _RUN_MIN <= run <= _RUN_MAX or run_start_ms(run) > wall_ms + SKEW_LIMIT_MS:
         return None
     return run
 
@@ -85,13 +88,13 @@ def order_key(rank: Rank, hlc_ms: int, run: int | None) -> int:
     Args:
         rank: What the event claims.
         hlc_ms: The event's HLC, ms since 1970.
-        run: The run it belongs to, or None when nobody knows.
+        run: The run it belongs to (of `run_at` or `trusted_run`), or None when nobody knows.
 
     Returns:
         A positive integer below 2**63; of two events of one task the greater is shown.
     """
     if run is None:
-        t = min(max(hlc_ms - EPOCH_MS, 0), _GUESS_MAX)
+        t = min(max(hlc_ms - EPOCH_MS, 1), _GUESS_MAX)  # 0 would be no key at all
         return (rank << _GUESS_BITS) | (_GUESS_MAX - t if rank is Rank.SUCCEEDED else t)
     t = max(hlc_ms - run_start_ms(run), 0)
     if t > _FINE:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Final, Literal
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
+from urllib.parse import quote, unquote, urlsplit
 
 import msgspec
 
@@ -18,7 +18,7 @@ from celery_kafka_backend import events
 from celery_kafka_backend.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 DAY_MS: Final = 86_400_000
 SETTING: Final = "kafka_backend_settings"
@@ -88,14 +88,47 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     consumer: dict[str, Any] = {}
     view_options: dict[str, dict[str, Any]] = {}
 
+    def __rich_repr__(self) -> Iterator[tuple[str, Any]]:
+        # msgspec's own would hand every secret to whoever prints with rich.
+        yield "bootstrap_servers", mask(self.bootstrap_servers)
+        yield "topic_prefix", self.topic_prefix
+        yield "views", [mask(view) for view in self.views]
+
     def __repr__(self) -> str:
         return f"<Settings {mask(self.bootstrap_servers)} prefix={self.topic_prefix!r} views={[mask(v) for v in self.views]}>"
 
 
-# What the producer itself relies on; another value breaks a promise, so it is refused.
-_FIXED_PRODUCER: Final = {"acks": {"all", "-1", -1}, "enable.idempotence": {True, "true", "True", 1}}
-_FIXED_CONSUMER: Final = {"enable.auto.commit": {False, "false", "False", 0}, "auto.offset.reset": {"earliest"}}
-_OWN: Final = frozenset({"bootstrap.servers", "group.id"})
+# What the backend itself relies on; another value breaks a promise, so it is refused. librdkafka knows some options
+# under two names.
+_ALL: Final = ("all", "-1", -1)
+_FIXED_PRODUCER: Final[dict[str, tuple[object, ...]]] = {
+    "acks": _ALL,
+    "request.required.acks": _ALL,
+    "enable.idempotence": (True, "true", "True", "1", "t"),
+}
+_FIXED_CONSUMER: Final[dict[str, tuple[object, ...]]] = {
+    "enable.auto.commit": (False, "false", "False", "0", "f"),
+    "auto.offset.reset": ("earliest", "smallest", "beginning"),
+}
+_OWN: Final = {
+    "bootstrap.servers": f"set {SETTING}['bootstrap_servers'] or result_backend",
+    "metadata.broker.list": f"set {SETTING}['bootstrap_servers'] or result_backend",
+    "group.id": f"set {SETTING}['topic_prefix']: it names the groups too",
+    "transactional.id": "leave it out: this backend needs no transactions",
+    "message.max.bytes": f"set {SETTING}['max_message_bytes']",
+}
+
+_REMEDIES: Final = {
+    "delivery": "one of acknowledged, pipelined, buffered",
+    "views": "a list of URLs, the primary view's first",
+    "exclude": "a list of task names",
+    "record": "a list of kinds of events",
+    "sample": "a dictionary {task name: share between 0 and 1}",
+    "history": "a dictionary {URL scheme: True or False}",
+    "view_options": "a dictionary {URL scheme: {option: value}}",
+}
+_UNSHOWN: Final = frozenset({"client", "producer", "consumer", "view_options", "chord_key"})
+"""Settings whose values hold secrets: no message ever shows them."""
 
 
 def parse(url: str, given: Mapping[str, Any] | None = None) -> Settings:
@@ -104,130 +137,239 @@ def parse(url: str, given: Mapping[str, Any] | None = None) -> Settings:
     Raises:
         SettingsError: Something is unknown, contradictory or missing.
     """
-    values = dict(given or {})
+    try:
+        values = dict(given or {})
+    except (TypeError, ValueError):
+        raise SettingsError(SETTING, f"a {type(given).__name__} is not a dictionary", "{'setting': value}") from None
     servers, from_url = _split(url)
     known = set(Settings.__struct_fields__)
     for name in values:
         if name not in known:
             close = get_close_matches(str(name), known, n=1)
-            raise SettingsError(
-                f"{SETTING}[{name!r}]", "no such setting", f"did you mean {close[0]!r}?" if close else ""
-            )
-    if servers:
-        if values.get("bootstrap_servers", servers) != servers:
-            raise SettingsError(
-                f"{SETTING}['bootstrap_servers']", "differs from the servers in result_backend", "give one"
-            )
-        values["bootstrap_servers"] = servers
-    if from_url:
-        if tuple(values.get("views", from_url)) != from_url:
-            raise SettingsError(f"{SETTING}['views']", "differs from the view= in result_backend", "give one")
-        values["views"] = from_url
+            remedy = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+            raise SettingsError(f"{SETTING}[{name!r}]", "no such setting", remedy)
     if isinstance(values.get("views"), str):
         values["views"] = (values["views"],)
+    if servers:
+        _same("bootstrap_servers", values.get("bootstrap_servers") or servers, servers)
+        values["bootstrap_servers"] = servers
+    if from_url:
+        _same("views", list(values.get("views") or from_url), list(from_url))
+        values["views"] = from_url
     try:
         settings = msgspec.convert(values, Settings, strict=True)
     except msgspec.ValidationError as exc:
-        raise _translated(exc) from exc
+        raise _translated(exc, values) from None
     _check(settings)
     return settings
 
 
-def _translated(exc: msgspec.ValidationError) -> SettingsError:
-    problem, _, where = str(exc).partition(" - at `$.")
-    name = where.rstrip("`").partition("[")[0].partition(".")[0]
-    return SettingsError(f"{SETTING}[{name!r}]" if name else SETTING, problem)
+def _same(name: str, given: object, from_url: object) -> None:
+    if given != from_url:
+        raise SettingsError(
+            f"{SETTING}[{name!r}]",
+            f"{_shown(name, given)} differs from result_backend, which says {_shown(name, from_url)}",
+            "give one of them only",
+        )
+
+
+def _shown(name: str, value: object) -> str:
+    if name in _UNSHOWN:
+        return "the value (not shown)"
+    if isinstance(value, str):
+        return repr(mask(value))
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_shown(name, item) for item in value)}]"
+    return repr(value) if isinstance(value, (int, float, dict)) and name != "views" else f"a {type(value).__name__}"
+
+
+def _translated(exc: msgspec.ValidationError, values: Mapping[str, Any]) -> SettingsError:
+    problem, _, where = str(exc).partition(" - at `")
+    found = re.search(r"\$\.(\w+)", where)
+    if found is None:
+        return SettingsError(SETTING, problem, "a dictionary {'setting': value}")
+    name = found[1]
+    expected = re.search(r"Expected `([^`]*)`", problem)
+    remedy = _REMEDIES.get(name) or (f"give {_article(expected[1])}" if expected else "see its documentation")
+    return SettingsError(f"{SETTING}[{name!r}]", f"{_shown(name, values[name])}: {problem}", remedy)
+
+
+def _article(type_name: str) -> str:
+    words = {"object": "a dictionary", "array": "a list", "str": "text", "int": "a whole number", "float": "a number"}
+    return words.get(type_name, f"a {type_name}")
 
 
 def _split(url: str) -> tuple[str, tuple[str, ...]]:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # its text quotes the host part, credentials included
+        raise SettingsError("result_backend", f"{mask(url)} is not a URL", _EXAMPLE) from None
     if parts.scheme != "kafka":
-        raise SettingsError("result_backend", f"{mask(url)} is not a kafka:// URL")
-    if parts.path.strip("/"):
-        raise SettingsError(
-            "result_backend", f"a path ({parts.path}) means nothing in a kafka:// URL", "use kafka://host:port/?view=…"
-        )
+        raise SettingsError("result_backend", f"{mask(url)} is not a kafka:// URL", _EXAMPLE)
     if "@" in parts.netloc:
         raise SettingsError(
             "result_backend", "credentials in the URL are not used", f"set {SETTING}['client'] = {{'sasl.username': …}}"
         )
+    if parts.path.strip("/"):
+        raise SettingsError(
+            "result_backend", f"a path ({mask(parts.path)}) means nothing in a kafka:// URL", f"use {_EXAMPLE}"
+        )
+    if parts.fragment:
+        raise SettingsError("result_backend", "a '#' ends the URL too early", "write it as %23")
     views = []
-    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+    for pair in filter(None, parts.query.split("&")):
+        name, _, value = pair.partition("=")
         if name != "view":
+            shown = repr(name) if re.fullmatch(r"[\w.-]+", name) else "(not shown)"
             raise SettingsError(
                 "result_backend",
-                f"unknown parameter {name!r} in the URL",
-                f"only view= is known; the rest goes to {SETTING}",
+                f"unknown parameter {shown} in the URL",
+                f"only view= is known, the rest goes to {SETTING}; an '&' inside a view's URL is written %26, "
+                "and then all of that URL percent-encoded",
             )
-        views.append(value)
+        # A view's URL as people write it stays as it is ('+' and %40 are the driver's to read); one that is wholly
+        # percent-encoded is decoded, once.
+        views.append(value if "://" in value else unquote(value))
     return unquote(parts.netloc), tuple(views)
 
 
-def _check(settings: Settings) -> None:
-    def refuse(name: str, problem: str, remedy: str = "") -> None:
-        raise SettingsError(f"{SETTING}[{name!r}]", problem, remedy)
+_EXAMPLE: Final = "kafka://host:9092/?view=redis://host:6379/0"
 
+
+def _check(settings: Settings) -> None:
     if not settings.bootstrap_servers:
-        raise SettingsError("result_backend", "no Kafka servers", "kafka://host:9092/?view=redis://host/0")
+        raise SettingsError("result_backend", "no Kafka servers", f"use {_EXAMPLE}")
+    if "@" in settings.bootstrap_servers:
+        _refuse("bootstrap_servers", "credentials beside servers are not used", "set 'client': {'sasl.username': …}")
     if not settings.views:
         raise SettingsError(
             "result_backend", "no view to read results from", "add ?view=redis://host/0 or ?view=sqlite:///path"
         )
     for view in settings.views:
-        if "://" not in view:
-            refuse("views", f"{view!r} is not a URL")
+        if not re.match(r"[A-Za-z][\w+.-]*://", view):
+            _refuse("views", f"{mask(view)!r} is not a URL", "redis://host:6379/0, sqlite:///path, …")
     if len(set(settings.views)) != len(settings.views):
-        refuse("views", "the same view twice")
-    prefix = settings.topic_prefix
-    if not prefix or not prefix.replace(".", "").replace("-", "").replace("_", "").isalnum() or not prefix.isascii():
-        refuse("topic_prefix", f"{prefix!r} cannot name topics", "letters, digits, '.', '-' and '_'")
-    for name in ("delivery_timeout_s", "publish_timeout_s", "barrier_timeout_s", "poll_interval_s"):
-        if not 0 < getattr(settings, name) < 86_400:
-            refuse(name, f"{getattr(settings, name)} is not a sensible number of seconds")
-    for name in (
-        "max_message_bytes",
-        "partitions",
-        "chord_partitions",
-        "replication_factor",
-        "min_insync_replicas",
-        "retention_ms",
+        _refuse("views", f"the same view twice in {_shown('views', settings.views)}", "give each once")
+    _check_names(settings)
+    _check_numbers(settings)
+    for where, fixed in (
+        ("client", _FIXED_PRODUCER | _FIXED_CONSUMER),
+        ("producer", _FIXED_PRODUCER),
+        ("consumer", _FIXED_CONSUMER),
     ):
-        if getattr(settings, name) < 1:
-            refuse(name, f"{getattr(settings, name)} is below 1")
-    if settings.min_insync_replicas > settings.replication_factor:
-        refuse(
-            "min_insync_replicas",
-            f"{settings.min_insync_replicas} copies can never be in sync with replication_factor {settings.replication_factor}",
-        )
+        _check_options(where, getattr(settings, where), fixed)
+
+
+def _refuse(name: str, problem: str, remedy: str) -> NoReturn:
+    raise SettingsError(f"{SETTING}[{name!r}]", problem, remedy)
+
+
+def _check_names(settings: Settings) -> None:
+    prefix = settings.topic_prefix
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,200}", prefix) or not re.search(r"[A-Za-z0-9]", prefix):
+        _refuse("topic_prefix", f"{prefix!r} cannot name topics", "letters, digits, '.', '-' and '_', at most 200")
     unknown = settings.record - events.KINDS
     if unknown:
-        refuse(
+        _refuse(
             "record",
             f"no such kind of event: {', '.join(sorted(unknown))}",
             f"known: {', '.join(sorted(events.KINDS))}",
         )
+    for name in settings.exclude:
+        if not name or "*" in name[:-1]:
+            _refuse(
+                "exclude", f"{name!r} would match no task", "a task's name, or its beginning and one '*' at the end"
+            )
+    if settings.redact not in ("", "all") and not re.fullmatch(r"\w+(\.\w+)*[.:]\w+", settings.redact):
+        _refuse("redact", f"{settings.redact!r} is no dotted path", "'package.module.function', 'all' or ''")
+
+
+def _check_numbers(settings: Settings) -> None:
+    for name in ("delivery_timeout_s", "publish_timeout_s", "barrier_timeout_s", "poll_interval_s"):
+        if not 0 < getattr(settings, name) < 86_400:
+            _refuse(name, f"{getattr(settings, name)} is no sensible time", "more than 0 and less than 86400 seconds")
+    for name, least, most in (
+        ("max_message_bytes", 1024, _INT32),
+        ("partitions", 1, _INT32),
+        ("chord_partitions", 1, _INT32),
+        ("replication_factor", 1, 32_767),
+        ("min_insync_replicas", 1, 32_767),
+        ("retention_ms", 1, 1 << 53),
+        ("history_limit", 0, _INT32),
+    ):
+        if not least <= getattr(settings, name) <= most:
+            _refuse(name, f"{getattr(settings, name)} is out of range", f"from {least} to {most}")
+    if settings.min_insync_replicas > settings.replication_factor:
+        _refuse(
+            "min_insync_replicas",
+            f"{settings.min_insync_replicas} copies can never be in sync with replication_factor {settings.replication_factor}",
+            "lower it, or raise replication_factor",
+        )
     for name, share in settings.sample.items():
         if not 0 <= share <= 1:
-            refuse("sample", f"{share} for {name!r} is not between 0 and 1")
-    for where in ("client", "producer", "consumer"):
-        for option, value in getattr(settings, where).items():
-            if option in _OWN:
-                refuse(where, f"{option!r} is ours to set")
-            allowed = (_FIXED_PRODUCER if where != "consumer" else {}).get(option) or (
-                _FIXED_CONSUMER if where != "producer" else {}
-            ).get(option)
-            if allowed is not None and value not in allowed:
-                refuse(
-                    where,
-                    f"{option} = {value!r} would break what this backend promises",
-                    f"leave it at {next(iter(allowed))!r}",
-                )
+            _refuse("sample", f"{share} for {name!r} is not a share", "between 0 and 1")
 
 
-_CREDENTIALS: Final = re.compile(r"(://[^/@:?&#]*:)[^@/?&#]*@")
-_SECRET: Final = re.compile(r"([?&][^=&]*(?:pass|secret|token)[^=&]*=)[^&]*", re.IGNORECASE)
+def _check_options(where: str, options: Mapping[str, Any], fixed: Mapping[str, tuple[object, ...]]) -> None:
+    for option, value in options.items():
+        if option in _OWN:
+            _refuse(where, f"{option!r} is ours to set", _OWN[option])
+        if option in fixed and value not in fixed[option]:
+            _refuse(
+                where,
+                f"{option} = {value!r} would break what this backend promises",
+                f"leave it at {fixed[option][0]!r}",
+            )
+
+
+_INT32: Final = (1 << 31) - 1
+
+_SECRET: Final = re.compile(r"pass|pwd|secret|token|credential|apikey|api_key", re.IGNORECASE)
+_HOST: Final = re.compile(r"(?:[^:,;\[\]]*|\[[^\]]*\])(?::\d*)?")
 
 
 def mask(url: str) -> str:
-    """Return a URL with every password in it replaced by ``**``, also in the URLs inside it."""
-    return _SECRET.sub(r"\1**", _CREDENTIALS.sub(r"\1**@", url))
+    """Return a URL with every password in it replaced by ``**``, also in the URLs inside it.
+
+    Where a URL is malformed (a raw ``/``, ``?`` or ``#`` in a password) it hides too much rather than too little.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        scheme, rest = "", url
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    well_formed = "@" in authority or all(_HOST.fullmatch(host) for host in re.split("[,;]", authority))
+    base, question, query = rest.partition("?") if well_formed else (rest, "", "")
+    return (
+        scheme
+        + separator
+        + (_masked_userinfo(base) if well_formed else _hidden(base))
+        + question
+        + "&".join(map(_masked_pair, query.split("&")))
+    )
+
+
+def _masked_userinfo(base: str) -> str:
+    userinfo, at, host = base.rpartition("@")
+    user, colon, _ = userinfo.partition(":")
+    return f"{user}:**@{host}" if at and colon else base
+
+
+def _hidden(base: str) -> str:
+    user, _, _ = base.partition(":")
+    _, at, host = base.rpartition("@")
+    return f"{user}:**{at}{host if at else ''}"
+
+
+def _masked_pair(pair: str) -> str:
+    name, equals, value = pair.partition("=")
+    if equals and _SECRET.search(unquote(name)):
+        return f"{name}=**"
+    if not equals and "@" in name:
+        return f"**@{name.rpartition('@')[2]}"
+    plain = unquote(value)
+    if "@" in plain and "://" not in plain:
+        return f"{name}=**@{plain.rpartition('@')[2]}"
+    if plain == value and "@" not in value and "?" not in value:
+        return pair
+    masked = mask(plain)
+    return pair if masked == plain else name + equals + quote(masked, safe="*:/?@,;=+[]")

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from celery_kafka_backend.settings import Settings
 
 DAY_MS: Final = 86_400_000
+DEAD_LETTER_ROOM: Final = 65_536
+"""Bytes that a dead letter may add to the record that it holds."""
 
 
 class Topic(NamedTuple):
@@ -85,7 +87,13 @@ def wanted(settings: Settings) -> list[Topic]:
             dead_letters(prefix),
             1,
             settings.replication_factor,
-            common | {"cleanup.policy": "delete", "retention.ms": str(max(settings.retention_ms, 30 * DAY_MS))},
+            common
+            | {
+                "cleanup.policy": "delete",
+                "retention.ms": str(max(settings.retention_ms, 30 * DAY_MS)),
+                # A record as large as the log allows must fit with its reason and position beside it.
+                "max.message.bytes": str(settings.max_message_bytes + DEAD_LETTER_ROOM),
+            },
         ),
     ]
 
@@ -139,6 +147,8 @@ def rights(prefix: str) -> list[Right]:
         Right("worker", "topic", chord, "Write"),
         Right("worker", "topic", chord, "Describe"),
         Right("processor", "topic", log, "Read"),
+        # The chord processor publishes bodies, and a chord's failure is its body's FAILURE.
+        Right("processor", "topic", log, "Write"),
         Right("processor", "topic", log, "Describe"),
         Right("processor", "topic", chord, "Read"),
         Right("processor", "topic", chord, "Write"),

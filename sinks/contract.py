@@ -8,7 +8,11 @@ replaced only by a greater ``(order key, event id)``; side records are merged fi
 history is a set by event id; positions never go back. Never read, decide, then write.
 
 A document without our key (written by Celery's own backend) counts as key 0, but a stock
-SUCCESS stays.
+SUCCESS stays: only a forget removes it.
+
+**What has expired is not there.** A document whose ``expires_at`` has passed is not shown, also
+if it arrives only then; its key guards on for as long as the side record lives. A side record
+(or the key of a saved group) that has expired counts as absent, so a sweep may come at any time.
 
 Retry, batching, backoff and pause live in the host, once. Two errors matter:
 
@@ -25,6 +29,8 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
+
+from celery_kafka_backend.changes import GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,7 +75,20 @@ class Shown(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of a dump.
+    r"""One row of a dump.
+
+    Two stores that folded the same events have the same rows in the tables that every store has
+    (in any order; only how long a *history* entry stays may differ)::
+
+        table       key               columns
+        document    task id           document
+        side        task id           k, event_id, run, seen, sent, received, started, attempts, workers (one text, "\n" between)
+        group       group id          document
+        group-side  group id          k, event_id
+        history     id/hlc/event id   value
+        chord       group id/name     k, value
+
+    What has expired has no row. A store's own tables (``native`` …) come beside these.
 
     Attributes:
         table: document, side, group, history, chord, native … (the store's word).
@@ -82,6 +101,28 @@ class Row(NamedTuple):
     key: str
     columns: Mapping[str, Any]
     expires_at: int
+
+
+def document_row(subject: str, subject_id: str, document: bytes, expires_at: int) -> Row:
+    """Return the dump's row of a task's or group's document."""
+    return Row("group" if subject == GROUP else "document", subject_id, {"document": document}, expires_at)
+
+
+def side_row(subject: str, subject_id: str, key: int, event_id: str, side: Side) -> Row:
+    """Return the dump's row of a task's side record, or of a group's key."""
+    columns: dict[str, Any] = {"k": key, "event_id": event_id}
+    if subject == GROUP:
+        return Row("group-side", subject_id, columns, side.expires_at)
+    columns |= {
+        "run": side.run,
+        "seen": side.seen,
+        "sent": side.sent,
+        "received": side.received,
+        "started": side.started,
+        "attempts": side.attempts,
+        "workers": "\n".join(side.workers),
+    }
+    return Row("side", subject_id, columns, side.expires_at)
 
 
 class Sink(ABC):

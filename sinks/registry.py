@@ -13,6 +13,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from celery_kafka_backend.errors import SettingsError
+from celery_kafka_backend.settings import mask
 
 if TYPE_CHECKING:
     from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
@@ -49,7 +50,10 @@ def store(url: str) -> Store:
     Raises:
         SettingsError: Nobody knows the scheme, or its driver is not installed.
     """
-    scheme = url.partition("://")[0]
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        raise SettingsError("view", f"{mask(url)!r} is not a URL", f"one of {', '.join(schemes())}, then ://")
+    scheme = scheme.lower()
     name = _STORES.get(scheme)
     try:
         if name is not None:

@@ -1,0 +1,687 @@
+"""The Celery result backend: thin. It makes documents and delegates everything else at once.
+
+Writing: document → event → `producer.recorder` → Kafka. Reading: `reader` → the primary view.
+Chords: declaration, size and parts → Kafka; the chord processor decides and sends the body.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from celery import states
+from celery.backends.asynchronous import AsyncBackendMixin, BaseResultConsumer
+from celery.backends.base import BaseKeyValueStoreBackend
+from celery.exceptions import BackendStoreError
+from celery.utils.log import get_logger
+from celery.utils.time import get_exponential_backoff_interval
+from kombu.exceptions import EncodeError, OperationalError
+from kombu.serialization import dumps
+from kombu.utils.encoding import bytes_to_str, ensure_bytes
+
+from celery_kafka_backend import chord_records, codec, configure, events, order
+from celery_kafka_backend.errors import NotAcknowledged, PublishError, TooLarge, Unavailable
+from celery_kafka_backend.events import Opaque
+from celery_kafka_backend.order import Rank
+from celery_kafka_backend.producer import headers as names
+from celery_kafka_backend.producer import signals
+from celery_kafka_backend.producer.recorder import (
+    MESSAGE_LIMIT,
+    current_request,
+    field,
+    held_ids,
+    plain,
+    recorder_for,
+)
+from celery_kafka_backend.reader import Ear, Reader
+from celery_kafka_backend.settings import mask
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from celery import Celery
+    from celery.result import GroupResult
+
+    from celery_kafka_backend.events import Event
+    from celery_kafka_backend.producer.recorder import Identity, Recorder
+
+logger = get_logger(__name__)
+
+HEAR_SLICE_S: Final = 0.1
+"""One thread hears for all that wait in its process; the others look at their own result this often."""
+
+_KINDS: Final = {
+    states.STARTED: events.STARTED,
+    states.RETRY: events.RETRY,
+    states.SUCCESS: events.SUCCESS,
+    states.FAILURE: events.FAILURE,
+    states.REVOKED: events.REVOKED,
+}
+_RANKS: Final = {
+    states.SUCCESS: Rank.SUCCEEDED,
+    states.FAILURE: Rank.FAILED,
+    states.REVOKED: Rank.FAILED,
+}
+_LOST: Final = frozenset({"WorkerLostError"})
+
+
+class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
+    """Celery's waiting machinery on one `Ear`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ear: Ear | None = None
+        self._turn = threading.Condition()
+        self._hearing = False
+
+    @property
+    def ear(self) -> Ear:
+        """The process's ear."""
+        if self._ear is None:
+            self._ear = Ear(self.backend.reader, self.backend.settings.poll_interval_s)
+        return self._ear
+
+    def start(self, initial_task_id: str, **_: Any) -> None:
+        """Start listening with a first task."""
+        self.ear.add(initial_task_id)
+
+    def consume_from(self, task_id: str) -> None:
+        """Listen for a task."""
+        self.ear.add(task_id)
+
+    def cancel_for(self, task_id: str) -> None:
+        """Stop listening for a task."""
+        if self._ear is not None:
+            self._ear.drop(task_id)
+
+    def stop(self) -> None:
+        """Stop listening."""
+        if self._ear is not None:
+            self._ear.close()
+
+    def on_after_fork(self) -> None:
+        """Start anew in a fork."""
+        self._ear = None
+        self._turn = threading.Condition()
+        self._hearing = False
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        """Hear for a moment: one thread listens, the others wait for what it hears."""
+        slice_s = HEAR_SLICE_S if timeout is None else min(timeout, HEAR_SLICE_S)
+        with self._turn:
+            if self._hearing:
+                self._turn.wait(slice_s)
+                return
+            self._hearing = True
+        try:
+            for task_id, document in self.ear.hear(slice_s).items():
+                self._changed(task_id, document)
+        finally:
+            with self._turn:
+                self._hearing = False
+                self._turn.notify_all()
+
+    def _changed(self, task_id: str, document: bytes) -> None:
+        meta = self.backend.decode_result(document)
+        meta.setdefault("task_id", task_id)
+        self.on_state_change(meta, None)
+        if meta["status"] in states.READY_STATES:
+            self.cancel_for(task_id)
+
+    def on_wait_for_pending(self, result: Any, **kwargs: Any) -> None:
+        """Look once at what is there already; `drain_events` registers before it reads, too."""
+        for meta in result._iter_meta(**kwargs):  # noqa: SLF001 - Celery's own protocol
+            if meta is not None and meta["status"] in states.READY_STATES:
+                self.on_state_change(meta, None)
+                self.cancel_for(meta["task_id"])
+
+
+class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore[misc]
+    """Result backend for ``kafka://host:port,host:port/?view=redis://…``.
+
+    Raises:
+        ImproperlyConfigured: A setting is unknown, contradictory or unusable.
+    """
+
+    ResultConsumer = ResultConsumer
+
+    supports_native_join = True
+    supports_autoexpire = True
+    supports_result_compression = True
+    supports_failure_expires = True
+    persistent = True
+
+    def __init__(self, app: Celery | None = None, url: str | None = None, **kwargs: Any) -> None:
+        super().__init__(app=app, url=url, expires_type=float, **kwargs)
+        self.settings = configure.settings_of(self.app, url)
+        self.url = url or self.app.conf.result_backend
+        self.recorder: Recorder = recorder_for(self.app, self.settings)
+        failure = self.app.conf.get("result_failure_expires")
+        self.failure_expires = self.expires if failure is None else self.prepare_expires(failure, type=float)
+        self.result_consumer = self.ResultConsumer(
+            self, self.app, self.accept, self._pending_results, self._pending_messages
+        )
+        self._here = threading.local()
+        signals.connect()
+
+    @cached_property
+    def reader(self) -> Reader:
+        """Reads the primary view; its driver is imported only now."""
+        url = self.settings.views[0]
+        return Reader(url, configure.store_options(self.app, self.settings, url))
+
+    def as_uri(self, include_password: bool = False) -> str:
+        """Return the URL, passwords masked unless asked for."""
+        return self.url if include_password else mask(self.url)
+
+    def __reduce__(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return super().__reduce__(args, {**(kwargs or {}), "url": self.url})
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return the value under one of Celery's native keys."""
+        if key.startswith(self.group_keyprefix):
+            group_id = bytes_to_str(key[len(self.group_keyprefix) :])
+            return self.reader.groups([group_id]).get(group_id)
+        task_id = bytes_to_str(key[len(self.task_keyprefix) :])
+        return self.reader.documents([task_id]).get(task_id)
+
+    def mget(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the values under several native keys of tasks."""
+        ids = [bytes_to_str(key[len(self.task_keyprefix) :]) for key in keys]
+        found = self.reader.documents(ids)
+        return [found.get(one) for one in ids]
+
+    def on_task_call(self, producer: Any, task_id: str) -> None:
+        """Do nothing: a waiter registers when it waits, so that ``delay()`` costs no round trip."""
+
+    def exception_safe_to_retry(self, exc: BaseException) -> bool:
+        """Whether ``result_backend_always_retry`` may try again."""
+        return isinstance(exc, (NotAcknowledged, Unavailable))
+
+    # -- storing -----------------------------------------------------------------------------
+
+    def store_result(
+        self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **_: Any
+    ) -> Any:
+        """Append a state; a ready one is acknowledged by Kafka when this returns.
+
+        Raises:
+            EncodeError: It is larger than ``max_message_bytes``: final.
+            BackendStoreError: Kafka did not acknowledge it within ``delivery_timeout_s``.
+        """
+        encoded = self.encode_result(result, state)
+        event = self._state_event(task_id, result, encoded, state, traceback, request)
+        if state in states.READY_STATES:
+            self._append(event, state)
+        else:
+            self._within_limit(event)
+            self.recorder.cast(event)
+        return encoded
+
+    def _append(self, event: Event, state: str) -> None:
+        """Append a ready event, again with the same id if ``result_backend_always_retry`` says so."""
+        wait_s = self._wait_s()
+        attempt = 0
+        while True:
+            try:
+                self.recorder.append(event, wait_s)
+            except TooLarge as exc:
+                raise EncodeError(str(exc)) from exc
+            except PublishError as exc:
+                limit = self.max_retries
+                if not (self.always_retry and self.exception_safe_to_retry(exc) and attempt < limit):
+                    raise BackendStoreError(
+                        f"result of {event.task} not stored in Kafka at {self.settings.bootstrap_servers}: {exc}",
+                        task_id=event.task, state=state,
+                    ) from exc  # fmt: skip
+                attempt += 1
+                logger.warning("storing %s of %s: %s; trying again", state, event.task, exc)
+                pause_ms = get_exponential_backoff_interval(
+                    self.base_sleep_between_retries_ms, attempt, self.max_sleep_between_retries_ms, full_jitter=True
+                )
+                time.sleep(pause_ms / 1000)
+            else:
+                return
+
+    def _within_limit(self, event: Event) -> None:
+        try:
+            self.recorder.prepare(event)
+        except TooLarge as exc:
+            raise EncodeError(str(exc)) from exc
+
+    def _wait_s(self) -> float:
+        # The worker's parent runs an event loop: it queues and goes on.
+        if self.settings.delivery == "buffered" or self.recorder.role == events.PARENT:
+            return 0.0
+        return self.settings.delivery_timeout_s
+
+    def _state_event(self, task_id: str, result: Any, encoded: Any, state: str, traceback: Any, request: Any) -> Event:
+        own = request if field(request, "id") == task_id else None
+        who = self._planned(task_id) or self._identity(task_id, state, request)
+        meta = self._get_result_meta(result=encoded, state=state, traceback=traceback, request=own)
+        meta["task_id"] = bytes_to_str(task_id)
+        name = field(own, "task")
+        if "args" in meta:
+            meta["args"], meta["kwargs"] = self.recorder.redacted(name or "", meta["args"], meta["kwargs"])
+        more = self._outcome(result, state)
+        if state == states.RETRY:
+            more["due"] = self.recorder.taken_due(task_id)
+        kind = self._here.__dict__.pop("kind", None) or self._kind(result, state)
+        return self.recorder.event(
+            kind,
+            task_id,
+            who,
+            own,
+            state=state,
+            date_done=meta["date_done"],
+            expires_at=self._expires_at(who.wall, state, name),
+            **self._documents(meta),
+            **more,
+        )
+
+    def _identity(self, task_id: str, state: str, request: Any) -> Identity:
+        rank = _RANKS.get(state, Rank.UNREADY)
+        own = field(request, "id") == task_id
+        if state == states.REVOKED and not own:
+            rank = Rank.GUESSED_REVOKED
+        known = None if own else self._known(task_id)
+        return self.recorder.identity(task_id, rank, request, known)
+
+    def _known(self, task_id: str) -> tuple[int | None, int] | None:
+        """Return the run and HLC that the view shows, for a write without a request (abort, revoke)."""
+        try:
+            shown = self.reader.shown(task_id)
+        except Unavailable:
+            return None
+        if shown is None:
+            return None
+        side = shown.side
+        return (side.run if side else 0) or order.run_of_key(shown.key), side.seen if side else 0
+
+    @staticmethod
+    def _kind(result: Any, state: str) -> str:
+        if state == states.FAILURE and type(result).__name__ in _LOST:
+            return events.WORKER_LOST
+        return _KINDS.get(state, events.STATE)
+
+    @staticmethod
+    def _outcome(result: Any, state: str) -> dict[str, Any]:
+        if state in states.EXCEPTION_STATES and isinstance(result, BaseException):
+            kind = type(result)
+            return {"exception": f"{kind.__module__}.{kind.__qualname__}", "message": str(result)[:MESSAGE_LIMIT]}
+        return {}
+
+    def _expires_at(self, wall_ms: int, state: str, name: str | None) -> int | None:
+        expires = self.failure_expires if state == states.FAILURE else self.expires
+        task = self.app.tasks.get(name) if name else None
+        own = getattr(task, "result_expires", None)
+        if own is not None:
+            expires = self.prepare_expires(own, type=float)
+        return wall_ms + int(expires * 1000) if expires else None
+
+    def _documents(self, meta: dict[str, Any]) -> dict[str, Any]:
+        """Return the native document as an event carries it: embedded JSON, or opaque with its parts."""
+        document = ensure_bytes(self.encode(meta))
+        if not self.compression and self.content_type == "application/json" and codec.is_json_document(document):
+            return {"doc": msgspec.Raw(document)}
+        return {"opaque": self._opaque(document, meta)}
+
+    def _opaque(self, document: bytes, meta: dict[str, Any]) -> Opaque:
+        def part(name: str) -> bytes | None:
+            return self._part(meta[name]) if meta.get(name) is not None else None
+
+        stamped = meta.get("stamped_headers")
+        stamps = {one: meta[one] for one in stamped if one in meta} if stamped else None
+        return Opaque(
+            meta=document,
+            content_type=self.content_type,
+            result=self._part(meta["result"]),
+            traceback=meta.get("traceback"),
+            children=part("children"),
+            args=part("args"),
+            kwargs=part("kwargs"),
+            stamps=self._part({"stamped_headers": stamped, "stamps": stamps}) if stamps is not None else None,
+        )
+
+    def _part(self, value: Any) -> bytes:
+        return bytes(ensure_bytes(self._encode(value)[2]))
+
+    # -- a task's end: the chord's part goes first, acknowledged, then the state -----------------
+
+    def mark_as_done(
+        self, task_id: str, result: Any, request: Any = None, store_result: bool = True, state: str = states.SUCCESS
+    ) -> None:
+        """Store a success."""
+        with self._ending(task_id, result, state, request, store_result and not field(request, "ignore_result")):
+            super().mark_as_done(task_id, result, request=request, store_result=store_result, state=state)
+
+    def mark_as_failure(
+        self,
+        task_id: str,
+        exc: BaseException,
+        traceback: Any = None,
+        request: Any = None,
+        store_result: bool = True,
+        call_errbacks: bool = True,
+        state: str = states.FAILURE,
+    ) -> None:
+        """Store a failure, fail what was chained after it, call its errbacks."""
+        with self._ending(task_id, exc, state, request, store_result):
+            super().mark_as_failure(
+                task_id, exc, traceback=traceback, request=request, store_result=store_result,
+                call_errbacks=call_errbacks, state=state,
+            )  # fmt: skip
+
+    def mark_as_revoked(
+        self,
+        task_id: str,
+        reason: str = "",
+        request: Any = None,
+        store_result: bool = True,
+        state: str = states.REVOKED,
+    ) -> None:
+        """Store a revocation."""
+        kind = events.EXPIRED if reason == "expired" else events.REVOKED
+        with self._ending(task_id, None, state, request, store_result, kind=kind, message=reason):
+            super().mark_as_revoked(task_id, reason, request=request, store_result=store_result, state=state)
+
+    @contextmanager
+    def _ending(
+        self,
+        task_id: str,
+        result: Any,
+        state: str,
+        request: Any,
+        stored: bool,
+        kind: str | None = None,
+        message: str | None = None,
+    ) -> Iterator[None]:
+        """Fix the end's identity, send the part with it; keep Celery from sending it a second time."""
+        here = self._here
+        who = self._identity(task_id, state, request)
+        outer = getattr(here, "planned", None), getattr(here, "parted", None)
+        try:
+            if field(request, "chord") and field(request, "id") == task_id:
+                self._send_part(request, state, result, who, stored)
+                here.parted = task_id
+            here.planned = (task_id, who)
+            if kind is not None:
+                here.kind = kind
+            if not stored:
+                self._log_ignored(task_id, result, state, request, who, kind, message)
+            yield
+        finally:
+            here.planned, here.parted = outer
+            here.__dict__.pop("kind", None)
+
+    def _planned(self, task_id: str) -> Identity | None:
+        planned = getattr(self._here, "planned", None)
+        if planned is None or planned[0] != task_id:
+            return None
+        self._here.planned = None  # once: _fail_chain and errbacks store other things inside
+        who: Identity = planned[1]
+        return who
+
+    def _log_ignored(
+        self, task_id: str, result: Any, state: str, request: Any, who: Identity, kind: str | None, message: str | None
+    ) -> None:
+        """Log the end of a task that stores nothing: history and lost-task findings need it."""
+        self._here.planned = None
+        if not self.settings.record_ignored:
+            return
+        who.key = 0
+        more = self._outcome(result, state)
+        if message:
+            more["message"] = message
+        event = self.recorder.event(
+            kind or self._kind(result, state),
+            task_id, who, request,
+            state=state,
+            ignored=True,
+            expires_at=self._expires_at(who.wall, state, field(request, "task")),
+            **more,
+        )  # fmt: skip
+        self.recorder.cast(event)
+
+    # -- forgetting and groups ---------------------------------------------------------------
+
+    def _forget(self, task_id: str) -> None:
+        """Append a forget, and return when the primary view shows nothing of the task.
+
+        Raises:
+            BackendStoreError: Kafka did not acknowledge it.
+        """
+        run: int | None = None
+        for _ in range(2):
+            known = self._known(task_id)
+            run = (known[0] if known else None) or run
+            who = self.recorder.identity(task_id, None)
+            who.run, who.key = run, order.forget_key(run)
+            event = self.recorder.event(
+                events.FORGOTTEN, task_id, who, expires_at=who.wall + self.settings.retention_ms
+            )
+            if run is not None:
+                self.recorder.forgotten.keep(task_id, run)
+            if not self._append_shown(event, events.FORGOTTEN):
+                return
+            # The view has folded all before the forget; only now is the run of what it showed certain.
+            known = self._known(task_id)
+            if known is None or not known[0] or known[0] == run:
+                return
+
+    def _append_shown(self, event: Event, what: str) -> bool:
+        """Append an event and wait, bounded, until the primary view has folded it."""
+        try:
+            delivery = self.recorder.append(event, self.settings.delivery_timeout_s)
+        except TooLarge as exc:
+            raise EncodeError(str(exc)) from exc
+        except PublishError as exc:
+            raise BackendStoreError(
+                f"{what} of {event.task} not stored in Kafka: {exc}", task_id=event.task, state=what
+            ) from exc
+        partition = delivery.stored
+        if self.reader.passed(partition.partition, partition.offset, self.settings.delivery_timeout_s):
+            return True
+        logger.warning(
+            "%s of %s is safe in Kafka, but %s has not shown it within %g s: does a processor run?",
+            what, event.task, mask(self.settings.views[0]), self.settings.delivery_timeout_s,
+        )  # fmt: skip
+        return False
+
+    def _group_run(self, group_id: str) -> int:
+        run = order.run_at(self.recorder.clock.wall_ms())
+        forgotten = self.recorder.forgotten.get(f"group {group_id}")
+        return forgotten + 1 if forgotten is not None and forgotten >= run else run
+
+    def _save_group(self, group_id: str, result: GroupResult) -> GroupResult:
+        who = self.recorder.identity(group_id, None)
+        who.run = self._group_run(group_id)
+        who.key = order.order_key(Rank.UNREADY, who.hlc, who.run)
+        expires = self._expires_at(who.wall, states.SUCCESS, None)
+        event = self.recorder.event(
+            events.GROUP_SAVED, group_id, who, group=group_id, expires_at=expires,
+            **self._documents({"result": self.prepare_value(result)}),
+        )  # fmt: skip
+        self._append_shown(event, events.GROUP_SAVED)
+        return result
+
+    def _delete_group(self, group_id: str) -> None:
+        who = self.recorder.identity(group_id, None)
+        who.run = self._group_run(group_id)
+        who.key = order.forget_key(who.run)
+        self.recorder.forgotten.keep(f"group {group_id}", who.run)
+        event = self.recorder.event(
+            events.GROUP_DELETED, group_id, who, group=group_id, expires_at=who.wall + self.settings.retention_ms
+        )
+        self._append_shown(event, events.GROUP_DELETED)
+
+    # -- chords ------------------------------------------------------------------------------
+
+    def apply_chord(self, header_result_args: tuple[Any, ...], body: Any, **_: Any) -> None:
+        """Declare a chord; acknowledged before any header task is sent.
+
+        Raises:
+            OperationalError: Kafka did not acknowledge it within ``publish_timeout_s``.
+        """
+        self.ensure_chords_allowed()
+        group_id = header_result_args[0]
+        request = current_request()
+        clock = self.recorder.clock
+        # A chord frozen inside this message is declared again, as the same one, by a redelivery.
+        held = request is not None and (body.options.get("task_id") in held_ids(request))
+        generation = (field(request, names.HLC) if held else None) or clock.tick()
+        body.options[names.GENERATION] = generation
+        self.recorder.generations.keep(group_id, generation)
+        content_type, content_encoding, encoded = dumps(dict(body), serializer=self.app.conf.task_serializer)
+        delivery_info = field(request, "delivery_info") or {}
+        record = chord_records.Declared(
+            group=group_id,
+            generation=generation,
+            body=ensure_bytes(encoded),
+            content_type=content_type,
+            content_encoding=content_encoding,
+            body_task_id=body.options.get("task_id") or body.id,
+            body_name=body.task or "",
+            immutable=bool(body.immutable),
+            root=field(request, "root_id"),
+            parent=field(request, "id"),
+            priority=delivery_info.get("priority"),
+            stamps=_stamps(request),
+            at=clock.wall_ms(),
+            host=self.recorder.host,
+            pid=self.recorder.pid,
+        )
+        if self.settings.chord_key:
+            record = chord_records.sign(record, self.settings.chord_key)
+        self._declare(record, "declaring")
+
+    def set_chord_size(self, group_id: str, chord_size: int) -> None:
+        """Say how many parts a chord has; acknowledged before its last header task is sent.
+
+        Raises:
+            OperationalError: As `apply_chord`.
+        """
+        generation = self.recorder.generations.get(group_id)
+        if generation is None:
+            request = current_request()
+            generation = _generation(field(request, "chord")) if field(request, "group") == group_id else None
+        if generation is None:
+            return  # a group inside a chord declared elsewhere: its size is part of that one's
+        at = self.recorder.clock.wall_ms()
+        self._declare(chord_records.Sized(group=group_id, generation=generation, size=chord_size, at=at), "sizing")
+
+    def add_to_chord(self, chord_id: str, result: Any) -> None:
+        """Let a chord wait for one more task; acknowledged before that is sent.
+
+        Raises:
+            OperationalError: As `apply_chord`.
+        """
+        request = current_request()
+        generation = _generation(field(request, "chord")) or self.recorder.generations.get(chord_id)
+        if generation is None:
+            return
+        record = chord_records.Extended(
+            group=chord_id,
+            generation=generation,
+            task=result.id,
+            by=field(request, "id"),
+            at=self.recorder.clock.wall_ms(),
+        )
+        self._declare(record, "extending")
+
+    def _declare(self, record: chord_records.Record, doing: str) -> None:
+        key, value = chord_records.encode(record)
+        try:
+            self.recorder.append_chord(record.group, key, value, self.settings.publish_timeout_s)
+        except TooLarge as exc:
+            raise EncodeError(str(exc)) from exc
+        except PublishError as exc:
+            raise OperationalError(
+                f"{doing} chord {record.group} in Kafka at {self.settings.bootstrap_servers}: {exc}"
+            ) from exc
+
+    def on_chord_part_return(self, request: Any, state: str, result: Any, **_: Any) -> None:
+        """Send a member's outcome, unless `_ending` has already done so."""
+        task_id = field(request, "id")
+        if getattr(self._here, "parted", None) == task_id:
+            return
+        # A task of a failed chain, or a chord's body failed by the chord processor.
+        self._send_part(request, state, result, self._identity(task_id, state, request), stored=True)
+
+    def _send_part(self, request: Any, state: str, result: Any, who: Identity, stored: bool) -> None:
+        group_id, task_id, chord = field(request, "group"), field(request, "id"), field(request, "chord")
+        generation = _generation(chord)
+        if not group_id or not task_id:
+            return
+        if generation is None:
+            logger.error(
+                "task %s belongs to a chord that was begun on another result backend: %s will not hear of it",
+                task_id,
+                group_id,
+            )
+            return
+        succeeded = state == states.SUCCESS
+        ignored = succeeded and not stored
+        content_type = content_encoding = ""
+        payload = b""
+        if not (ignored or (succeeded and chord.get("immutable"))):
+            if state == states.REVOKED and result is None:
+                result = _revoked()
+            content_type, content_encoding, encoded = self._encode(self.encode_result(result, state))
+            payload = bytes(ensure_bytes(encoded))
+        record = chord_records.Part(
+            group=group_id,
+            generation=generation,
+            task=task_id,
+            index=field(request, "group_index"),
+            id=who.id,
+            key=who.key,
+            state=state,
+            result=payload,
+            content_type=content_type,
+            content_encoding=content_encoding or "",
+            ignored=ignored,
+            exception="" if succeeded else repr(result)[: chord_records.EXCEPTION_LIMIT],
+            root=field(request, "root_id"),
+            parent=field(request, "parent_id"),
+            priority=(field(request, "delivery_info") or {}).get("priority"),
+            stamps=_stamps(request),
+            at=who.wall,
+            worker=field(request, "hostname") or "",
+        )
+        key, value = chord_records.encode(record)
+        try:
+            self.recorder.append_chord(group_id, key, value, self._wait_s())
+        except TooLarge as exc:
+            raise EncodeError(str(exc)) from exc
+        except PublishError as exc:
+            raise BackendStoreError(
+                f"part of chord {group_id} not stored in Kafka at {self.settings.bootstrap_servers}: {exc}",
+                task_id=task_id,
+                state=state,
+            ) from exc
+
+
+def _generation(chord: Any) -> int | None:
+    found = (chord.get("options") or {}).get(names.GENERATION) if isinstance(chord, dict) else None
+    return found if isinstance(found, int) else None
+
+
+def _stamps(request: Any) -> dict[str, Any] | None:
+    stamped = field(request, "stamped_headers")
+    if not stamped:
+        return None
+    stamps = field(request, "stamps") or {}
+    return {"stamped_headers": list(stamped), **{one: plain(stamps.get(one)) for one in stamped}}
+
+
+def _revoked() -> BaseException:
+    from celery.exceptions import TaskRevokedError  # noqa: PLC0415 - what Celery itself stores
+
+    return TaskRevokedError("revoked")  # type: ignore[no-any-return]

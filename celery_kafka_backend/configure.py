@@ -1,0 +1,79 @@
+"""From a Celery app to `Settings` and `StoreOptions`: the only place that reads ``app.conf`` for them."""
+
+from __future__ import annotations
+
+import ssl
+from typing import TYPE_CHECKING, Any, Final
+
+from celery.exceptions import ImproperlyConfigured
+
+from celery_kafka_backend import settings as settings_module
+from celery_kafka_backend.errors import SettingsError
+from celery_kafka_backend.settings import SETTING, Settings
+from celery_kafka_backend.sinks.contract import StoreOptions
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+# Celery's name, redis-py's name. What is not set is not passed: redis-py's own default holds.
+_REDIS: Final = {
+    "redis_max_connections": "max_connections",
+    "redis_username": "username",
+    "redis_password": "password",
+    "redis_socket_timeout": "socket_timeout",
+    "redis_socket_connect_timeout": "socket_connect_timeout",
+    "redis_socket_keepalive": "socket_keepalive",
+    "redis_retry_on_timeout": "retry_on_timeout",
+    "redis_backend_health_check_interval": "health_check_interval",
+    "redis_client_name": "client_name",
+}
+_CERT: Final = {"CERT_REQUIRED": "required", "CERT_OPTIONAL": "optional", "CERT_NONE": "none"}
+
+
+def settings_of(app: Celery, url: str | None = None) -> Settings:
+    """Return the checked settings of an app.
+
+    Args:
+        app: The user's app.
+        url: Its ``result_backend``, if the caller has it already.
+
+    Raises:
+        ImproperlyConfigured: A setting is wrong; the message names it, its value and the remedy.
+    """
+    if url is None:
+        url = app.conf.result_backend or ""
+    try:
+        return settings_module.parse(url, app.conf.get(SETTING) or {})
+    except SettingsError as exc:
+        raise ImproperlyConfigured(str(exc)) from exc
+
+
+def store_options(app: Celery, settings: Settings, url: str) -> StoreOptions:
+    """Return what a view's store needs beside its URL, Celery's own settings for it included."""
+    scheme = url.partition("://")[0]
+    options: dict[str, Any] = {}
+    if scheme in ("redis", "rediss"):
+        for theirs, driver in _REDIS.items():
+            value = app.conf.get(theirs)
+            if value is not None:
+                options[driver] = value
+        tls = app.conf.get("redis_backend_use_ssl")
+        if isinstance(tls, dict):
+            options.update(tls)
+        requirement = options.get("ssl_cert_reqs")
+        if isinstance(requirement, ssl.VerifyMode):
+            options["ssl_cert_reqs"] = requirement.name.removeprefix("CERT_").lower()
+        elif requirement in _CERT:
+            options["ssl_cert_reqs"] = _CERT[requirement]
+    options.update(settings.view_options.get(scheme, {}))
+    prefix = (app.conf.get("result_backend_transport_options") or {}).get("global_keyprefix") or ""
+    if prefix and prefix[-1] not in ":_-.":
+        prefix += "_"
+    return StoreOptions(
+        namespace=settings.topic_prefix,
+        key_prefix=prefix,
+        history=settings.history.get(scheme),
+        history_limit=settings.history_limit,
+        serializer=app.conf.result_serializer,
+        options=options,
+    )

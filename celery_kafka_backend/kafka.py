@@ -1,0 +1,146 @@
+"""librdkafka as this project uses it: configuration, and its errors in our words.
+
+One place, so that every connection keeps the same promises. Settings under librdkafka's own names
+are the user's, except those that a promise rests on (`settings` refuses these).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from confluent_kafka import KafkaError, KafkaException
+from kombu.utils.imports import symbol_by_name
+
+from celery_kafka_backend.errors import NotAcknowledged, PublishError, Refused, TooLarge
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from celery_kafka_backend.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+SESSION_TIMEOUT_MS: Final = 8_000
+"""A dead processor's partitions move within 10 s; a stop-the-world of half of it is survived."""
+
+_CALLABLES: Final = ("oauth_cb", "error_cb", "stats_cb", "throttle_cb", "on_delivery", "logger")
+_TOO_LARGE: Final = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE}
+_REFUSED: Final = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError._AUTHENTICATION,  # noqa: SLF001 - how confluent-kafka names its client-side codes
+    KafkaError.SASL_AUTHENTICATION_FAILED,
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
+    KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
+    KafkaError.TOPIC_EXCEPTION,
+    KafkaError.INVALID_CONFIG,
+    KafkaError.POLICY_VIOLATION,
+    KafkaError.INVALID_RECORD,
+    KafkaError.UNSUPPORTED_FOR_MESSAGE_FORMAT,
+}
+_REMEDIES: Final = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED: "grant the rights that `celery -A proj pipeline init --print` lists",
+    KafkaError.GROUP_AUTHORIZATION_FAILED: "grant the rights that `celery -A proj pipeline init --print` lists",
+    KafkaError.UNKNOWN_TOPIC_OR_PART: "create the topics: `celery -A proj pipeline init`",
+    KafkaError._UNKNOWN_TOPIC: "create the topics: `celery -A proj pipeline init`",  # noqa: SLF001
+    KafkaError._UNKNOWN_PARTITION: "create the topics: `celery -A proj pipeline init`",  # noqa: SLF001
+}
+
+
+def _common(settings: Settings, *extra: Mapping[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "bootstrap.servers": settings.bootstrap_servers,
+        "client.id": f"celery-kafka-backend/{settings.topic_prefix}",
+        "topic.metadata.refresh.interval.ms": 30_000,
+        "reconnect.backoff.max.ms": 2_000,
+        "socket.keepalive.enable": True,
+        # librdkafka logs to stderr by itself otherwise, into the middle of a worker's log.
+        "logger": logging.getLogger("celery_kafka_backend.librdkafka"),
+    }
+    for options in (settings.client, *extra):
+        config.update(options)
+    for name in _CALLABLES:
+        if isinstance(config.get(name), str):
+            config[name] = symbol_by_name(config[name])
+    return config
+
+
+def producer_config(settings: Settings) -> dict[str, Any]:
+    """Return the configuration of every producer: idempotent, all replicas, Java's partitioner."""
+    return _common(
+        settings,
+        {
+            # A result that somebody waits for leaves at once; under load librdkafka still batches
+            # what queues up while the previous request is in flight.
+            "linger.ms": 0,
+            "compression.type": "zstd",
+            "partitioner": "murmur2_random",
+            "message.max.bytes": settings.max_message_bytes,
+            "delivery.timeout.ms": int(settings.delivery_timeout_s * 1000),
+            # librdkafka cannot tell a slow broker from a dead one within less.
+            "request.timeout.ms": min(10_000, int(settings.delivery_timeout_s * 1000)),
+            "queue.buffering.max.messages": 100_000,
+            "retry.backoff.ms": 50,
+        },
+        settings.producer,
+        {"acks": "all", "enable.idempotence": True},
+    )
+
+
+def consumer_config(settings: Settings, group: str | None) -> dict[str, Any]:
+    """Return the configuration of a consumer.
+
+    Args:
+        settings: The user's.
+        group: Consumer group to join; None for a reader that assigns partitions itself (Kafka
+            needs a name all the same; no offset is ever committed under it).
+    """
+    return _common(
+        settings,
+        {
+            "session.timeout.ms": SESSION_TIMEOUT_MS,
+            "heartbeat.interval.ms": 2_000,
+            "max.poll.interval.ms": 300_000,
+            "partition.assignment.strategy": "cooperative-sticky",
+            "fetch.wait.max.ms": 100,
+            "fetch.min.bytes": 1,
+            # A fetch error must not put a waiting client to sleep for half a second.
+            "fetch.error.backoff.ms": 50,
+            "fetch.message.max.bytes": max(1 << 20, settings.max_message_bytes),
+            # Both bound the memory of a consumer that falls behind; the first alone does not.
+            "queued.min.messages": 20_000,
+            "queued.max.messages.kbytes": 32_768,
+        },
+        settings.consumer,
+        {
+            "group.id": group or f"{settings.topic_prefix}.reader",
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "auto.offset.reset": "earliest",
+            "enable.partition.eof": False,
+        },
+    )
+
+
+def translate(error: KafkaError | KafkaException | None, what: str = "") -> PublishError:
+    """Return our error for one of librdkafka's.
+
+    Args:
+        error: From a delivery report or an exception.
+        what: What was being done, for the message.
+    """
+    if isinstance(error, KafkaException):
+        error = error.args[0]
+    if not isinstance(error, KafkaError):
+        return NotAcknowledged(f"{what}: {error}" if what else str(error))
+    code = error.code()
+    text = f"{what}: {error.str()} ({error.name()})" if what else f"{error.str()} ({error.name()})"
+    if code in _TOO_LARGE:
+        return TooLarge(text)
+    if code in _REFUSED:
+        remedy = _REMEDIES.get(code)
+        return Refused(f"{text}; {remedy}" if remedy else text)
+    return NotAcknowledged(text)

@@ -1,0 +1,264 @@
+"""What a client does with a view: get, wait, group, chord, history. Knows no Celery.
+
+A waiter registers interest, *then* reads, *then* waits, so that nothing falls between. Everything
+is bounded, and survives a view that goes away and comes back: after a reconnect all is read again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Final, TypeVar
+from uuid import uuid4
+
+from celery_kafka_backend.errors import Unavailable
+from celery_kafka_backend.sinks.registry import open_view
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from celery_kafka_backend.changes import Partition
+    from celery_kafka_backend.sinks.contract import Shown, StoreOptions, Subscription, View
+
+logger = logging.getLogger(__name__)
+
+REGISTRATION_TTL_S: Final = 60.0
+RENEW_AFTER_S: Final = 20.0
+CHUNK: Final = 1000
+RETRY_FIRST_S: Final = 0.05
+RETRY_MAX_S: Final = 2.0
+REREAD_FIRST_S: Final = 1.0
+REREAD_MAX_S: Final = 30.0
+POLL_FIRST_S: Final = 0.005
+READ_ATTEMPTS: Final = 4
+
+
+_Found = TypeVar("_Found")
+
+
+class Reader:
+    """Reads one view, in any thread and on both sides of a fork.
+
+    Args:
+        url: The view's URL.
+        options: What its store needs.
+    """
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        self.view: View = open_view(url, options)
+        self._pid = os.getpid()
+
+    def live(self) -> View:
+        """Return the view, told first if this process is a fork."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self.view.after_fork()
+        return self.view
+
+    def _retrying(self, read: Callable[[View], _Found]) -> _Found:
+        """Read from the view, again after short pauses if the store blinks.
+
+        Raises:
+            Unavailable: It did not come back within about a second.
+        """
+        pause = RETRY_FIRST_S
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                return read(self.live())
+            except Unavailable:
+                if attempt == READ_ATTEMPTS - 1:
+                    raise
+                time.sleep(pause)
+                pause *= 4
+        raise AssertionError("unreachable")
+
+    def documents(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Return the documents there are of these tasks."""
+        found: dict[str, bytes] = {}
+        for start in range(0, len(ids), CHUNK):
+            chunk = ids[start : start + CHUNK]
+            found.update(self._retrying(lambda view: view.documents(chunk)))  # noqa: B023 - called at once
+        return found
+
+    def groups(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Return the saved groups there are of these."""
+        return self._retrying(lambda view: view.groups(ids))
+
+    def shown(self, task_id: str) -> Shown | None:
+        """Return all that the view has about a task."""
+        return self._retrying(lambda view: view.shown([task_id])).get(task_id)
+
+    def history(self, task_id: str) -> list[bytes]:
+        """Return the record values of a task's events, oldest first; [] if the view keeps none."""
+        return self._retrying(lambda view: view.history(task_id))
+
+    def chord(self, group_id: str) -> dict[str, bytes]:
+        """Return the facts about a chord by name."""
+        return self._retrying(lambda view: view.chord(group_id))
+
+    def positions(self) -> dict[Partition, int]:
+        """Return the next offset of each partition that the view has not folded yet."""
+        return self._retrying(lambda view: view.positions())
+
+    def passed(self, partition: Partition, offset: int, timeout_s: float) -> bool:
+        """Wait until the view has folded the record at an offset; return False if it did not in time."""
+        deadline = time.monotonic() + timeout_s
+        pause = POLL_FIRST_S
+        while self.positions().get(partition, 0) <= offset:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause, left))
+            pause = min(pause * 1.5, 0.1)
+        return True
+
+    def close(self) -> None:
+        """Let go of the view."""
+        self.view.close()
+
+
+class Ear:
+    """Hears of changes to the tasks that a process waits for: one per process and view.
+
+    `add` and `drop` may be called from any thread; `hear` by one at a time.
+
+    Args:
+        reader: Reads the view.
+        poll_interval_s: Longest pause between two reads, on a view without push.
+    """
+
+    def __init__(self, reader: Reader, poll_interval_s: float) -> None:
+        self._reader = reader
+        self._poll_max_s = poll_interval_s
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._client = uuid4().hex
+        self._lock = threading.Lock()
+        self._ids: dict[str, int | None] = {}
+        """Whom we wait for, and a hash of the document last seen of each."""
+        self._new: set[str] = set()
+        self._subscription: Subscription | None = None
+        self._renew_at = 0.0
+        self._reread_at = 0.0
+        self._reread_pause = REREAD_FIRST_S
+        self._poll_pause = POLL_FIRST_S
+        self._retry_pause = RETRY_FIRST_S
+        self._said_lost = False
+
+    def _here(self) -> None:
+        if self._pid != os.getpid():
+            self._reset()
+
+    def add(self, task_id: str) -> None:
+        """Listen for a task from now on."""
+        self._here()
+        with self._lock:
+            if task_id not in self._ids:
+                self._ids[task_id] = None
+                self._new.add(task_id)
+                self._poll_pause = POLL_FIRST_S
+
+    def drop(self, task_id: str) -> None:
+        """Stop listening for a task. Safe from ``__del__``: takes no lock."""
+        if self._pid == os.getpid():
+            self._ids.pop(task_id, None)
+            self._new.discard(task_id)
+
+    def hear(self, timeout_s: float) -> dict[str, bytes]:
+        """Return documents that are new or changed, {} if there are none within ``timeout_s``.
+
+        A store that is away makes this wait and return {}; it never raises `Unavailable`.
+        """
+        self._here()
+        try:
+            found = self._hear_pushed(timeout_s) if self._reader.view.push else self._poll(timeout_s)
+        except Unavailable as exc:
+            if not self._said_lost:
+                logger.warning("the view is away, waiting for it: %s", exc)
+                self._said_lost = True
+            self._lose()
+            time.sleep(min(self._retry_pause, timeout_s))
+            self._retry_pause = min(self._retry_pause * 2, RETRY_MAX_S)
+            return {}
+        if self._said_lost:
+            logger.warning("the view is back")
+            self._said_lost = False
+        self._retry_pause = RETRY_FIRST_S
+        return found
+
+    def _lose(self) -> None:
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            subscription.close()
+        with self._lock:
+            self._new.update(self._ids)  # registered and read again after the reconnect
+
+    def _take_new(self) -> list[str]:
+        with self._lock:
+            new, self._new = [one for one in self._new if one in self._ids], set()
+        return new
+
+    def _hear_pushed(self, timeout_s: float) -> dict[str, bytes]:
+        view = self._reader.live()
+        if self._subscription is None:
+            self._subscription = view.subscribe(self._client)
+            self._renew_at = time.monotonic() + RENEW_AFTER_S
+            self._reread_at = time.monotonic() + self._reread_pause
+        new = self._take_new()
+        if new:
+            try:
+                self._register(new)
+                found = self._reader.documents(new)
+            except Unavailable:
+                with self._lock:
+                    self._new.update(new)
+                raise
+            if found:
+                return found
+        now = time.monotonic()
+        if now >= self._renew_at and self._ids:
+            self._renew_at = now + RENEW_AFTER_S
+            self._register(list(self._ids))
+        if now >= self._reread_at and self._ids:
+            return self._reread(now)
+        heard = self._subscription.wait(timeout_s)
+        if not heard:
+            return {}
+        self._reread_pause = REREAD_FIRST_S
+        return self._reader.documents([one for one in dict.fromkeys(heard) if one in self._ids])
+
+    def _register(self, ids: Iterable[str]) -> None:
+        self._reader.live().register(self._client, ids, REGISTRATION_TTL_S)
+
+    def _reread(self, now: float) -> dict[str, bytes]:
+        """Read everything once more, slower and slower: a publish to a dying connection is lost silently."""
+        self._reread_pause = min(self._reread_pause * 2, REREAD_MAX_S)
+        self._reread_at = now + self._reread_pause
+        return self._reader.documents(list(self._ids))
+
+    def _poll(self, timeout_s: float) -> dict[str, bytes]:
+        """One batched read per tick for all that wait."""
+        self._take_new()
+        changed = {}
+        for task_id, document in self._reader.documents(list(self._ids)).items():
+            seen = hash(document)
+            if self._ids.get(task_id) != seen:
+                self._ids[task_id] = seen
+                changed[task_id] = document
+        if changed:
+            self._poll_pause = POLL_FIRST_S
+            return changed
+        pause = min(self._poll_pause, timeout_s, self._poll_max_s)
+        self._poll_pause = min(self._poll_pause * 1.5, self._poll_max_s)
+        time.sleep(pause)
+        return {}
+
+    def close(self) -> None:
+        """Stop hearing."""
+        if self._pid == os.getpid() and self._subscription is not None:
+            self._subscription.close()
+            self._subscription = None

@@ -1,0 +1,22 @@
+"""The headers that a task's message carries for us. Ours hold integers."""
+
+from __future__ import annotations
+
+from typing import Final
+
+RUN: Final = "ckb_run"
+"""The run that the message belongs to (see `order.run_at`); one given explicitly is kept."""
+HLC: Final = "ckb_hlc"
+"""The publisher's hybrid logical clock, ms since 1970."""
+SENT_AT: Final = "ckb_sent_at"
+"""The publisher's wall clock, ms since 1970."""
+GENERATION: Final = "ckb_generation"
+"""In a chord body's options, never in a message: the chord's generation."""
+RECEIVED_AT: Final = "ckb_received_at"
+"""The parent's wall clock when it got the message, ms since 1970; added by the worker."""
+TASK: Final = "ckb_task"
+"""The id that the other headers were made for: a task that forwards its headers to another does not pass its run on."""
+STARTED_AT: Final = "ckb_started_at"
+"""The child's wall clock when this attempt started; only on the request, never in a message."""
+BEAT: Final = "periodic_task_name"
+"""Celery's own: the schedule entry that sent it."""

@@ -1,0 +1,273 @@
+"""The only user of a producer handle: one per process, never used across a fork.
+
+An inherited handle silently loses messages, and destroying it costs a second; so on a changed pid
+the old one is parked (kept, untouched) and a new one made. Exactly one thread of the process polls
+it: without `poll`, ``produce()`` jams once librdkafka's queue is full.
+
+The interface is small on purpose: a publisher process per host could serve it as well.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import msgspec
+from confluent_kafka import KafkaException, Producer
+from kombu.utils.compat import detect_environment
+
+from celery_kafka_backend import kafka
+from celery_kafka_backend.changes import Partition
+from celery_kafka_backend.errors import NotAcknowledged, PublishError, SettingsError
+from celery_kafka_backend.settings import SETTING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from confluent_kafka import KafkaError, Message
+
+    from celery_kafka_backend.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+EXIT_FLUSH_S: Final = 1.0
+"""A short script waits at most this long at its end."""
+
+_REPORT_EVERY_S: Final = 30.0
+_parked: Final[list[Any]] = []
+
+
+class Stored(NamedTuple):
+    """Where a record is."""
+
+    partition: Partition
+    offset: int
+
+
+class Delivery:
+    """The fate of one record, known once Kafka has answered."""
+
+    __slots__ = ("_done", "error", "offset", "partition", "topic")
+
+    def __init__(self, topic: str) -> None:
+        self.topic = topic
+        self.partition = -1
+        self.offset = -1
+        self.error: PublishError | None = None
+        self._done = threading.Event()
+
+    @property
+    def stored(self) -> Stored:
+        """Where the acknowledged record is."""
+        return Stored(Partition(self.topic, self.partition), self.offset)
+
+    @property
+    def done(self) -> bool:
+        """Whether Kafka has answered."""
+        return self._done.is_set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Return once the record is acknowledged.
+
+        Raises:
+            NotAcknowledged: No answer in time; the record may arrive yet.
+            Refused: Kafka will not take it.
+            TooLarge: Likewise, for its size.
+        """
+        if not self._done.wait(timeout_s):
+            raise NotAcknowledged(f"Kafka did not acknowledge a record of {self.topic} within {timeout_s:g} s")
+        if self.error is not None:
+            raise self.error
+
+    def _answered(self, error: KafkaError | None, message: Message) -> None:
+        if error is None:
+            self.partition, self.offset = message.partition() or 0, message.offset() or 0
+        else:
+            self.error = kafka.translate(error, f"publishing to {self.topic}")
+        self._done.set()
+
+
+class Publisher:
+    """Appends records to Kafka from one process and all its threads.
+
+    Args:
+        settings: The user's.
+        make: What makes a producer handle; for tests.
+    """
+
+    def __init__(self, settings: Settings, make: Callable[[dict[str, Any]], Any] = Producer) -> None:
+        self.settings = settings
+        self._make = make
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._producer: Any = None
+        self.dropped = 0
+        self.failed = 0
+        self.latest: Stored | None = None
+        self._reported = (0, 0)
+        self._report_at = 0.0
+
+    def _handle(self) -> Any:
+        if self._pid != os.getpid():
+            if self._lock.locked() and self._pid:  # held by a thread that did not survive the fork
+                self._lock = threading.Lock()
+            with self._lock:
+                if self._pid != os.getpid():
+                    if self._producer is not None:
+                        _parked.append(self._producer)
+                    self.dropped = self.failed = 0
+                    self._reported = (0, 0)
+                    self._producer = self._new()
+                    self._pid = os.getpid()
+                    threading.Thread(
+                        target=self._poll, args=(self._producer, self._pid), name="celery-kafka-poll", daemon=True
+                    ).start()
+                    atexit.register(self.close)
+        return self._producer
+
+    def _new(self) -> Any:
+        try:
+            return self._make(kafka.producer_config(self.settings))
+        except (KafkaException, TypeError, ValueError) as exc:
+            why = exc.args[0].str() if isinstance(exc, KafkaException) else str(exc)
+            raise SettingsError(
+                f"{SETTING}['client'] or ['producer']", why, "see librdkafka's CONFIGURATION.md for its options"
+            ) from exc
+
+    def _poll(self, producer: Any, pid: int) -> None:
+        # Under gevent and eventlet a blocking C call would stop every greenlet.
+        patched = detect_environment() != "default"
+        while self._pid == pid and self._producer is producer:
+            if patched:
+                producer.poll(0)
+                time.sleep(0.005)
+            else:
+                producer.poll(0.5)
+            self._report()
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        if (self.dropped, self.failed) == self._reported or now < self._report_at:
+            return
+        dropped, failed = self.dropped - self._reported[0], self.failed - self._reported[1]
+        self._reported = (self.dropped, self.failed)
+        self._report_at = now + _REPORT_EVERY_S
+        logger.warning(
+            "Kafka at %s: %d events dropped (queue full), %d not delivered, that nobody waited for",
+            self.settings.bootstrap_servers, dropped, failed,
+        )  # fmt: skip
+
+    def warm_up(self) -> None:
+        """Make the handle ready before it is needed: an idempotent producer's first answer takes 0.5-1 s."""
+        producer = self._handle()
+
+        def connect() -> None:
+            try:
+                producer.list_topics(f"{self.settings.topic_prefix}.task-events", timeout=5)
+            except KafkaException as exc:
+                logger.warning(
+                    "%s", kafka.translate(exc, f"no answer from Kafka at {self.settings.bootstrap_servers} yet")
+                )
+
+        threading.Thread(target=connect, name="celery-kafka-warm-up", daemon=True).start()
+
+    def partitions(self, topic: str, timeout_s: float) -> int:
+        """Return how many partitions a topic has.
+
+        Raises:
+            PublishError: Kafka did not say, or there is no such topic.
+        """
+        try:
+            found = self._handle().list_topics(topic, timeout=timeout_s).topics[topic]
+        except KafkaException as exc:
+            raise kafka.translate(exc, f"asking Kafka at {self.settings.bootstrap_servers} about {topic}") from exc
+        if found.error is not None:
+            raise kafka.translate(found.error, f"asking Kafka about {topic}")
+        return len(found.partitions)
+
+    def publish(
+        self,
+        topic: str,
+        key: bytes,
+        value: bytes | None,
+        headers: Sequence[tuple[str, bytes]] = (),
+        *,
+        partition: int = -1,
+        wait_s: float = 0.0,
+    ) -> Delivery:
+        """Queue a record and return its delivery, which the caller may wait for.
+
+        Args:
+            topic: Where to.
+            key: Record key.
+            value: Record value.
+            headers: Record headers.
+            partition: -1: by the key's hash.
+            wait_s: How long to wait for room if librdkafka's queue is full.
+
+        Raises:
+            TooLarge: Over ``max_message_bytes``.
+            NotAcknowledged: The queue stayed full.
+        """
+        delivery = Delivery(topic)
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                self._handle().produce(
+                    topic,
+                    value=value,
+                    key=key,
+                    headers=list(headers),
+                    partition=partition,
+                    on_delivery=delivery._answered,  # noqa: SLF001
+                )
+            except BufferError:
+                if time.monotonic() >= deadline:
+                    raise NotAcknowledged(f"the queue to Kafka at {self.settings.bootstrap_servers} is full") from None
+                time.sleep(0.01)
+            except KafkaException as exc:
+                raise kafka.translate(exc, f"publishing to {topic}") from exc
+            else:
+                return delivery
+
+    def cast(self, topic: str, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]] = ()) -> bool:
+        """Queue a record that nobody waits for; return False if it was dropped. Never blocks, never raises."""
+        try:
+            self._handle().produce(topic, value=value, key=key, headers=list(headers), on_delivery=self._cast_answered)
+        except (BufferError, KafkaException):
+            self.dropped += 1
+            return False
+        return True
+
+    def _cast_answered(self, error: KafkaError | None, message: Message) -> None:
+        if error is not None:
+            self.failed += 1
+        else:
+            self.latest = Stored(Partition(message.topic() or "", message.partition() or 0), message.offset() or 0)
+
+    def flush(self, timeout_s: float) -> int:
+        """Wait until everything queued is answered; return how many records are not."""
+        if self._producer is None or self._pid != os.getpid():
+            return 0
+        return int(self._producer.flush(timeout_s))
+
+    def close(self) -> None:
+        """Flush, bounded, at the end of a process. Called any number of times."""
+        left = self.flush(EXIT_FLUSH_S)
+        if left:
+            logger.warning(
+                "%d events had not reached Kafka at %s when this process ended", left, self.settings.bootstrap_servers
+            )
+
+
+_publishers: Final[dict[str, Publisher]] = {}
+
+
+def publisher_for(settings: Settings) -> Publisher:
+    """Return this process's publisher for some settings (``app.backend`` is per thread; this is not)."""
+    key = repr(msgspec.structs.asdict(settings))
+    return _publishers.setdefault(key, Publisher(settings))

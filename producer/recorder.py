@@ -1,0 +1,439 @@
+"""What happened to a task, turned into events: who says so, of which run, with which order key.
+
+Knows Celery's requests and the log; knows neither documents (the backend makes those) nor signals
+(`signals` calls in here). One per process and configuration, because ``app.backend`` is per thread.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import zlib
+from collections import OrderedDict
+from datetime import datetime, timedelta, timezone
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Final
+from uuid import uuid4
+
+from celery import current_task
+from celery._state import _task_stack
+from celery.utils.saferepr import saferepr
+from kombu.utils.imports import symbol_by_name
+
+from celery_kafka_backend import codec, events, order, topics
+from celery_kafka_backend.errors import TooLarge
+from celery_kafka_backend.events import Event
+from celery_kafka_backend.producer import headers as names
+from celery_kafka_backend.producer.publisher import publisher_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from celery import Celery
+
+    from celery_kafka_backend.order import Clock
+    from celery_kafka_backend.producer.publisher import Delivery, Publisher
+    from celery_kafka_backend.settings import Settings
+
+REMEMBERED: Final = 10_000
+"""Forgotten ids and chord generations that one process keeps in mind."""
+
+MESSAGE_LIMIT: Final = 1024
+_RECORD_OVERHEAD: Final = 512
+_ARGS_LIMIT: Final = 1024
+
+
+class Remembered(OrderedDict[str, int]):
+    """The last so many pairs; the oldest is dropped."""
+
+    def keep(self, key: str, value: int) -> None:
+        """Add a pair."""
+        self[key] = value
+        self.move_to_end(key)
+        while len(self) > REMEMBERED:
+            self.popitem(last=False)
+
+
+class Identity:
+    """An event's identity, fixed before its content: a chord part names it, and is sent first."""
+
+    __slots__ = ("hlc", "id", "key", "run", "wall")
+
+    def __init__(self, event_id: str, wall: int, hlc: int, run: int | None, key: int) -> None:
+        self.id = event_id
+        self.wall = wall
+        self.hlc = hlc
+        self.run = run
+        self.key = key
+
+
+class Recorder:
+    """Appends what a process knows to the log.
+
+    Args:
+        app: The user's app.
+        settings: Its settings.
+        publisher: Where records go.
+        clock: The process's hybrid logical clock.
+    """
+
+    def __init__(self, app: Celery, settings: Settings, publisher: Publisher, clock: Clock) -> None:
+        self.app = app
+        self.settings = settings
+        self.publisher = publisher
+        self.clock = clock
+        self.topic = topics.task_events(settings.topic_prefix)
+        self.chords_topic = topics.chords(settings.topic_prefix)
+        self.app_name = str(app.main or "")
+        self.forgotten = Remembered()
+        self.generations = Remembered()
+        self.worker_pid = 0
+        """Pid of the worker's main process, 0 outside workers."""
+        self.retries = threading.local()
+        self.host = socket.gethostname()
+        self._redact = self._redactor(settings.redact)
+        self._chord_partitions = 0
+        self._hints: dict[str, int] = {}
+
+    @staticmethod
+    def _redactor(redact: str) -> Callable[[str, Any, Any], tuple[Any, Any]] | None:
+        if not redact:
+            return None
+        if redact == "all":
+            return lambda _name, _args, _kwargs: ("…", "…")
+        found: Callable[[str, Any, Any], tuple[Any, Any]] = symbol_by_name(redact)
+        return found
+
+    # -- who and when ------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int:
+        """Pid of this process."""
+        return os.getpid()
+
+    @property
+    def role(self) -> str:
+        """Which part of the system this thread is right now."""
+        if not self.worker_pid:
+            return events.CLIENT
+        if os.getpid() != self.worker_pid or _task_stack.top is not None:
+            return events.CHILD
+        return events.PARENT
+
+    def identity(
+        self, task_id: str, rank: order.Rank | None, request: Any = None, known: tuple[int | None, int] | None = None
+    ) -> Identity:
+        """Fix who an event is.
+
+        Args:
+            task_id: Whose state it tells.
+            rank: What it claims; None if it touches no document.
+            request: The task's own request, if there is one; another task's is not trusted.
+            known: Run and HLC that the view shows, for a write without a request.
+        """
+        run, hlc = self.run_of(task_id, request)
+        if run is None and known is not None:
+            run, hlc = known
+        self.clock.observe(hlc)
+        wall = self.clock.wall_ms()
+        run = order.trusted_run(run, wall)
+        taken = self.taken_hlc(task_id) if rank is order.Rank.UNREADY else None
+        tick = taken if taken is not None else self.clock.tick()
+        return Identity(uuid4().hex, wall, tick, run, 0 if rank is None else order.order_key(rank, tick, run))
+
+    def run_of(self, task_id: str, request: Any) -> tuple[int | None, int | None]:
+        """Return the run and HLC that a request carries for a task; None for what it does not."""
+        if request is None or field(request, "id") != task_id:
+            return self._hints.get(task_id), None
+        owner = field(request, names.TASK)
+        if owner is not None and owner != task_id:
+            return None, None
+        return field(request, names.RUN), field(request, names.HLC)
+
+    def hint_run(self, task_id: str, run: int | None) -> None:
+        """Say which run a task without a request belongs to; None takes it back."""
+        if run is None:
+            self._hints.pop(task_id, None)
+        else:
+            self._hints[task_id] = run
+
+    # A RETRY's HLC is taken before its successor is published, as Celery publishes first.
+
+    def take_hlc(self, task_id: str, due: int | None) -> None:
+        """Keep this moment as that of the RETRY which the running task is about to store."""
+        self.retries.taken = (task_id, self.clock.tick(), due)
+
+    def taken_hlc(self, task_id: str) -> int | None:
+        """Return the moment kept for a RETRY of this task, if any."""
+        taken = getattr(self.retries, "taken", None)
+        return taken[1] if taken is not None and taken[0] == task_id else None
+
+    def taken_due(self, task_id: str) -> int | None:
+        """Return when the successor of this task's RETRY is due, and forget the moment kept."""
+        taken = getattr(self.retries, "taken", None)
+        if taken is None or taken[0] != task_id:
+            return None
+        self.retries.taken = None
+        due: int | None = taken[2]
+        return due
+
+    # -- what --------------------------------------------------------------------------------
+
+    def event(self, kind: str, task_id: str, who: Identity, request: Any = None, **more: Any) -> Event:
+        """Return an event with everything that the request knows."""
+        known = about(request) if request is not None else {}
+        if field(request, "id") == task_id and known.get("started_at") and who.wall >= known["started_at"]:
+            monotonic = field(request, "_ckb_monotonic")
+            if monotonic is not None and kind != events.STARTED:
+                known["runtime_s"] = round(time.monotonic() - monotonic, 6)
+        known.update(more)
+        return Event(
+            id=who.id,
+            kind=kind,
+            task=task_id,
+            key=who.key,
+            at=who.wall,
+            hlc=who.hlc,
+            run=who.run,
+            role=self.role,
+            host=self.host,
+            pid=os.getpid(),
+            **known,
+        )
+
+    def recorded_args(self, name: str, args: Any, kwargs: Any) -> dict[str, str]:
+        """Return a task's arguments as text for an event, as ``result_extended`` and ``redact`` say."""
+        if not self.app.conf.result_extended:
+            return {}
+        args, kwargs = self.redacted(name, args, kwargs)
+        return {
+            "args": args if isinstance(args, str) else saferepr(args, _ARGS_LIMIT),
+            "kwargs": kwargs if isinstance(kwargs, str) else saferepr(kwargs, _ARGS_LIMIT),
+        }
+
+    def knowledge_expires(self) -> int | None:
+        """Return when an event without a document is to be forgotten by views: as a result stored now would be."""
+        expires = self.app.conf.result_expires
+        seconds = expires.total_seconds() if isinstance(expires, timedelta) else expires
+        return self.clock.wall_ms() + int(seconds * 1000) if seconds else None
+
+    def redacted(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return arguments as they may be recorded."""
+        if self._redact is None:
+            return args, kwargs
+        return self._redact(name, args, kwargs)
+
+    def wants(self, kind: str, task_id: str, name: str | None) -> bool:
+        """Return whether an event without a document is to be recorded."""
+        settings = self.settings
+        if kind not in settings.record:
+            return False
+        if not (name and (settings.exclude or settings.sample)):
+            return True
+        if any(fnmatchcase(name, pattern) for pattern in settings.exclude):
+            return False
+        share = settings.sample.get(name)
+        # By the id, so that all events of a task are in or out together.
+        return share is None or zlib.crc32(task_id.encode()) < share * (1 << 32)
+
+    # -- where to ----------------------------------------------------------------------------
+
+    def cast(self, event: Event) -> None:
+        """Append an event that nobody waits for; never blocks, never fails."""
+        self.publisher.cast(self.topic, event.task.encode(), codec.encode(event), codec.headers(event, self.app_name))
+
+    def prepare(self, event: Event) -> tuple[bytes, bytes, list[tuple[str, bytes]]]:
+        """Return an event's record.
+
+        Raises:
+            TooLarge: It would be over the limit: final, so it is said before anything is sent.
+        """
+        value = codec.encode(event)
+        key = event.task.encode()
+        found = codec.headers(event, self.app_name)
+        size = len(value) + len(key) + _RECORD_OVERHEAD
+        if size > self.settings.max_message_bytes:
+            raise TooLarge(
+                f"the event of task {event.task} is {size} bytes, over max_message_bytes = {self.settings.max_message_bytes}"
+            )
+        return key, value, found
+
+    def append(self, event: Event, wait_s: float) -> Delivery:
+        """Append an event; with ``wait_s`` return once it is acknowledged.
+
+        Raises:
+            PublishError: See `Publisher.publish` and `Delivery.wait`.
+        """
+        key, value, found = self.prepare(event)
+        delivery = self.publisher.publish(self.topic, key, value, found, wait_s=wait_s)
+        if wait_s:
+            delivery.wait(wait_s)
+        return delivery
+
+    def append_chord(self, group: str, key: bytes, value: bytes, wait_s: float) -> Delivery:
+        """Append a record to the chords' topic, in the group's own partition.
+
+        Raises:
+            PublishError: As `append`.
+        """
+        if not self._chord_partitions:
+            self._chord_partitions = self.publisher.partitions(
+                self.chords_topic, wait_s or self.settings.publish_timeout_s
+            )
+        if len(value) + len(key) + _RECORD_OVERHEAD > self.settings.max_message_bytes:
+            raise TooLarge(f"a record of chord {group} is over max_message_bytes = {self.settings.max_message_bytes}")
+        partition = topics.chord_partition(group, self._chord_partitions)
+        delivery = self.publisher.publish(self.chords_topic, key, value, partition=partition, wait_s=wait_s)
+        if wait_s:
+            delivery.wait(wait_s)
+        return delivery
+
+
+def field(request: Any, name: str) -> Any:
+    """Return a field of a request in any of its shapes: Context, dict, the worker's Request; else None."""
+    if request is None:
+        return None
+    if isinstance(request, dict):
+        return request.get(name)
+    found = getattr(request, name, None)
+    if found is None:
+        inner = getattr(request, "request_dict", None)
+        if inner is not None:
+            return inner.get(name)
+    return found
+
+
+def millis(when: str | datetime | None) -> int | None:
+    """Return a time from a message's header as ms since 1970, or None."""
+    if when is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(when.replace("Z", "+00:00")) if isinstance(when, str) else when
+    except ValueError:
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=timezone.utc)
+    return int(moment.timestamp() * 1000)
+
+
+def about(request: Any) -> dict[str, Any]:
+    """Return what a request says about its task, under the names of `Event`; only what is known."""
+    delivery: Mapping[str, Any] = field(request, "delivery_info") or {}
+    exchange, routing_key = delivery.get("exchange"), delivery.get("routing_key")
+    chord = field(request, "chord")
+    stamped = field(request, "stamped_headers")
+    stamps = field(request, "stamps") or {}
+    # isinstance guards: a fake request (errbacks, _fail_chain) holds signatures' values
+    found = {
+        "name": field(request, "task"),
+        "worker": field(request, "hostname"),
+        "attempt": field(request, "retries") or 0,
+        "redelivered": bool(delivery.get("redelivered")),
+        "queue": routing_key if not exchange else None,
+        "exchange": exchange or None,
+        "routing_key": routing_key,
+        "priority": delivery.get("priority"),
+        "eta": millis(field(request, "eta")),
+        "message_expires": millis(field(request, "expires"))
+        if not isinstance(field(request, "expires"), (int, float))
+        else None,
+        "parent": field(request, "parent_id"),
+        "root": field(request, "root_id"),
+        "group": field(request, "group"),
+        "index": field(request, "group_index"),
+        "chord": body_id(chord),
+        "sent_at": field(request, names.SENT_AT),
+        "received_at": field(request, names.RECEIVED_AT),
+        "started_at": field(request, names.STARTED_AT),
+        "beat": field(request, names.BEAT),
+        "stamps": {name: plain(stamps.get(name)) for name in stamped} if stamped else None,
+    }
+    return {
+        name: value for name, value in found.items() if value is not None and value is not False and _fits(name, value)
+    }
+
+
+_TEXTS: Final = frozenset(
+    {"name", "worker", "queue", "exchange", "routing_key", "parent", "root", "group", "chord", "beat"}
+)
+_NUMBERS: Final = frozenset({"attempt", "priority", "index", "sent_at", "received_at", "started_at"})
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a value is of the event's type: a request can hold anything that somebody put in a message."""
+    if name in _TEXTS:
+        return isinstance(value, str)
+    if name in _NUMBERS:
+        return isinstance(value, int)
+    return True
+
+
+def plain(value: Any) -> Any:
+    """Return a stamp's value as JSON can hold it."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(one) for one in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else repr(value)
+
+
+def body_id(chord: Any) -> str | None:
+    """Return the task id of a chord's body, from the signature that a member carries."""
+    if not isinstance(chord, dict):
+        return None
+    found = (chord.get("options") or {}).get("task_id")
+    return found if isinstance(found, str) else None
+
+
+def held_ids(request: Any) -> Iterator[str]:
+    """Yield every id that a request's message already holds: of its chain, links and errbacks.
+
+    Their tasks inherit its run: a redelivered parent sends them again under the same ids.
+    """
+    pending: list[Any] = [
+        field(request, "chain"),
+        field(request, "callbacks"),
+        field(request, "errbacks"),
+        field(request, "chord"),
+    ]
+    while pending:
+        found = pending.pop()
+        if isinstance(found, dict):
+            task_id = (found.get("options") or {}).get("task_id")
+            if isinstance(task_id, str):
+                yield task_id
+            options = found.get("options") or {}
+            pending += [options.get("link"), options.get("link_error"), options.get("chain")]
+            if found.get("subtask_type") in ("chain", "group", "chord"):
+                inner = found.get("kwargs") or {}
+                pending += [inner.get("tasks"), inner.get("header"), inner.get("body")]
+        elif isinstance(found, (list, tuple)):
+            pending += found
+
+
+def current_request() -> Any:
+    """Return the request of the task that this thread runs, or None."""
+    task = current_task
+    if not task:
+        return None
+    request = task.request
+    return request if request is not None and request.id else None
+
+
+_clock: Final = order.Clock()
+_recorders: Final[dict[int, Recorder]] = {}
+_lock: Final = threading.Lock()
+
+
+def recorder_for(app: Celery, settings: Settings) -> Recorder:
+    """Return the process's recorder for an app; all share one clock."""
+    with _lock:
+        found = _recorders.get(id(app))
+        if found is None or found.settings != settings:
+            found = _recorders[id(app)] = Recorder(app, settings, publisher_for(settings), _clock)
+        return found
+
+
+def recorders() -> list[Recorder]:
+    """Return every recorder of this process."""
+    return list(_recorders.values())

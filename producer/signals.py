@@ -1,0 +1,315 @@
+"""Celery's signals, each turned into at most one event; and the headers that a message carries for us.
+
+Connected once per process, by the first backend made in it. None of the handlers may fail or
+block: they run inside ``delay()`` and inside the worker's event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+
+from celery import signals
+from celery.app.task import get_actual_ignore_result
+
+from celery_kafka_backend import events, order
+from celery_kafka_backend.producer import headers as names
+from celery_kafka_backend.producer.recorder import (
+    MESSAGE_LIMIT,
+    body_id,
+    current_request,
+    field,
+    held_ids,
+    millis,
+    plain,
+    recorders,
+)
+from celery_kafka_backend.settings import mask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from celery_kafka_backend.producer.recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+_Handler = TypeVar("_Handler", bound="Callable[..., None]")
+
+IDLE_AFTER_S: Final = 15.0
+"""A view that has not moved past an acknowledged event for so long has no processor."""
+
+
+def _harmless(handler: _Handler) -> _Handler:
+    """Keep an error of ours out of the user's ``delay()`` and the worker's loop; say it in the log."""
+
+    @wraps(handler)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            handler(*args, **kwargs)
+        except Exception:
+            logger.exception("recording a signal failed; the task itself is not affected")
+
+    return cast("_Handler", guarded)
+
+
+def connect() -> None:
+    """Connect every handler; any number of times."""
+    for signal, handler in _HANDLERS:
+        signal.connect(handler, weak=False, dispatch_uid=f"celery-kafka-backend.{handler.__name__}")
+
+
+def _recorder() -> Recorder | None:
+    found = recorders()
+    return found[-1] if found else None
+
+
+# -- the client: sending ---------------------------------------------------------------------
+
+
+@_harmless
+def before_publish(headers: dict[str, Any] | None = None, body: Any = None, **_: Any) -> None:
+    """Put run and HLC into the message, and replace an embedded chord body by a stub."""
+    recorder = _recorder()
+    if recorder is None or not headers or "id" not in headers:
+        return
+    task_id = headers["id"]
+    clock = recorder.clock
+    request = current_request()
+    if request is not None and request.id == task_id:
+        # A retry, or a replacement: what this attempt stores next happened before the successor.
+        recorder.take_hlc(task_id, millis(headers.get("eta")))
+    run = _run(recorder, task_id, headers, request)
+    headers.pop(names.RECEIVED_AT, None)
+    headers.pop(names.STARTED_AT, None)
+    headers[names.RUN] = run
+    headers[names.HLC] = clock.tick()
+    headers[names.SENT_AT] = clock.wall_ms()
+    headers[names.TASK] = task_id
+    if isinstance(body, tuple) and len(body) == 3 and isinstance(body[2], dict):
+        chord = body[2].get("chord")
+        if isinstance(chord, dict) and names.GENERATION in (chord.get("options") or {}):
+            body[2]["chord"] = stub(chord)
+
+
+def _run(recorder: Recorder, task_id: str, headers: dict[str, Any], request: Any) -> int:
+    clock = recorder.clock
+    given = headers.get(names.RUN)
+    if given is not None and headers.get(names.TASK, task_id) == task_id:
+        trusted = order.trusted_run(given, clock.wall_ms())
+        if trusted is not None:
+            return trusted
+    # replace() drops headers; a chain, link or errback of this message is sent again with it.
+    if request is not None and (request.id == task_id or task_id in held_ids(request)):
+        inherited = order.trusted_run(field(request, names.RUN), clock.wall_ms())
+        if inherited is not None:
+            return inherited
+    run = order.run_at(clock.wall_ms())
+    forgotten = recorder.forgotten.get(task_id)
+    if forgotten is not None and forgotten >= run:
+        run = forgotten + 1
+        clock.observe(order.run_start_ms(run))
+    return run
+
+
+def stub(chord: dict[str, Any]) -> dict[str, Any]:
+    """Return what a member carries of its chord's body: a valid signature without arguments."""
+    options = chord.get("options") or {}
+    kept = {name: options[name] for name in ("task_id", "root_id", names.GENERATION) if name in options}
+    return {
+        "task": chord.get("task"),
+        "args": [],
+        "kwargs": {},
+        "options": kept,
+        "subtask_type": None,
+        "immutable": bool(chord.get("immutable")),
+    }
+
+
+@_harmless
+def after_publish(
+    headers: dict[str, Any] | None = None,
+    body: Any = None,
+    exchange: Any = None,
+    routing_key: str | None = None,
+    **_: Any,
+) -> None:
+    """A message left: sent."""
+    recorder = _recorder()
+    if recorder is None or not headers or names.TASK not in headers:
+        return
+    task_id, name = headers["id"], headers.get("task")
+    if not recorder.wants(events.SENT, task_id, name):
+        return
+    who = recorder.identity(task_id, None, headers)
+    arguments = recorder.recorded_args(name or "", body[0], body[1]) if isinstance(body, tuple) else {}
+    stamped = headers.get("stamped_headers")
+    stamps = headers.get("stamps") or {}
+    exchange = getattr(exchange, "name", exchange)
+    recorder.cast(
+        recorder.event(
+            events.SENT,
+            task_id,
+            who,
+            name=name,
+            attempt=headers.get("retries") or 0,
+            queue=routing_key if not exchange else None,
+            exchange=exchange or None,
+            routing_key=routing_key,
+            eta=millis(headers.get("eta")),
+            message_expires=millis(headers.get("expires")),
+            parent=headers.get("parent_id"),
+            root=headers.get("root_id"),
+            group=headers.get("group"),
+            index=headers.get("group_index"),
+            chord=body_id(body[2].get("chord")) if isinstance(body, tuple) else None,
+            sent_at=headers[names.SENT_AT],
+            beat=headers.get(names.BEAT),
+            stamps={one: plain(stamps.get(one)) for one in stamped} if stamped else None,
+            ignored=bool(headers.get("ignore_result")),
+            expires_at=recorder.knowledge_expires(),
+            **arguments,
+        )
+    )
+
+
+# -- the worker's parent ---------------------------------------------------------------------
+
+
+@_harmless
+def received(request: Any = None, **_: Any) -> None:
+    """The parent got a message."""
+    recorder = _recorder()
+    if recorder is None or request is None:
+        return
+    request.request_dict[names.RECEIVED_AT] = recorder.clock.wall_ms()
+    recorder.clock.observe(field(request, names.HLC))
+    _note(recorder, events.RECEIVED, request.id, request, request.name)
+
+
+@_harmless
+def rejected(message: Any = None, exc: Any = None, **_: Any) -> None:
+    """The parent refused a message."""
+    recorder = _recorder()
+    headers = dict(getattr(message, "headers", None) or {})
+    if recorder is not None and headers.get("id"):
+        _note(recorder, events.REJECTED, headers["id"], headers, headers.get("task"), message=str(exc)[:MESSAGE_LIMIT])
+
+
+@_harmless
+def unknown(name: str | None = None, id: str | None = None, message: Any = None, exc: Any = None, **_: Any) -> None:  # noqa: A002
+    """The parent knows no such task."""
+    recorder = _recorder()
+    headers = dict(getattr(message, "headers", None) or {})
+    if recorder is not None and id:
+        _note(recorder, events.UNKNOWN_TASK, id, headers, name, message=str(exc)[:MESSAGE_LIMIT])
+
+
+# -- the worker's child ----------------------------------------------------------------------
+
+
+@_harmless
+def prerun(task_id: str | None = None, task: Any = None, **_: Any) -> None:
+    """An attempt starts; what it stores from now on knows since when."""
+    recorder = _recorder()
+    if recorder is None or task is None or not task_id:
+        return
+    request = task.request
+    if request.is_eager:
+        return
+    recorder.retries.taken = None
+    recorder.clock.observe(field(request, names.HLC))
+    setattr(request, names.STARTED_AT, recorder.clock.wall_ms())
+    request._ckb_monotonic = time.monotonic()  # noqa: SLF001 - ours, on Celery's open request object
+    ignored = get_actual_ignore_result(task, request)
+    if task.track_started and not ignored:
+        return  # STARTED is about to be stored, and says the same
+    _note(recorder, events.STARTED, task_id, request, task.name, ignored=bool(ignored))
+
+
+def _note(recorder: Recorder, kind: str, task_id: str, request: Any, name: str | None, **more: Any) -> None:
+    """Append an event that touches no document."""
+    if recorder.wants(kind, task_id, name):
+        who = recorder.identity(task_id, None, request)
+        more.setdefault("expires_at", recorder.knowledge_expires())
+        if name:
+            more.setdefault("name", name)
+        recorder.cast(recorder.event(kind, task_id, who, request, **more))
+
+
+# -- processes -------------------------------------------------------------------------------
+
+
+@_harmless
+def worker_init(**_: Any) -> None:
+    """This process is a worker's parent."""
+    for recorder in recorders():
+        recorder.worker_pid = os.getpid()
+
+
+@_harmless
+def worker_ready(**_: Any) -> None:
+    """Make the parent's handle ready, and watch once whether anybody folds what it appends."""
+    for recorder in recorders():
+        recorder.publisher.warm_up()
+        threading.Thread(target=_watch, args=(recorder,), name="celery-kafka-watch", daemon=True).start()
+
+
+def _watch(recorder: Recorder) -> None:
+    from celery_kafka_backend.configure import store_options  # noqa: PLC0415 - only in a worker, only once
+    from celery_kafka_backend.sinks.registry import open_view  # noqa: PLC0415
+
+    url = recorder.settings.views[0]
+    try:
+        while (sample := recorder.publisher.latest) is None:
+            time.sleep(1)
+        view = open_view(url, store_options(recorder.app, recorder.settings, url))
+        try:
+            deadline = time.monotonic() + IDLE_AFTER_S
+            while time.monotonic() < deadline:
+                time.sleep(1)
+                if view.positions().get(sample.partition, -1) > sample.offset:
+                    return
+        finally:
+            view.close()
+    except Exception:
+        logger.warning("cannot tell whether a processor folds results into %s", mask(url), exc_info=True)
+        return
+    logger.warning(
+        "no processor folds results into %s: they are safe in Kafka at %s, but no client will see one until "
+        "`celery -A %s pipeline run` runs",
+        mask(url), recorder.settings.bootstrap_servers, recorder.app_name or "proj",
+    )  # fmt: skip
+
+
+@_harmless
+def child_init(**_: Any) -> None:
+    """Make a child's own handle ready before its first task."""
+    for recorder in recorders():
+        recorder.clock.renew_lock()
+        recorder.publisher.warm_up()
+
+
+@_harmless
+def child_shutdown(**_: Any) -> None:
+    """Flush: children leave by ``os._exit``, so nothing else would."""
+    for recorder in recorders():
+        recorder.publisher.flush(recorder.settings.delivery_timeout_s)
+
+
+_HANDLERS: Final = (
+    (signals.before_task_publish, before_publish),
+    (signals.after_task_publish, after_publish),
+    (signals.task_received, received),
+    (signals.task_rejected, rejected),
+    (signals.task_unknown, unknown),
+    (signals.task_prerun, prerun),
+    (signals.worker_init, worker_init),
+    (signals.worker_ready, worker_ready),
+    (signals.worker_process_init, child_init),
+    (signals.worker_process_shutdown, child_shutdown),
+    (signals.worker_shutdown, child_shutdown),
+)
