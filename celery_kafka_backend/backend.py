@@ -166,6 +166,7 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
             self, self.app, self.accept, self._pending_results, self._pending_messages
         )
         self._here = threading.local()
+        self.recorder.positions = lambda: self.reader.positions()  # opens the view only when asked
         signals.connect()
 
     @cached_property

@@ -28,7 +28,7 @@ from typing import Any, Final
 import msgspec
 
 from celery_kafka_backend.errors import UnknownVersion, Unreadable
-from celery_kafka_backend.events import Event, NativeParts
+from celery_kafka_backend.events import NOTHING, Event, NativeParts
 from celery_kafka_backend.order import key_text
 
 VERSION: Final = 1
@@ -62,6 +62,9 @@ _raw_map = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 def encode(event: Event) -> bytes:
     """Return the record value of an event."""
+    if event.doc is not NOTHING and not bytes(event.doc):
+        # omit_defaults goes by identity here: any other empty Raw would be written as a field without a value.
+        event = msgspec.structs.replace(event, doc=NOTHING)
     # omit_defaults leaves v out, as it is the default: a reader needs it, so it is put in front.
     try:
         body = _encoder.encode(event)

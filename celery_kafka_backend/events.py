@@ -53,7 +53,7 @@ CHILD: Final = "child"
 PROCESSOR: Final = "processor"
 OPERATOR: Final = "operator"
 
-_NOTHING: Final = msgspec.Raw(b"")
+NOTHING: Final = msgspec.Raw(b"")
 
 # JSON has integers of any size, stores do not: the bounds are checked when bytes are decoded, so that a number that
 # no store can hold is a dead letter instead of a sink's crash.
@@ -159,7 +159,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fa
     pid: _Count = 0
     run: _Run | None = None
     state: str | None = None
-    doc: msgspec.Raw = _NOTHING
+    doc: msgspec.Raw = NOTHING
     opaque: Opaque | None = None
     date_done: str | None = None
     expires_at: _Ms | None = None
@@ -211,13 +211,13 @@ class NativeParts(msgspec.Struct, frozen=True):
     """A JSON document's parts, still encoded, for stores with a column for each; empty if absent."""
 
     status: str = "PENDING"
-    result: msgspec.Raw = _NOTHING
+    result: msgspec.Raw = NOTHING
     traceback: str | None = None
-    children: msgspec.Raw = _NOTHING
-    date_done: msgspec.Raw = _NOTHING
+    children: msgspec.Raw = NOTHING
+    date_done: msgspec.Raw = NOTHING
     name: str | None = None
-    args: msgspec.Raw = _NOTHING
-    kwargs: msgspec.Raw = _NOTHING
+    args: msgspec.Raw = NOTHING
+    kwargs: msgspec.Raw = NOTHING
     worker: str | None = None
     retries: _Int | None = None
     queue: str | None = None

@@ -154,7 +154,8 @@ def parse(url: str, given: Mapping[str, Any] | None = None) -> Settings:
         _same("bootstrap_servers", values.get("bootstrap_servers") or servers, servers)
         values["bootstrap_servers"] = servers
     if from_url:
-        _same("views", list(values.get("views") or from_url), list(from_url))
+        given_views = values.get("views") or from_url
+        _same("views", tuple(given_views) if isinstance(given_views, (list, tuple)) else given_views, from_url)
         values["views"] = from_url
     try:
         settings = msgspec.convert(values, Settings, strict=True)
@@ -366,7 +367,9 @@ def _masked_pair(pair: str) -> str:
         return f"{name}=**"
     if not equals and "@" in name:
         return f"**@{name.rpartition('@')[2]}"
-    plain = unquote(value)
+    plain = value
+    while (once := unquote(plain)) != plain:  # a URL inside a URL inside a URL
+        plain = once
     if "@" in plain and "://" not in plain:
         return f"{name}=**@{plain.rpartition('@')[2]}"
     if plain == value and "@" not in value and "?" not in value:

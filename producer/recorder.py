@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from celery import Celery
 
+    from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.order import Clock
     from celery_kafka_backend.producer.publisher import Delivery, Publisher
     from celery_kafka_backend.settings import Settings
@@ -91,6 +92,8 @@ class Recorder:
         self.generations = Remembered()
         self.worker_pid = 0
         """Pid of the worker's main process, 0 outside workers."""
+        self.positions: Callable[[], Mapping[Partition, int]] = dict
+        """Asks the primary view how far it is; the backend puts it here."""
         self.retries = threading.local()
         self.host = socket.gethostname()
         self._redact = self._redactor(settings.redact)

@@ -17,6 +17,7 @@ from celery import signals
 from celery.app.task import get_actual_ignore_result
 
 from celery_kafka_backend import events, order
+from celery_kafka_backend.errors import StoreError
 from celery_kafka_backend.producer import headers as names
 from celery_kafka_backend.producer.recorder import (
     MESSAGE_LIMIT,
@@ -259,29 +260,22 @@ def worker_ready(**_: Any) -> None:
 
 
 def _watch(recorder: Recorder) -> None:
-    from celery_kafka_backend.configure import store_options  # noqa: PLC0415 - only in a worker, only once
-    from celery_kafka_backend.sinks.registry import open_view  # noqa: PLC0415
-
-    url = recorder.settings.views[0]
+    url = mask(recorder.settings.views[0])
     try:
         while (sample := recorder.publisher.latest) is None:
             time.sleep(1)
-        view = open_view(url, store_options(recorder.app, recorder.settings, url))
-        try:
-            deadline = time.monotonic() + IDLE_AFTER_S
-            while time.monotonic() < deadline:
-                time.sleep(1)
-                if view.positions().get(sample.partition, -1) > sample.offset:
-                    return
-        finally:
-            view.close()
-    except Exception:
-        logger.warning("cannot tell whether a processor folds results into %s", mask(url), exc_info=True)
+        deadline = time.monotonic() + IDLE_AFTER_S
+        while time.monotonic() < deadline:
+            time.sleep(1)
+            if recorder.positions().get(sample.partition, -1) > sample.offset:
+                return
+    except StoreError as exc:
+        logger.warning("cannot tell whether a processor folds results into %s: %s", url, exc)
         return
     logger.warning(
         "no processor folds results into %s: they are safe in Kafka at %s, but no client will see one until "
         "`celery -A %s pipeline run` runs",
-        mask(url), recorder.settings.bootstrap_servers, recorder.app_name or "proj",
+        url, recorder.settings.bootstrap_servers, recorder.app_name or "proj",
     )  # fmt: skip
 
 

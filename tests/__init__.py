@@ -1,0 +1,1 @@
+"""A package only so that ``tests.services`` has one name, whoever imports it; test modules are not imported by name."""

@@ -1,0 +1,88 @@
+"""What every test may use: real servers, started when the first test asks, and the proof that nothing outlives the run.
+
+A server that is missing or does not start skips only the tests that asked for it. Where ``REQUIRE_SERVICES`` names it
+(``all``, or a comma list of ``kafka``, ``kafka3``, ``redis``), they fail instead: that is how CI notices.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from tests.services import processes
+from tests.services.catalogue import SERVICES
+from tests.services.errors import ServiceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.services.catalogue import Server
+    from tests.services.kafka import KafkaCluster
+    from tests.services.redis import RedisServer
+
+MARK = "CKB_TEST_SESSION"
+GRACE_S = 5.0  # a process that has just been told to end may need a moment
+
+
+def pytest_configure() -> None:
+    """Mark everything that we start: children inherit the environment, and orphans keep it."""
+    os.environ[MARK] = secrets.token_hex(8)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run if it leaves a process behind; by now every fixture is torn down."""
+    deadline = time.monotonic() + GRACE_S
+    while (left := processes.started_by_us(MARK, os.environ[MARK])) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in left:
+        print(f"\nLEAK: process {process.pid} outlived the tests: {process.command}")
+        processes.kill(process)
+    if left and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _running(name: str) -> Iterator[Server]:
+    try:
+        server = SERVICES[name].started()
+    except ServiceError as error:
+        required = os.environ.get("REQUIRE_SERVICES", "").split(",")
+        if "all" in required or name in required:
+            pytest.fail(f"{name} is required (REQUIRE_SERVICES): {error}", pytrace=False)
+        pytest.skip(f"{name}: {error}")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[KafkaCluster]:
+    """One broker, shared by the whole run: never kill it."""
+    yield from cast("Iterator[KafkaCluster]", _running("kafka"))
+
+
+@pytest.fixture(scope="session")
+def kafka3() -> Iterator[KafkaCluster]:
+    """Three brokers, for a test that kills one or looks at replicas; it must leave all three running."""
+    yield from cast("Iterator[KafkaCluster]", _running("kafka3"))
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisServer]:
+    """A Redis shared by the whole run; a test that kills one starts its own with ``tests.services.redis.start``."""
+    yield from cast("Iterator[RedisServer]", _running("redis"))
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """An empty database of the shared Redis, for one test. Channels are not per database: use unique ids."""
+    return redis_server.clean_database()
+
+
+@pytest.fixture
+def topic_prefix() -> str:
+    """What to put before the names of topics and consumer groups, for the brokers are shared."""
+    return f"t{secrets.token_hex(5)}-"

@@ -1,0 +1,110 @@
+"""The app that the fleet tests' workers run; everything about its surroundings comes from the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+from celery import Celery, chord, group
+
+app = Celery("fleet", broker=os.environ["FLEET_BROKER"], backend=os.environ["FLEET_BACKEND"])
+app.conf.update(
+    kafka_backend_settings=json.loads(os.environ.get("FLEET_SETTINGS", "{}")),
+    task_acks_late=False,
+    worker_prefetch_multiplier=1,
+    broker_connection_retry_on_startup=True,
+    broker_transport_options={"polling_interval": 0.01},
+    worker_hijack_root_logger=False,
+    **json.loads(os.environ.get("FLEET_CONF", "{}")),
+)
+
+
+@app.task
+def add(x, y):
+    return x + y
+
+
+@app.task
+def total(numbers):
+    return sum(numbers)
+
+
+@app.task
+def fail(text="no"):
+    raise ValueError(text)
+
+
+@app.task(bind=True, max_retries=3)
+def flaky(self, failures):
+    if self.request.retries < failures:
+        raise self.retry(countdown=0.05, exc=RuntimeError(f"attempt {self.request.retries}"))
+    return self.request.retries
+
+
+@app.task(bind=True)
+def progress(self, steps):
+    for step in range(steps):
+        self.update_state(state="PROGRESS", meta={"step": step})
+    return steps
+
+
+@app.task
+def nap(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+@app.task(ignore_result=True)
+def quiet():
+    return "not stored"
+
+
+@app.task(bind=True)
+def replaced(self, x, y):
+    raise self.replace(add.s(x, y))
+
+
+@app.task
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(acks_late=True, reject_on_worker_lost=True)
+def die_once(path):
+    if not os.path.exists(path):
+        with open(path, "w") as file:
+            file.write("died")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "second life"
+
+
+@app.task
+def big(size):
+    return "x" * size
+
+
+@app.task(bind=True)
+def identity(self):
+    return {"run": self.request.ckb_run, "hlc": self.request.ckb_hlc, "id": self.request.id}
+
+
+@app.task(bind=True)
+def identity_after(self, _previous):
+    return {"run": self.request.ckb_run, "hlc": self.request.ckb_hlc, "id": self.request.id}
+
+
+@app.task(bind=True)
+def spawn(self, n):
+    return [r.id for r in group(add.s(i, i) for i in range(n)).apply_async().results]
+
+
+@app.task
+def fan_in(n):
+    return chord([add.s(i, i) for i in range(n)])(total.s()).id
+
+
+@app.task(result_expires=30)
+def short_lived():
+    return 1

@@ -1,0 +1,48 @@
+"""The servers that there are, by the name of their fixture."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from tests.services import kafka, redis
+from tests.services.errors import Missing, ServiceError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Server(Protocol):
+    """What every started server can do."""
+
+    def stop(self) -> None:
+        """End it and throw its data away."""
+
+
+class Service(NamedTuple):
+    """How to come by one server."""
+
+    missing: Callable[[], list[Missing]]
+    install: Callable[[], None]
+    start: Callable[[], Server]
+    address: Callable[..., str]
+
+    def started(self) -> Server:
+        """Start it, after a look whether that can work: "no Java" tells more than a failed command.
+
+        Raises:
+            ServiceError: Something is missing, or it did not start.
+        """
+        missing = self.missing()
+        if missing:
+            raise ServiceError("; ".join(map(str, missing)))
+        return self.start()
+
+
+SERVICES = {
+    "kafka": Service(kafka.missing, kafka.install, kafka.start, lambda cluster: cluster.bootstrap),
+    "kafka3": Service(
+        kafka.missing, kafka.install, functools.partial(kafka.start, 3), lambda cluster: cluster.bootstrap
+    ),
+    "redis": Service(redis.missing, redis.install, redis.start, lambda server: server.url),
+}

