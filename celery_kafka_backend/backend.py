@@ -10,7 +10,7 @@ import threading
 import time
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 from celery import states
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from celery import Celery
     from celery.result import GroupResult
 
+    from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.events import Event
     from celery_kafka_backend.producer.recorder import Identity, Recorder
 
@@ -67,6 +68,15 @@ _RANKS: Final = {
     states.REVOKED: Rank.FAILED,
 }
 _LOST: Final = frozenset({"WorkerLostError"})
+
+
+class _Ending(NamedTuple):
+    """The end of a task, fixed before the part and the state are sent."""
+
+    task_id: str
+    who: Identity
+    kind: str
+    more: dict[str, Any]
 
 
 class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
@@ -166,7 +176,7 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
             self, self.app, self.accept, self._pending_results, self._pending_messages
         )
         self._here = threading.local()
-        self.recorder.positions = lambda: self.reader.positions()  # opens the view only when asked
+        self.recorder.positions = self._positions
         signals.connect()
 
     @cached_property
@@ -174,6 +184,9 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         """Reads the primary view; its driver is imported only now."""
         url = self.settings.views[0]
         return Reader(url, configure.store_options(self.app, self.settings, url))
+
+    def _positions(self) -> dict[Partition, int]:
+        return self.reader.positions()
 
     def as_uri(self, include_password: bool = False) -> str:
         """Return the URL, passwords masked unless asked for."""
@@ -264,7 +277,8 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
 
     def _state_event(self, task_id: str, result: Any, encoded: Any, state: str, traceback: Any, request: Any) -> Event:
         own = request if field(request, "id") == task_id else None
-        who = self._planned(task_id) or self._identity(task_id, state, request)
+        planned = self._planned(task_id)
+        who = planned.who if planned else self._identity(task_id, state, request)
         meta = self._get_result_meta(result=encoded, state=state, traceback=traceback, request=own)
         meta["task_id"] = bytes_to_str(task_id)
         name = field(own, "task")
@@ -273,9 +287,9 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         more = self._outcome(result, state)
         if state == states.RETRY:
             more["due"] = self.recorder.taken_due(task_id)
-        kind = self._here.__dict__.pop("kind", None) or self._kind(result, state)
+        more |= planned.more if planned else {}
         return self.recorder.event(
-            kind,
+            (planned and planned.kind) or self._kind(result, state),
             task_id,
             who,
             own,
@@ -389,7 +403,8 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
     ) -> None:
         """Store a revocation."""
         kind = events.EXPIRED if reason == "expired" else events.REVOKED
-        with self._ending(task_id, None, state, request, store_result, kind=kind, message=reason):
+        more = {"message": reason, "by": self.recorder.node, "terminated": reason == "terminated"}
+        with self._ending(task_id, None, state, request, store_result, kind, more):
             super().mark_as_revoked(task_id, reason, request=request, store_result=store_result, state=state)
 
     @contextmanager
@@ -401,53 +416,52 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         request: Any,
         stored: bool,
         kind: str | None = None,
-        message: str | None = None,
+        more: dict[str, Any] | None = None,
     ) -> Iterator[None]:
         """Fix the end's identity, send the part with it; keep Celery from sending it a second time."""
+        if not stored and field(request, "is_eager"):
+            yield  # ran in the caller: nobody else knows of it, and nothing is kept
+            return
         here = self._here
-        who = self._identity(task_id, state, request)
+        ending = _Ending(
+            task_id, self._identity(task_id, state, request), kind or self._kind(result, state), more or {}
+        )
         outer = getattr(here, "planned", None), getattr(here, "parted", None)
         try:
             if field(request, "chord") and field(request, "id") == task_id:
-                self._send_part(request, state, result, who, stored)
+                self._send_part(request, state, result, ending.who, stored)
                 here.parted = task_id
-            here.planned = (task_id, who)
-            if kind is not None:
-                here.kind = kind
-            if not stored:
-                self._log_ignored(task_id, result, state, request, who, kind, message)
+            if stored:
+                here.planned = ending
+            else:
+                self._log_ignored(ending, result, state, request)
             yield
         finally:
             here.planned, here.parted = outer
-            here.__dict__.pop("kind", None)
 
-    def _planned(self, task_id: str) -> Identity | None:
-        planned = getattr(self._here, "planned", None)
-        if planned is None or planned[0] != task_id:
+    def _planned(self, task_id: str) -> _Ending | None:
+        planned: _Ending | None = getattr(self._here, "planned", None)
+        if planned is None or planned.task_id != task_id:
             return None
         self._here.planned = None  # once: _fail_chain and errbacks store other things inside
-        who: Identity = planned[1]
-        return who
+        return planned
 
-    def _log_ignored(
-        self, task_id: str, result: Any, state: str, request: Any, who: Identity, kind: str | None, message: str | None
-    ) -> None:
-        """Log the end of a task that stores nothing: history and lost-task findings need it."""
-        self._here.planned = None
+    def _log_ignored(self, ending: _Ending, result: Any, state: str, request: Any) -> None:
+        """Log the end of a task that stores nothing: history and findings need it."""
         if not self.settings.record_ignored:
             return
+        who = ending.who
         who.key = 0
-        more = self._outcome(result, state)
-        if message:
-            more["message"] = message
         event = self.recorder.event(
-            kind or self._kind(result, state),
-            task_id, who, request,
+            ending.kind,
+            ending.task_id,
+            who,
+            request,
             state=state,
             ignored=True,
             expires_at=self._expires_at(who.wall, state, field(request, "task")),
-            **more,
-        )  # fmt: skip
+            **{**self._outcome(result, state), **ending.more},
+        )
         self.recorder.cast(event)
 
     # -- forgetting and groups ---------------------------------------------------------------

@@ -18,7 +18,7 @@ from celery_kafka_backend import events
 from celery_kafka_backend.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 DAY_MS: Final = 86_400_000
 SETTING: Final = "kafka_backend_settings"
@@ -88,11 +88,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     consumer: dict[str, Any] = {}
     view_options: dict[str, dict[str, Any]] = {}
 
-    def __rich_repr__(self) -> Iterator[tuple[str, Any]]:
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
         # msgspec's own would hand every secret to whoever prints with rich.
-        yield "bootstrap_servers", mask(self.bootstrap_servers)
-        yield "topic_prefix", self.topic_prefix
-        yield "views", [mask(view) for view in self.views]
+        return [
+            ("bootstrap_servers", mask(self.bootstrap_servers)),
+            ("topic_prefix", self.topic_prefix),
+            ("views", [mask(view) for view in self.views]),
+        ]
 
     def __repr__(self) -> str:
         return f"<Settings {mask(self.bootstrap_servers)} prefix={self.topic_prefix!r} views={[mask(v) for v in self.views]}>"

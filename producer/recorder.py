@@ -90,6 +90,8 @@ class Recorder:
         self.app_name = str(app.main or "")
         self.forgotten = Remembered()
         self.generations = Remembered()
+        self.node = ""
+        """Node name of the worker that this process belongs to, "" outside workers."""
         self.worker_pid = 0
         """Pid of the worker's main process, 0 outside workers."""
         self.positions: Callable[[], Mapping[Partition, int]] = dict

@@ -245,9 +245,10 @@ def _note(recorder: Recorder, kind: str, task_id: str, request: Any, name: str |
 
 
 @_harmless
-def worker_init(**_: Any) -> None:
+def worker_init(sender: Any = None, **_: Any) -> None:
     """This process is a worker's parent."""
     for recorder in recorders():
+        recorder.node = str(getattr(sender, "hostname", ""))
         recorder.worker_pid = os.getpid()
 
 

@@ -1,0 +1,157 @@
+"""A fleet as users run it: a prefork worker and `pipeline run`, each a process of its own, on real servers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.services import native
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = Path(__file__).parent
+READY_S = 60.0
+
+
+class Fleet:
+    """An app on its own topics and databases, and the processes that serve it."""
+
+    def __init__(
+        self, kafka: str, broker: str, view: str, folder: Path, settings: dict[str, Any], conf: dict[str, Any]
+    ):
+        self.folder = folder
+        self.view = view
+        self.environment = {
+            **os.environ,
+            "FLEET_BROKER": broker,
+            "FLEET_BACKEND": f"kafka://{kafka}/?view={view}",
+            "FLEET_SETTINGS": json.dumps(
+                {
+                    "topic_prefix": f"f{secrets.token_hex(4)}",
+                    "replication_factor": 1,
+                    "min_insync_replicas": 1,
+                    "partitions": 4,
+                    "chord_partitions": 4,
+                    "history": {"redis": True},
+                    **settings,
+                }
+            ),
+            "FLEET_CONF": json.dumps({"result_extended": True, **conf}),
+            "PYTHONPATH": str(HERE),
+        }
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._app: Any = None
+
+    def celery(self, *arguments: str) -> list[str]:
+        """The command line of `celery -A fleet_app …`."""
+        return [sys.executable, "-m", "celery", "-A", "fleet_app", *arguments]
+
+    def log(self, name: str) -> str:
+        """What a process has printed."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def start(self, name: str, *arguments: str, ready: str) -> None:
+        """Start a process and wait for a line of its log."""
+        output = (self.folder / f"{name}.log").open("wb")
+        self.processes[name] = native.popen(self.celery(*arguments), output=output, env=self.environment)
+        output.close()
+        self.until(name, ready)
+
+    def until(self, name: str, text: str, timeout_s: float = READY_S) -> None:
+        """Wait for a text in a process's log."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.log(name):
+            dead = self.processes[name].poll()
+            if dead is not None or time.monotonic() > deadline:
+                pytest.fail(
+                    f"{name} {'ended with ' + str(dead) if dead is not None else 'never said ' + text}:\n{self.log(name)[-3000:]}"
+                )
+            time.sleep(0.05)
+
+    def init(self) -> None:
+        """Create the topics."""
+        done = subprocess.run(
+            self.celery("pipeline", "init"),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def worker(self, *arguments: str, name: str = "worker") -> None:
+        """Start a prefork worker."""
+        self.start(
+            name,
+            "worker",
+            "-n",
+            f"{name}@%h",
+            "-c",
+            "2",
+            "-l",
+            "INFO",
+            "--without-gossip",
+            "--without-mingle",
+            *arguments,
+            ready="ready.",
+        )
+
+    def pipeline(self) -> None:
+        """Start the processors."""
+        self.start("pipeline", "pipeline", "run", ready="assigned")
+
+    @property
+    def app(self) -> Any:
+        """The client's app."""
+        if self._app is None:
+            for name in ("FLEET_BROKER", "FLEET_BACKEND", "FLEET_SETTINGS", "FLEET_CONF"):
+                os.environ[name] = self.environment[name]
+            sys.path.insert(0, str(HERE))
+            try:
+                sys.modules.pop("fleet_app", None)
+                import fleet_app  # noqa: PLC0415 - reads the environment
+            finally:
+                sys.path.remove(str(HERE))
+            self._app = fleet_app
+        return self._app
+
+    def stop(self) -> None:
+        """End every process, the worker first."""
+        for name, process in reversed(list(self.processes.items())):
+            with contextlib.suppress(Exception):
+                native.end(process)
+            self.processes.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def fleet(
+    kafka: Any, redis_server: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Fleet]:
+    """A running fleet for a module; parametrize indirectly with {"settings": …, "conf": …} to change it."""
+    more = getattr(request, "param", {})
+    made = Fleet(
+        kafka.bootstrap,
+        redis_server.clean_database(),
+        redis_server.clean_database(),
+        tmp_path_factory.mktemp("fleet"),
+        more.get("settings", {}),
+        more.get("conf", {}),
+    )
+    try:
+        made.init()
+        made.pipeline()
+        made.worker()
+        yield made
+    finally:
+        made.stop()

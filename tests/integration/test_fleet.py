@@ -1,0 +1,269 @@
+"""A real worker, real servers: what Celery users do, and what the log then says about it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+
+import pytest
+from celery import chain, chord, group
+from celery.exceptions import ChordError, TaskRevokedError, WorkerLostError
+from celery.result import AsyncResult, GroupResult
+
+from celery_kafka_backend import codec, events, order
+
+pytestmark = [pytest.mark.kafka, pytest.mark.redis]
+
+SOON = 30
+
+
+def history(fleet, task_id, until=None, timeout_s=10.0):
+    """Events of a task in order; waits for one of kind ``until``."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = [codec.decode(value) for value in fleet.app.app.backend.reader.history(task_id)]
+        if until is None or any(event.kind == until for event in found):
+            return found
+        assert time.monotonic() < deadline, f"no {until} in {[event.kind for event in found]}"
+        time.sleep(0.05)
+
+
+def kinds(found):
+    return [event.kind for event in found]
+
+
+def test_results_and_exceptions_come_back_as_they_were_raised(fleet):
+    tasks = fleet.app
+    assert tasks.add.delay(2, 3).get(timeout=SOON) == 5
+    with pytest.raises(ValueError, match="broken"):
+        tasks.fail.delay("broken").get(timeout=SOON)
+    failed = tasks.fail.delay("seen")
+    failed.get(timeout=SOON, propagate=False)
+    assert failed.state == "FAILURE"
+    assert "ValueError" in failed.traceback
+    assert failed.args == ["seen"]
+    assert failed.name == "fleet_app.fail"
+
+
+def test_a_task_leaves_its_whole_life_in_the_log(fleet):
+    result = fleet.app.add.delay(1, 1)
+    result.get(timeout=SOON)
+    life = history(fleet, result.id, events.SUCCESS)
+    assert kinds(life) == [events.SENT, events.RECEIVED, events.STARTED, events.SUCCESS]
+    sent, received, started, success = life
+    assert sent.role == events.CLIENT
+    assert received.role == events.PARENT
+    assert started.role == success.role == events.CHILD
+    assert sent.pid == os.getpid()
+    assert success.worker.startswith("worker@")
+    assert len({event.run for event in life}) == 1
+    assert success.sent_at <= success.received_at <= success.started_at <= success.at
+    assert 0 <= success.runtime_s < 5
+    assert sent.args == "(1, 1)"
+    assert success.queue == "celery"
+
+
+def test_a_retry_keeps_the_run_and_says_when_the_next_attempt_is_due(fleet):
+    result = fleet.app.flaky.delay(2)
+    assert result.get(timeout=SOON) == 2
+    life = history(fleet, result.id, events.SUCCESS)
+    assert len({event.run for event in life}) == 1
+    retries = [event for event in life if event.kind == events.RETRY]
+    assert [event.attempt for event in retries] == [0, 1]
+    assert all(event.exception == "builtins.RuntimeError" and event.due >= event.at for event in retries)
+    for retry in retries:
+        # Celery publishes the successor first; its start must beat the RETRY all the same.
+        follower = next(event for event in life if event.kind == events.RECEIVED and event.attempt == retry.attempt + 1)
+        assert retry.hlc < follower.hlc
+
+
+def test_custom_states_and_their_meta(fleet):
+    result = fleet.app.progress.delay(3)
+    assert result.get(timeout=SOON) == 3
+    steps = [event for event in history(fleet, result.id, events.SUCCESS) if event.kind == events.STATE]
+    assert [event.state for event in steps] == ["PROGRESS"] * 3
+    assert b'"step": 2' in steps[-1].document
+
+
+def test_an_ignored_result_leaves_no_document_but_its_life(fleet):
+    result = fleet.app.quiet.delay()
+    life = history(fleet, result.id, events.SUCCESS)
+    assert life[-1].ignored
+    assert life[-1].document is None
+    assert result.state == "PENDING"
+
+
+def test_a_replacement_inherits_the_run(fleet):
+    result = fleet.app.replaced.delay(4, 5)
+    assert result.get(timeout=SOON) == 9
+    life = history(fleet, result.id, events.SUCCESS)
+    assert len({event.run for event in life}) == 1
+    assert [event.name for event in life if event.kind == events.SENT] == ["fleet_app.replaced", "fleet_app.add"]
+
+
+def test_a_chain_s_successor_inherits_the_run_and_a_child_starts_its_own(fleet):
+    tasks = fleet.app
+    last = chain(tasks.identity.s(), tasks.identity_after.s())()
+    last.get(timeout=SOON)
+    assert last.result["run"] == last.parent.get(timeout=SOON)["run"]
+    parent = tasks.spawn.delay(2)
+    children = parent.get(timeout=SOON)
+    for child in children:
+        first = history(fleet, child, events.SUCCESS)[0]
+        assert first.parent == parent.id
+        assert first.run == order.run_at(first.sent_at)
+
+
+def test_a_killed_child_is_a_lost_worker_told_by_the_parent(fleet):
+    result = fleet.app.die.delay()
+    with pytest.raises(WorkerLostError):
+        result.get(timeout=SOON)
+    lost = history(fleet, result.id, events.WORKER_LOST)[-1]
+    assert lost.role == events.PARENT
+    assert lost.state == "FAILURE"
+
+
+def test_a_requeued_task_of_a_killed_child_succeeds_in_its_second_life(fleet, tmp_path):
+    result = fleet.app.die_once.delay(str(tmp_path / "died"))
+    assert result.get(timeout=SOON) == "second life"
+    life = history(fleet, result.id, events.SUCCESS)
+    assert kinds(life).count(events.STARTED) == 2
+    assert len({event.run for event in life}) == 1
+
+
+def test_revoked_before_it_starts(fleet):
+    tasks = fleet.app
+    busy = [tasks.nap.delay(1.5) for _ in range(2)]
+    waiting = tasks.add.delay(1, 1)
+    time.sleep(0.3)
+    waiting.revoke()
+    with pytest.raises(TaskRevokedError):
+        waiting.get(timeout=SOON)
+    assert history(fleet, waiting.id, events.REVOKED)[-1].by.startswith("worker@")
+    assert [one.get(timeout=SOON) for one in busy] == [1.5, 1.5]
+    assert waiting.state == "REVOKED"
+
+
+def test_revoked_while_it_runs(fleet):
+    running = fleet.app.nap.delay(30)
+    history(fleet, running.id, events.STARTED)
+    running.revoke(terminate=True, signal="SIGKILL")
+    with pytest.raises(TaskRevokedError):
+        running.get(timeout=SOON)
+    said = history(fleet, running.id, events.REVOKED)[-1]
+    assert said.message == "terminated"
+    assert said.by.startswith("worker@")
+
+
+def test_expired_before_a_worker_was_free(fleet):
+    tasks = fleet.app
+    busy = [tasks.nap.delay(1.5) for _ in range(2)]
+    late = tasks.add.apply_async((1, 1), expires=0.5)
+    with pytest.raises(TaskRevokedError):
+        late.get(timeout=SOON)
+    assert history(fleet, late.id, events.EXPIRED)[-1].state == "REVOKED"
+    for one in busy:
+        one.get(timeout=SOON)
+
+
+def test_a_result_over_the_limit_fails_the_task_and_says_so(fleet):
+    result = fleet.app.big.delay(2_000_000)
+    result.get(timeout=SOON, propagate=False)
+    assert result.state == "FAILURE"
+    assert "max_message_bytes" in str(result.result)
+
+
+def test_groups_are_saved_restored_and_deleted(fleet):
+    tasks = fleet.app
+    made = group(tasks.add.s(i, i) for i in range(4)).apply_async()
+    assert made.join_native(timeout=SOON) == [0, 2, 4, 6]
+    made.save()
+    again = GroupResult.restore(made.id, app=tasks.app)
+    assert again == made
+    assert again.get(timeout=SOON) == [0, 2, 4, 6]
+    made.delete()
+    tasks.app.backend._cache.clear()
+    assert GroupResult.restore(made.id, app=tasks.app) is None
+    made.save()
+    assert GroupResult.restore(made.id, app=tasks.app) == made
+
+
+def test_forgotten_is_gone_and_may_run_again(fleet):
+    tasks = fleet.app
+    task_id = str(uuid.uuid4())
+    tasks.add.apply_async((1, 1), task_id=task_id).get(timeout=SOON)
+    AsyncResult(task_id, app=tasks.app).forget()
+    assert AsyncResult(task_id, app=tasks.app).state == "PENDING"
+    again = tasks.add.apply_async((2, 2), task_id=task_id)
+    assert again.get(timeout=SOON) == 4
+
+
+def test_a_chord_s_body_gets_the_results_in_header_order(fleet):
+    tasks = fleet.app
+    assert chord([tasks.add.s(i, 0) for i in range(8)])(tasks.total.s()).get(timeout=SOON) == 28
+    inner = tasks.fan_in.delay(4).get(timeout=SOON)
+    assert AsyncResult(inner, app=tasks.app).get(timeout=SOON) == 12
+
+
+def test_a_chord_with_a_failing_member_fails_as_in_celery(fleet):
+    tasks = fleet.app
+    body = chord([tasks.add.s(1, 1), tasks.fail.s("member")])(tasks.total.s())
+    with pytest.raises(ChordError, match="member"):
+        body.get(timeout=SOON)
+
+
+def test_a_result_expires_when_its_task_says(fleet):
+    result = fleet.app.short_lived.delay()
+    result.get(timeout=SOON)
+    import redis  # noqa: PLC0415
+
+    with redis.Redis.from_url(fleet.view) as store:
+        left = store.pttl(f"celery-task-meta-{result.id}")
+    assert 0 < left <= 30_000
+
+
+STOCK = """
+    import sys
+    class Blocked:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "celery_kafka_backend":
+                raise ModuleNotFoundError(name)
+    sys.meta_path.insert(0, Blocked())
+    from celery import Celery
+    app = Celery(backend=sys.argv[1])
+    result = app.AsyncResult(sys.argv[2])
+    print("waiting", result.state, flush=True)
+    print(result.get(timeout=20), flush=True)
+"""
+
+
+def test_a_stock_client_that_was_already_waiting_hears_the_result(fleet):
+    tasks = fleet.app
+    task_id = str(uuid.uuid4())
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with subprocess.Popen(
+        [sys.executable, "-I", "-c", textwrap.dedent(STOCK), fleet.view, task_id],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as stock:
+        assert stock.stdout.readline() == "waiting PENDING\n"
+        time.sleep(0.3)
+        tasks.add.apply_async((20, 22), task_id=task_id)
+        assert stock.stdout.readline() == "42\n"
+        assert stock.wait(10) == 0
+
+
+def test_recycled_children_lose_nothing(fleet):
+    fleet.worker("--max-tasks-per-child=1", "-Q", "recycled", name="recycler")
+    tasks = fleet.app
+    sent = [tasks.add.apply_async((i, i), queue="recycled") for i in range(20)]
+    assert [one.get(timeout=60) for one in sent] == [2 * i for i in range(20)]
+    process = fleet.processes.pop("recycler")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
