@@ -316,8 +316,10 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
             return None
         if shown is None:
             return None
-        side = shown.side
-        return (side.run if side else 0) or order.run_of_key(shown.key), side.seen if side else 0
+        wall = self.recorder.clock.wall_ms()
+        # A publisher at 2099 may have left its run in the side record: the greatest that can be believed.
+        runs = (order.trusted_run(shown.side.run if shown.side else None, wall), order.run_of_key(shown.key))
+        return max((run for run in runs if run), default=None), shown.side.seen if shown.side else 0
 
     @staticmethod
     def _kind(result: Any, state: str) -> str:

@@ -7,6 +7,8 @@ are the user's, except those that a promise rests on (`settings` refuses these).
 from __future__ import annotations
 
 import logging
+import re
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from confluent_kafka import KafkaError, KafkaException
@@ -50,6 +52,31 @@ _REMEDIES: Final = {
 }
 
 
+class _OncePerInterval(logging.Filter):
+    """Lets each complaint of librdkafka through once per interval: it repeats them at every reconnect."""
+
+    def __init__(self, interval_s: float) -> None:
+        super().__init__()
+        self._interval_s = interval_s
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log it."""
+        text = _VARYING.sub("", record.getMessage())
+        now = time.monotonic()
+        if now - self._said.get(text, -self._interval_s) < self._interval_s:
+            return False
+        if len(self._said) > 1000:
+            self._said.clear()
+        self._said[text] = now
+        return True
+
+
+_VARYING: Final = re.compile(r"\d+ms|producer-\d+|consumer-\d+|\d+ identical error\(s\) suppressed")
+_driver_logger: Final = logging.getLogger("celery_kafka_backend.librdkafka")
+_driver_logger.addFilter(_OncePerInterval(60.0))
+
+
 def _common(settings: Settings, *extra: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "bootstrap.servers": settings.bootstrap_servers,
@@ -58,7 +85,7 @@ def _common(settings: Settings, *extra: Mapping[str, Any]) -> dict[str, Any]:
         "reconnect.backoff.max.ms": 2_000,
         "socket.keepalive.enable": True,
         # librdkafka logs to stderr by itself otherwise, into the middle of a worker's log.
-        "logger": logging.getLogger("celery_kafka_backend.librdkafka"),
+        "logger": _driver_logger,
     }
     for options in (settings.client, *extra):
         config.update(options)

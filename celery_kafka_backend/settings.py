@@ -370,11 +370,14 @@ def _masked_pair(pair: str) -> str:
     if not equals and "@" in name:
         return f"**@{name.rpartition('@')[2]}"
     plain = value
-    while (once := unquote(plain)) != plain:  # a URL inside a URL inside a URL
+    while "://" not in plain and (once := unquote(plain)) != plain:  # a URL inside a URL inside a URL
         plain = once
-    if "@" in plain and "://" not in plain:
-        return f"{name}=**@{plain.rpartition('@')[2]}"
-    if plain == value and "@" not in value and "?" not in value:
-        return pair
+    if "://" not in plain:
+        return f"{name}=**@{plain.rpartition('@')[2]}" if "@" in plain else pair
     masked = mask(plain)
+    bare = masked
+    while (once := unquote(bare)) != bare:
+        bare = once
+    if bare != masked and mask(bare) != bare:  # partly encoded: it hides something yet
+        return f"{name}=**"
     return pair if masked == plain else name + equals + quote(masked, safe="*:/?@,;=+[]")

@@ -126,7 +126,7 @@ class Publisher:
                     threading.Thread(
                         target=self._poll, args=(self._producer, self._pid), name="celery-kafka-poll", daemon=True
                     ).start()
-                    atexit.register(self.close)
+                    atexit.register(self._at_exit)
         return self._producer
 
     def _new(self) -> Any:
@@ -255,13 +255,18 @@ class Publisher:
             return 0
         return int(self._producer.flush(timeout_s))
 
-    def close(self) -> None:
-        """Flush, bounded, at the end of a process. Called any number of times."""
+    def _at_exit(self) -> None:
         left = self.flush(EXIT_FLUSH_S)
         if left:
             logger.warning(
                 "%d events had not reached Kafka at %s when this process ended", left, self.settings.bootstrap_servers
             )
+
+    def close(self) -> None:
+        """Flush, bounded, and let go of the handle. Called any number of times; a later publish makes a new one."""
+        self._at_exit()
+        atexit.unregister(self._at_exit)
+        self._producer, self._pid = None, 0
 
 
 _publishers: Final[dict[str, Publisher]] = {}

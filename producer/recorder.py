@@ -144,6 +144,9 @@ class Recorder:
         self.clock.observe(hlc)
         wall = self.clock.wall_ms()
         run = order.trusted_run(run, wall)
+        if run is not None:
+            # A publisher some minutes ahead: below its unit's start all our readings would tie at 0.
+            self.clock.observe(order.run_start_ms(run))
         taken = self.taken_hlc(task_id) if rank is order.Rank.UNREADY else None
         tick = taken if taken is not None else self.clock.tick()
         return Identity(uuid4().hex, wall, tick, run, 0 if rank is None else order.order_key(rank, tick, run))

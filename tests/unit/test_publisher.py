@@ -1,0 +1,118 @@
+"""The publisher on librdkafka's own broker, which lives in this process: no server needed."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from confluent_kafka import Consumer, Producer
+
+from celery_kafka_backend import settings as settings_module
+from celery_kafka_backend.errors import NotAcknowledged, SettingsError, TooLarge
+from celery_kafka_backend.producer.publisher import Publisher
+
+
+@pytest.fixture(scope="module")
+def broker():
+    mock = Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "ignored", "log_level": 0})
+    address = next(iter(mock.list_topics(timeout=10).brokers.values()))
+    yield f"{address.host}:{address.port}"
+    del mock
+
+
+@pytest.fixture
+def publisher():
+    made = []
+
+    def make(address, **given):
+        made.append(Publisher(settings_module.parse(f"kafka://{address}/?view=memory://x", given)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def read(address, topic, n):
+    consumer = Consumer({"bootstrap.servers": address, "group.id": "test", "auto.offset.reset": "earliest"})
+    consumer.subscribe([topic])
+    found = []
+    deadline = time.monotonic() + 20
+    while len(found) < n and time.monotonic() < deadline:
+        message = consumer.poll(0.2)
+        if message is not None and message.error() is None:
+            found.append(message.value())
+    consumer.close()
+    return found
+
+
+def test_a_delivery_knows_where_its_record_is(broker, publisher):
+    made = publisher(broker)
+    delivery = made.publish("where", b"k", b"v", wait_s=10)
+    delivery.wait(10)
+    assert delivery.done
+    assert delivery.stored.partition.topic == "where"
+    assert delivery.stored.offset >= 0
+
+
+def test_a_fork_parks_the_inherited_handle_and_both_sides_deliver(broker, publisher):
+    made = publisher(broker)
+    made.publish("forked", b"k", b"parent before").wait(10)
+    inherited = made._producer
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            started = time.monotonic()
+            made.publish("forked", b"k", b"child").wait(10)
+            code = 0 if made._producer is not inherited and time.monotonic() - started < 8 else 2
+        finally:
+            os._exit(code)
+    made.publish("forked", b"k", b"parent after").wait(10)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert sorted(read(broker, "forked", 3)) == [b"child", b"parent after", b"parent before"]
+
+
+def test_a_forking_thread_does_not_jam_the_child_s_lock(broker, publisher):
+    made = publisher(broker)
+    made.publish("locked", b"k", b"1").wait(10)
+    with made._lock:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                made.publish("locked", b"k", b"2").wait(10)
+                code = 0
+            finally:
+                os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_no_answer_is_bounded_and_says_so(publisher):
+    made = publisher("127.0.0.1:9", delivery_timeout_s=1.0)
+    delivery = made.publish("t", b"k", b"v")
+    started = time.monotonic()
+    with pytest.raises(NotAcknowledged):
+        delivery.wait(0.3)
+    assert time.monotonic() - started < 2
+    with pytest.raises(NotAcknowledged):
+        delivery.wait(10)  # librdkafka's own bound
+
+
+def test_a_record_over_the_limit_is_refused_at_once(broker, publisher):
+    made = publisher(broker, max_message_bytes=2000)
+    with pytest.raises(TooLarge):
+        made.publish("t", b"k", b"x" * 3000)
+
+
+def test_casting_never_fails_and_counts_what_it_dropped(publisher):
+    made = publisher("127.0.0.1:9", producer={"queue.buffering.max.messages": 2})
+    assert [made.cast("t", b"k", b"v") for _ in range(4)] == [True, True, False, False]
+    assert made.dropped == 2
+
+
+def test_an_option_that_librdkafka_does_not_know_is_named(publisher):
+    made = publisher("127.0.0.1:9", client={"no.such.option": "1"})
+    with pytest.raises(SettingsError, match=r"no\.such\.option"):
+        made.publish("t", b"k", b"v")

@@ -1,0 +1,55 @@
+"""A view's name is its consumer group: what changes it makes the view read the whole log again."""
+
+from __future__ import annotations
+
+import pytest
+
+from celery_kafka_backend.processors.materializer import view_name
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("redis://localhost:6379/0", "redis-efb43d30"),
+        ("sqlite:////var/lib/results.db", "sqlite-2169843a"),
+        ("memory://demo", "memory-90aa46eb"),
+    ],
+)
+def test_a_name_stays_the_same_for_ever(url: str, name: str) -> None:
+    assert view_name(url) == name
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://localhost",
+        "redis://localhost/",
+        "redis://LOCALHOST:6379/0",
+        "redis://user:old@localhost/0",
+        "redis://:new@localhost:6379/0",
+        "redis://localhost/0?socket_timeout=3",
+        "redis://localhost?db=0",
+    ],
+)
+def test_credentials_timeouts_and_defaults_do_not_change_it(url: str) -> None:
+    assert view_name(url) == view_name("redis://localhost:6379/0")
+
+
+def test_another_host_port_database_or_path_is_another_view() -> None:
+    urls = [
+        "redis://a/0",
+        "redis://a/1",
+        "redis://a?db=2",
+        "redis://a:6380/0",
+        "redis://b/0",
+        "redis://[::1]/0",
+        "rediss://a/0",
+        "sqlite:///a.db",
+        "sqlite:////a.db",
+        "memory://a",
+    ]
+    assert len({view_name(url) for url in urls}) == len(urls)
+
+
+def test_it_never_shows_a_password() -> None:
+    assert "secret" not in view_name("redis://:secret@host/0")
