@@ -118,6 +118,10 @@ class Recorder:
         """Pid of this process."""
         return os.getpid()
 
+    def in_worker(self, parent_pid: int, node: str) -> None:
+        """Say that this process belongs to a worker. Backends are made after ``worker_init``, too late to hear it."""
+        self.worker_pid, self.node = parent_pid, node
+
     @property
     def role(self) -> str:
         """Which part of the system this thread is right now."""

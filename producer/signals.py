@@ -14,6 +14,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from celery import signals
+from celery import states as states_of
 from celery.app.task import get_actual_ignore_result
 
 from celery_kafka_backend import events, order
@@ -146,6 +147,7 @@ def after_publish(
     if not recorder.wants(events.SENT, task_id, name):
         return
     who = recorder.identity(task_id, None, headers)
+    who.hlc = headers[names.HLC]  # as in the message: everything that a worker says of it is later
     arguments = recorder.recorded_args(name or "", body[0], body[1]) if isinstance(body, tuple) else {}
     stamped = headers.get("stamped_headers")
     stamps = headers.get("stamps") or {}
@@ -231,6 +233,22 @@ def prerun(task_id: str | None = None, task: Any = None, **_: Any) -> None:
     _note(recorder, events.STARTED, task_id, request, task.name, ignored=bool(ignored))
 
 
+@_harmless
+def postrun(task_id: str | None = None, task: Any = None, retval: Any = None, state: str | None = None, **_: Any) -> None:
+    """An attempt ended in a way that stores nothing: the task refused its message, or ignored it."""
+    recorder = _recorder()
+    if recorder is None or task is None or not task_id or state not in _STORED_NOWHERE or task.request.is_eager:
+        return
+    if state == states_of.REJECTED:
+        more = {"requeue": bool(getattr(retval, "requeue", False)), "message": str(getattr(retval, "reason", ""))[:MESSAGE_LIMIT]}
+        _note(recorder, events.REJECTED, task_id, task.request, task.name, **more)
+    else:
+        _note(recorder, events.STATE, task_id, task.request, task.name, state=state)
+
+
+_STORED_NOWHERE: Final = frozenset({states_of.REJECTED, states_of.IGNORED})
+
+
 def _note(recorder: Recorder, kind: str, task_id: str, request: Any, name: str | None, **more: Any) -> None:
     """Append an event that touches no document."""
     if recorder.wants(kind, task_id, name):
@@ -245,17 +263,10 @@ def _note(recorder: Recorder, kind: str, task_id: str, request: Any, name: str |
 
 
 @_harmless
-def worker_init(sender: Any = None, **_: Any) -> None:
-    """This process is a worker's parent."""
+def worker_ready(sender: Any = None, **_: Any) -> None:
+    """This is a worker's parent: make its handle ready, and watch once whether anybody folds what it appends."""
     for recorder in recorders():
-        recorder.node = str(getattr(sender, "hostname", ""))
-        recorder.worker_pid = os.getpid()
-
-
-@_harmless
-def worker_ready(**_: Any) -> None:
-    """Make the parent's handle ready, and watch once whether anybody folds what it appends."""
-    for recorder in recorders():
+        recorder.in_worker(os.getpid(), str(getattr(sender, "hostname", "")))
         recorder.publisher.warm_up()
         threading.Thread(target=_watch, args=(recorder,), name="celery-kafka-watch", daemon=True).start()
 
@@ -284,6 +295,7 @@ def _watch(recorder: Recorder) -> None:
 def child_init(**_: Any) -> None:
     """Make a child's own handle ready before its first task."""
     for recorder in recorders():
+        recorder.in_worker(os.getppid(), recorder.node)
         recorder.clock.renew_lock()
         recorder.publisher.warm_up()
 
@@ -302,7 +314,7 @@ _HANDLERS: Final = (
     (signals.task_rejected, rejected),
     (signals.task_unknown, unknown),
     (signals.task_prerun, prerun),
-    (signals.worker_init, worker_init),
+    (signals.task_postrun, postrun),
     (signals.worker_ready, worker_ready),
     (signals.worker_process_init, child_init),
     (signals.worker_process_shutdown, child_shutdown),

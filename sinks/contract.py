@@ -45,7 +45,8 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
         namespace: Keeps two pipelines in one store apart; the topic prefix.
         key_prefix: Celery's ``global_keyprefix``, already with its separator; "" if unset.
         history: Keep the history of every task in this store. None: the store's own default.
-        history_limit: Keep at most so many events per task, the latest by HLC; 0: all.
+        history_limit: Keep at most so many events per task, the latest by HLC; 0: all. A store on disk, such as SQLite,
+            keeps all.
         serializer: Name of the app's result serializer (the SQL columns need none).
         options: The store's own options, as Celery names them.
     """

@@ -8,6 +8,7 @@ import signal
 import time
 
 from celery import Celery, chord, group
+from celery.exceptions import Ignore, Reject
 
 app = Celery("fleet", broker=os.environ["FLEET_BROKER"], backend=os.environ["FLEET_BACKEND"])
 app.conf.update(
@@ -108,3 +109,13 @@ def fan_in(n):
 @app.task(result_expires=30)
 def short_lived():
     return 1
+
+
+@app.task
+def refuse():
+    raise Reject("not today", requeue=False)
+
+
+@app.task
+def shrug():
+    raise Ignore

@@ -1,0 +1,239 @@
+"""The read side of the Redis store; keys and guarantee are in `redis`."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import msgspec
+
+from celery_kafka_backend.changes import GROUP, TASK, Partition
+from celery_kafka_backend.errors import Unavailable
+from celery_kafka_backend.order import KEY_DIGITS
+from celery_kafka_backend.settings import mask
+from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, Subscription, View, document_row, side_row
+from celery_kafka_backend.sinks.redis_wire import CHORD, CHORD_EXPIRY, NATIVE, connect, connection, translated, unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    import redis
+
+CHUNK: Final = 1000
+"""Ids per round trip of a read."""
+
+
+class RedisSubscription(Subscription):
+    """A client's channel, on a connection of its own."""
+
+    def __init__(self, url: str, client: redis.Redis, channel: str) -> None:
+        self._url = url
+        self._connection: Any = connection(client)
+        self._closed = False
+        try:
+            with translated(url):
+                self._connection.connect()
+                self._connection.send_command("SUBSCRIBE", channel)
+                self._connection.read_response()
+        except BaseException:
+            self.close()
+            raise
+
+    def wait(self, timeout_s: float) -> list[str]:
+        """Return the ids that were heard."""
+        if self._closed:
+            raise Unavailable(f"{self._url}: the subscription is closed")
+        ids = []
+        try:
+            with translated(self._url):
+                ready = self._connection.can_read(timeout=max(timeout_s, 0.0))
+                while ready:
+                    ids.append(self._connection.read_response()[2].decode())
+                    ready = self._connection.can_read(timeout=0)
+        except BaseException:
+            self.close()
+            raise
+        return ids
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor; `wait` empties what it has buffered."""
+        return -1 if self._closed else int(self._connection._sock.fileno())  # noqa: SLF001
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._closed = True
+        self._connection.disconnect()
+
+
+class RedisView(View):
+    """Reads a view in Redis."""
+
+    push = True
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        self.url = mask(url)
+        self._given = url
+        self._options = options
+        self._lock = threading.Lock()
+        self._opened: redis.Redis | None = None
+        self._pid = 0
+        self._parked: list[redis.Redis] = []
+        self._prefixes = {subject: options.key_prefix.encode() + name for subject, name in NATIVE.items()}
+        self._chord_prefix = options.key_prefix.encode() + CHORD
+        self._channel = f"celery-kafka:{options.namespace}:client:"
+
+    @property
+    def _client(self) -> redis.Redis:
+        if self._pid != os.getpid():
+            self.after_fork()
+        client = self._opened
+        if client is None:
+            with self._lock:
+                client = self._opened = self._opened or connect(self._given, self._options, retries=1)
+        return client
+
+    def after_fork(self) -> None:
+        """Park what the parent uses: closing it here could disturb the parent's TLS streams."""
+        self._lock = threading.Lock()
+        if self._pid != os.getpid() and self._opened is not None:
+            self._parked.append(self._opened)
+            self._opened = None
+        self._pid = os.getpid()
+
+    def close(self) -> None:
+        """Close the pool; a later read opens a new one."""
+        if self._pid == os.getpid() and self._opened is not None:
+            self._opened.close()
+            self._opened.connection_pool.disconnect()
+            self._opened = None
+
+    def _natives(self, ids: Iterable[str], subject: str = TASK) -> list[bytes]:
+        return [self._prefixes[subject] + each.encode() for each in ids]
+
+    def documents(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Read by MGET, a thousand at a time."""
+        return self._documents(ids, TASK)
+
+    def groups(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Read by MGET, a thousand at a time."""
+        return self._documents(ids, GROUP)
+
+    def _documents(self, ids: Sequence[str], subject: str) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        with translated(self.url):
+            for start in range(0, len(ids), CHUNK):
+                chunk = ids[start : start + CHUNK]
+                values = cast("list[bytes | None]", self._client.mget(self._natives(chunk, subject)))
+                found |= {each: value for each, value in zip(chunk, values, strict=True) if value is not None}
+        return found
+
+    def shown(self, ids: Sequence[str]) -> dict[str, Shown]:
+        """Read documents and side records of a task in one command, so that they agree."""
+        found: dict[str, Shown] = {}
+        with translated(self.url):
+            for start in range(0, len(ids), CHUNK):
+                chunk = ids[start : start + CHUNK]
+                natives = self._natives(chunk)
+                keys = [key for native in natives for key in (native, b"{%b}:k" % native)]
+                values = cast("list[bytes | None]", self._client.mget(keys))
+                for place, each in enumerate(chunk):
+                    document, packed = values[2 * place], values[2 * place + 1]
+                    if packed is not None:
+                        found[each] = Shown(document, *unpack(packed))
+                    elif document is not None:
+                        found[each] = Shown(document, 0, "", None)
+        return found
+
+    def history(self, task_id: str) -> list[bytes]:
+        """Return the sorted set's members: of one HLC in the order of their bytes, hence of event ids."""
+        with translated(self.url):
+            (native,) = self._natives([task_id])
+            return cast("list[bytes]", self._client.zrange(b"{%b}:h" % native, 0, -1))
+
+    def chord(self, group_id: str) -> dict[str, bytes]:
+        """Read the chord's hash."""
+        with translated(self.url):
+            found = cast("dict[bytes, bytes]", self._client.hgetall(self._chord_prefix + group_id.encode()))
+        return {name.decode(): value[KEY_DIGITS:] for name, value in found.items() if name != CHORD_EXPIRY}
+
+    def positions(self) -> dict[Partition, int]:
+        """Read the positions' hash."""
+        with translated(self.url):
+            name = f"celery-kafka:{self._options.namespace}:positions"
+            found = cast("dict[bytes, bytes]", self._client.hgetall(name))
+        parts = [(field.decode().rpartition(":"), int(offset)) for field, offset in found.items()]
+        return {Partition(topic, int(partition)): offset for (topic, _, partition), offset in parts}
+
+    def register(self, client: str, ids: Iterable[str], ttl_s: float) -> None:
+        """Add the client to each task's set of waiters."""
+        source, ttl_ms = iter(ids), max(int(ttl_s * 1000), 1)
+        with translated(self.url):
+            while chunk := list(islice(source, CHUNK)):
+                pipe = self._client.pipeline(transaction=False)
+                for native in self._natives(chunk):
+                    pipe.sadd(b"{%b}:w" % native, client)
+                    pipe.pexpire(b"{%b}:w" % native, ttl_ms)
+                pipe.execute()
+
+    def subscribe(self, client: str) -> Subscription:
+        """Listen on the client's channel."""
+        return RedisSubscription(self.url, self._client, self._channel + client)
+
+    def rows(self) -> Iterator[Row]:
+        """Scan the whole database; a key that moves while Redis resizes may come twice."""
+        with translated(self.url):
+            absolute = int(str(self._client.info("server")["redis_version"]).partition(".")[0]) >= 7
+            cursor = -1
+            while cursor:
+                cursor, keys = self._client.scan(max(cursor, 0), match=b"*celery-*", count=CHUNK)
+                yield from self._rows_of(cast("list[bytes]", keys), absolute=absolute)
+
+    def _rows_of(self, keys: Iterable[bytes], *, absolute: bool) -> Iterator[Row]:
+        found = [(key, *place) for key in dict.fromkeys(keys) if (place := self._place(key)) is not None]
+        pipe = self._client.pipeline(transaction=False)
+        for key, _, kind, _ in found:
+            if kind == "history":
+                pipe.zrange(key, 0, -1, withscores=True)
+            elif kind == "chord":
+                pipe.hgetall(key)
+            else:
+                pipe.get(key)
+            pipe.pexpiretime(cast("str", key)) if absolute else pipe.pttl(key)
+        replies: list[Any] = pipe.execute()
+        now_ms = 0 if absolute else time.time_ns() // 1_000_000
+        for (_, subject, kind, subject_id), value, expiry in zip(found, replies[::2], replies[1::2], strict=True):
+            if not value or expiry == -2:
+                continue  # expired between SCAN and here
+            expires_at = 0 if expiry < 0 else now_ms + expiry
+            if kind == "document":
+                yield document_row(subject, subject_id, value, expires_at)
+            elif kind == "side":
+                yield side_row(subject, subject_id, *unpack(value))
+            elif kind == "history":
+                for member, hlc in value:
+                    event_id = msgspec.json.decode(member, type=_Identified).id
+                    yield Row("history", f"{subject_id}/{int(hlc)}/{event_id}", {"value": member}, expires_at)
+            else:
+                for name, fact in value.items():
+                    if name != CHORD_EXPIRY:
+                        columns = {"k": int(fact[:KEY_DIGITS]), "value": fact[KEY_DIGITS:]}
+                        yield Row("chord", f"{subject_id}/{name.decode()}", columns, expires_at)
+
+    def _place(self, key: bytes) -> tuple[str, str, str] | None:
+        """Return subject, kind of key and id, or None if it is not ours or only bookkeeping."""
+        if key.startswith(self._chord_prefix):
+            return GROUP, "chord", key[len(self._chord_prefix) :].decode()
+        for subject, prefix in self._prefixes.items():
+            if key.startswith(prefix):
+                return subject, "document", key[len(prefix) :].decode()
+            if key.startswith(b"{" + prefix) and key.endswith((b"}:k", b"}:h")):
+                kind = "side" if key.endswith(b"k") else "history"
+                return subject, kind, key[len(prefix) + 1 : -3].decode()
+        return None
+
+
+class _Identified(msgspec.Struct):
+    id: str

@@ -1,0 +1,144 @@
+"""One `Place` per store: where a case puts its view, and what only that store's test needs to do behind its back."""
+
+from __future__ import annotations
+
+import sqlite3
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from celery_kafka_backend.sinks import memory, registry
+from celery_kafka_backend.sinks.contract import StoreOptions
+from tests.contract.factories import json_document
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from celery_kafka_backend.sinks.contract import Row, Sink, View
+
+
+class Place:
+    """A store with nothing in it, and the sinks and views that a case opens, which are closed behind it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._open: list[Any] = []
+
+    def sink(self, **options: Any) -> Sink:
+        """An opened sink; history is kept unless the case says otherwise."""
+        found = registry.open_sink(self.url, StoreOptions(**{"history": True, "history_limit": 0, **options}))
+        self._open.append(found)
+        found.open()
+        return found
+
+    def view(self, **options: Any) -> View:
+        """A view."""
+        found = registry.open_view(self.url, StoreOptions(**options))
+        self._open.append(found)
+        return found
+
+    def dump(self) -> list[Row]:
+        """Every row, in a stable order."""
+        view = registry.open_view(self.url, StoreOptions())
+        try:
+            return sorted(view.rows(), key=lambda row: (row.table, row.key))
+        finally:
+            view.close()
+
+    def close(self) -> None:
+        """Close what the case left open."""
+        for each in self._open:
+            each.close()
+
+    def empty(self) -> None:
+        """Take everything out."""
+        raise NotImplementedError
+
+    def stock(self, task: str, state: str) -> None:
+        """Write as Celery's own backend for this store does."""
+        raise NotImplementedError
+
+    def poison(self, sink: Sink) -> int:
+        """Make the sink refuse large documents; return a size that it refuses."""
+        raise NotImplementedError
+
+
+class _Memory(Place):
+    def empty(self) -> None:
+        memory.discard(self.url)
+
+    def stock(self, task: str, state: str) -> None:
+        cell = memory.Cell(document=json_document(task, state, "stock"))
+        memory.space(self.url).cells["task", task] = memory._encode(cell)
+
+    def poison(self, sink: Sink) -> int:
+        sink._limit = 1000
+        return 1001
+
+
+class _Sqlite(Place):
+    def _run(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
+        connection = sqlite3.connect(self.url.removeprefix("sqlite:///"))
+        with connection:
+            for statement, values in statements:
+                connection.execute(statement, values)
+        connection.close()
+
+    def empty(self) -> None:
+        tables = ("celery_taskmeta", "celery_tasksetmeta", "ckb_task", "ckb_group", "ckb_history")
+        tables += ("ckb_chord", "ckb_chord_expiry", "ckb_position")
+        self._run(*((f"DELETE FROM {table}", ()) for table in tables))
+
+    def stock(self, task: str, state: str) -> None:
+        columns = "(task_id, status, result, date_done)"
+        values = (task, state, b'"stock"', "2025-01-01 00:00:00.000000")
+        self._run((f"INSERT INTO celery_taskmeta {columns} VALUES (?, ?, ?, ?)", values))
+
+    def poison(self, sink: Sink) -> int:
+        sink._limit = 1000
+        return 1001
+
+
+class _Redis(Place):
+    def _client(self) -> Any:
+        import redis  # noqa: PLC0415 - the cases of the other stores run without it
+
+        return redis.Redis.from_url(self.url)
+
+    def empty(self) -> None:
+        with self._client() as client:
+            client.flushdb()
+
+    def stock(self, task: str, state: str) -> None:
+        with self._client() as client:
+            client.set(f"celery-task-meta-{task}", json_document(task, state, "stock"))
+
+    def poison(self, sink: Sink) -> int:
+        sink._limit = 1000
+        return 1001
+
+
+@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.redis)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """Each store in turn."""
+    found: Place
+    if request.param == "memory":
+        found = _Memory(f"memory://{uuid.uuid4().hex}")
+    elif request.param == "sqlite":
+        found = _Sqlite(f"sqlite:///{tmp_path / 'view.db'}")
+    else:
+        found = _Redis(request.getfixturevalue("redis_url"))
+    yield found
+    found.close()
+    if isinstance(found, _Memory):
+        found.empty()
+
+
+@pytest.fixture
+def push_place(place: Place) -> Place:
+    """Each store whose view can push."""
+    if not place.view().push:
+        pytest.skip("this store has no push")
+    return place

@@ -1,0 +1,221 @@
+"""Under Celery's own key or row stands what Celery's own backend would have written: a stock client reads it.
+
+The client is another process, in which our package cannot be imported.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from celery import Celery
+from celery.app.task import Context
+from celery.backends.base import KeyValueStoreBackend
+from kombu.utils.encoding import ensure_bytes
+
+from celery_kafka_backend import codec, events
+from celery_kafka_backend.events import Opaque
+from celery_kafka_backend.order import Rank, order_key, run_at
+from tests.contract.factories import FAR, RUN, R, batch, event_id, forgotten, group_saved, sent, stated
+
+if TYPE_CHECKING:
+    from tests.contract.conftest import Place
+
+READER = Path(__file__).with_name("stock_reader.py")
+SERIALIZERS = ["json", "pickle", "yaml", "msgpack"]
+STATES: dict[str, Any] = {
+    "SUCCESS": {"text": "ä\n'\"", "list": [1, 2.5, None, True], "empty": []},
+    "FAILURE": ValueError("why", 3),
+    "RETRY": RuntimeError("later"),
+    "REVOKED": None,
+    "STARTED": {"pid": 12, "hostname": "celery@host"},
+    "PROGRESS": {"done": 3},
+}
+
+
+class _Encoder(KeyValueStoreBackend):
+    """Celery's own encoding, with no store behind it."""
+
+    supports_result_compression = True
+
+
+def documents(conf: dict[str, Any], suffix: str) -> list[events.Event]:
+    """One event for each state, its document encoded by Celery."""
+    app = Celery("writer", set_as_current=False)
+    app.conf.update(conf)
+    backend = _Encoder(app)
+    request = Context(
+        id="x", task="proj.add", args=[1, "é"], kwargs={"k": [2]}, hostname="celery@host", retries=2,
+        delivery_info={"routing_key": "slow"}, children=[], stamped_headers=["tenant"], stamps={"tenant": ["acme"]},
+    )  # fmt: skip
+    found = []
+    for at, (state, value) in enumerate(STATES.items()):
+        task = f"{state}-{suffix}"
+        result = backend.prepare_exception(value) if isinstance(value, Exception) else value
+        trace = "Traceback …\nValueError" if state == "FAILURE" else None
+        meta = backend._get_result_meta(result=result, state=state, traceback=trace, request=request)
+        meta["children"] = [(("child", None), None)] if state == "SUCCESS" else []
+        meta["task_id"] = task
+        encoded = ensure_bytes(backend.encode(meta))
+        about: dict[str, Any] = {"attempt": 2, "queue": "slow", "worker": "celery@host"}
+        if codec.is_json_document(encoded):
+            event = stated(state, at, task=task, document=encoded, id=event_id(task), **about)
+        else:
+            parts = {
+                part: ensure_bytes(backend.encode(meta[part]))
+                for part in ("result", "children", "args", "kwargs")
+                if meta.get(part)
+            }
+            opaque = Opaque(meta=encoded, content_type="x", traceback=trace, **parts)
+            event = stated(state, at, task=task, opaque=opaque, id=event_id(task), **about)
+        done = meta["date_done"]
+        found.append(msgspec.structs.replace(event, date_done=done, name="proj.add"))
+    return found
+
+
+def read(jobs: list[dict[str, Any]]) -> list[Any]:
+    """Let the stock client do the jobs."""
+    command = [sys.executable, "-I", str(READER)]
+    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def stock_url(place: Place) -> str:
+    """Of Celery's own backend for the same store."""
+    if place.url.startswith("memory"):
+        pytest.skip("Celery has no backend for our memory")
+    return f"db+{place.url}" if place.url.startswith("sqlite") else place.url
+
+
+def available() -> list[str]:
+    """Serializers whose package is installed."""
+    from kombu.serialization import registry  # noqa: PLC0415
+
+    return [name for name in SERIALIZERS if name in registry._encoders and (name != "msgpack" or _has("msgpack"))]
+
+
+def _has(module: str) -> bool:
+    from importlib.util import find_spec  # noqa: PLC0415
+
+    return find_spec(module) is not None
+
+
+def test_a_stock_client_reads_every_state_in_every_serializer(place: Place) -> None:
+    url = stock_url(place)
+    pytest.importorskip("sqlalchemy")
+    jobs, sink = [], place.sink()
+    compressions = [None] if url.startswith("db+") else [None, "gzip"]
+    for serializer in available():
+        for extended in (False, True):
+            for compression in compressions:
+                conf = {"result_serializer": serializer, "result_extended": extended, "accept_content": SERIALIZERS}
+                conf |= {"result_accept_content": SERIALIZERS, "result_compression": compression}
+                suffix = f"{serializer}-{extended}-{compression}"
+                sink.write(batch(*documents(conf, suffix)))
+                group = group_saved(f"g-{suffix}", members=("SUCCESS-json-False-None", "other"))
+                if serializer == "json" and compression is None:
+                    sink.write(batch(group))
+                jobs.append({"backend": url, "conf": conf, "tasks": [f"{s}-{suffix}" for s in STATES], "groups": []})
+                jobs[-1]["groups"] = [group.task] if serializer == "json" and compression is None else []
+    for job, answer in zip(jobs, read(jobs), strict=True):
+        for task, seen in answer["tasks"].items():
+            state, extended = task.partition("-")[0], job["conf"]["result_extended"]
+            assert seen["state"] == state
+            _check_result(seen, state, task)
+            assert seen["children"] == (["child"] if state == "SUCCESS" else []), task
+            assert (seen["date_done"] is not None) == (state in {"SUCCESS", "FAILURE", "REVOKED"}), task
+            about = tuple(seen[part] for part in ("name", "args", "kwargs", "worker", "retries", "queue"))
+            expected = ("proj.add", [1, "é"], {"k": [2]}, "celery@host", 2, "slow") if extended else (None,) * 6
+            assert about == expected, task
+        assert all(members == ["SUCCESS-json-False-None", "other"] for members in answer["groups"].values())
+
+
+def _check_result(seen: dict[str, Any], state: str, task: str) -> None:
+    value = STATES[state]
+    if isinstance(value, Exception):
+        assert seen["result"] == repr(value), task
+    elif state == "REVOKED":
+        assert seen["type"] in {"TaskRevokedError", "Exception", "NoneType"}, task
+    else:
+        assert seen["result"] == value, task
+    if state == "FAILURE":
+        assert seen["traceback"] == "Traceback …\nValueError"
+
+
+def test_a_stock_client_sees_nothing_of_a_forgotten_task_and_of_one_only_sent(place: Place) -> None:
+    url = stock_url(place)
+    sink = place.sink()
+    sink.write(batch(stated("SUCCESS", 10, task="forgotten"), sent(0, task="sent")))
+    sink.write(batch(forgotten(20, task="forgotten")))
+    job = {"backend": url, "conf": {}, "tasks": ["forgotten", "sent"], "groups": ["nobody"]}
+    (answer,) = read([job])
+    assert [seen["state"] for seen in answer["tasks"].values()] == ["PENDING", "PENDING"]
+    assert answer["groups"] == {"nobody": None}
+
+
+@pytest.mark.redis
+def test_a_stock_client_that_already_waits_in_get_is_woken(redis_url: str) -> None:
+    import redis  # noqa: PLC0415
+
+    from celery_kafka_backend.sinks import registry  # noqa: PLC0415
+    from celery_kafka_backend.sinks.contract import StoreOptions  # noqa: PLC0415
+
+    task = event_id(redis_url + str(time.time_ns()))
+    sink = registry.open_sink(redis_url, StoreOptions())
+    sink.open()
+    command = [sys.executable, "-I", str(READER)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        client.stdin.write(json.dumps([{"backend": redis_url, "conf": {}, "get": task}]))
+        client.stdin.close()
+        assert client.stdout.readline() == "ready\n"
+        with redis.Redis.from_url(redis_url) as server:
+            deadline = time.monotonic() + 10
+            while not server.pubsub_numsub(f"celery-task-meta-{task}")[0][1]:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        sink.write(batch(stated("STARTED", 5, task=task)))
+        started = time.monotonic()
+        sink.write(batch(stated("SUCCESS", 10, task=task, value=[1, "woken"])))
+        assert json.loads(client.stdout.readline()) == [[1, "woken"]]
+        assert time.monotonic() - started < 2
+    sink.close()
+    assert client.returncode == 0
+
+
+@pytest.mark.parametrize("serializer", available())
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex")
+@pytest.mark.redis
+def test_a_stock_success_is_known_in_every_serializer(redis_url: str, serializer: str) -> None:
+    """Written by the stock backend itself, with all it writes; only a compressed one cannot be told."""
+    import redis  # noqa: PLC0415
+
+    from celery_kafka_backend.sinks import registry  # noqa: PLC0415
+    from celery_kafka_backend.sinks.contract import StoreOptions  # noqa: PLC0415
+
+    app = Celery("stock", backend=redis_url, set_as_current=False)
+    app.conf.update(result_serializer=serializer, accept_content=SERIALIZERS, result_accept_content=SERIALIZERS)
+    app.conf.update(result_extended=True)
+    app.backend.store_result("done", {"status": "FAILURE"}, "SUCCESS")
+    app.backend.store_result("failed", {"status": "SUCCESS", "deep": {"status": "SUCCESS"}}, "PROGRESS")
+    sink = registry.open_sink(redis_url, StoreOptions())
+    sink.open()
+    later = run_at(R) + 1
+    assert order_key(Rank.FAILED, R, later) > order_key(Rank.SUCCEEDED, R, RUN)
+    with redis.Redis.from_url(redis_url) as server:
+        before = server.get("celery-task-meta-done")
+        sink.write(
+            batch(*(stated("STARTED", 9_000, task=task, run=later, expires_at=FAR) for task in ("done", "failed")))
+        )
+        assert server.get("celery-task-meta-done") == before
+        assert server.get("celery-task-meta-failed") == stated("STARTED", 9_000, task="failed").document
+    sink.close()
+    app.backend.client.close()

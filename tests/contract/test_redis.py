@@ -1,0 +1,237 @@
+"""What only Redis can do to a view: go away, run full, forget its scripts, evict, refuse."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from celery_kafka_backend.changes import Partition
+from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
+from celery_kafka_backend.sinks import registry
+from celery_kafka_backend.sinks.contract import StoreOptions
+from tests.contract.factories import R, batch, event_id, stated
+from tests.services import redis as service
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+redis = pytest.importorskip("redis")
+pytestmark = pytest.mark.redis
+
+
+@pytest.fixture
+def own() -> Iterator[service.RedisServer]:
+    """A server that a test may kill or fill."""
+    found = service.start()
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def opened(own: service.RedisServer) -> Iterator[Any]:
+    sink = registry.open_sink(own.url, StoreOptions(options={"socket_timeout": 2.0}))
+    sink.open()
+    yield sink
+    sink.close()
+
+
+def documents(url: str, *ids: str) -> dict[str, bytes]:
+    view = registry.open_view(url, StoreOptions())
+    try:
+        return view.documents(ids)
+    finally:
+        view.close()
+
+
+def test_a_server_that_is_away_is_unavailable_and_the_next_write_reconnects(
+    own: service.RedisServer, opened: Any
+) -> None:
+    opened.write(batch(stated("STARTED", 10)))
+    view = registry.open_view(own.url, StoreOptions())
+    ear = view.subscribe("me")
+    assert view.documents(["t"])
+    own.kill()
+    found = batch(stated("SUCCESS", 20), positions={Partition("x", 0): 1})
+    with pytest.raises(Unavailable):
+        opened.write(found)
+    with pytest.raises(Unavailable):
+        view.documents(["t"])
+    with pytest.raises(Unavailable):
+        ear.wait(1)
+    assert ear.fileno() == -1
+    fresh = registry.open_sink(own.url, StoreOptions())
+    with pytest.raises(Unavailable):
+        fresh.open()
+    own.restart()
+    opened.write(found)
+    assert view.documents(["t"])
+    assert view.positions() == {Partition("x", 0): 1}
+    view.close()
+
+
+def test_a_server_killed_in_the_middle_of_a_batch_has_no_position_and_the_batch_comes_again(
+    own: service.RedisServer, opened: Any
+) -> None:
+    found = batch(*(stated("SUCCESS", 10, task=f"t{n}") for n in range(40_000)), positions={Partition("x", 0): 9})
+    killer = threading.Timer(0.2, own.kill)
+    killer.start()
+    with pytest.raises(Unavailable):
+        opened.write(found)
+    killer.join()
+    own.restart()
+    view = registry.open_view(own.url, StoreOptions())
+    assert view.positions() == {}
+    opened.write(found)
+    assert view.positions() == {Partition("x", 0): 9}
+    assert len(view.documents([f"t{n}" for n in range(40_000)])) == 40_000
+    view.close()
+
+
+def test_a_frozen_server_is_unavailable_within_the_timeout(own: service.RedisServer) -> None:
+    sink = registry.open_sink(own.url, StoreOptions(options={"socket_timeout": 0.3}))
+    sink.open()
+    own.freeze()
+    started = time.monotonic()
+    with pytest.raises(Unavailable):
+        sink.write(batch(stated("SUCCESS", 10)))
+    assert time.monotonic() - started < 3
+    own.thaw()
+    sink.write(batch(stated("SUCCESS", 10)))
+    sink.close()
+
+
+def test_flushed_scripts_are_loaded_again(redis_url: str) -> None:
+    sink = registry.open_sink(redis_url, StoreOptions())
+    sink.open()
+    with redis.Redis.from_url(redis_url) as client:
+        client.script_flush()
+    sink.write(batch(*(stated("SUCCESS", 10, task=f"t{n}") for n in range(600)), positions={Partition("x", 0): 1}))
+    assert len(documents(redis_url, *(f"t{n}" for n in range(600)))) == 600
+    sink.close()
+
+
+def test_a_full_server_is_unavailable_and_no_position_passes(own: service.RedisServer, opened: Any) -> None:
+    with redis.Redis.from_url(own.url) as client:
+        client.config_set("maxmemory", 1)
+        with pytest.raises(Unavailable, match="OOM"):
+            opened.write(batch(stated("SUCCESS", 10), positions={Partition("x", 0): 1}))
+        client.config_set("maxmemory", 0)
+    opened.write(batch(stated("SUCCESS", 10), positions={Partition("x", 0): 1}))
+    assert documents(own.url, "t")
+
+
+def test_a_replica_is_unavailable(own: service.RedisServer, opened: Any) -> None:
+    with redis.Redis.from_url(own.url) as client:
+        client.replicaof("127.0.0.1", 1)
+        with pytest.raises(Unavailable):
+            opened.write(batch(stated("SUCCESS", 10)))
+        client.replicaof("NO", "ONE")
+
+
+def test_a_key_of_another_type_is_refused_by_name_and_untouched(redis_url: str) -> None:
+    sink = registry.open_sink(redis_url, StoreOptions(history=True))
+    sink.open()
+    with redis.Redis.from_url(redis_url) as client:
+        client.rpush("celery-task-meta-list", "x")
+        client.rpush("{celery-task-meta-side}:k", "x")
+        client.rpush("{celery-task-meta-log}:h", "x")
+        with pytest.raises(Rejected) as caught:
+            sink.write(
+                batch(
+                    *(stated("SUCCESS", 10, task=task) for task in ("list", "side", "log", "good")),
+                    positions={Partition("x", 0): 3},
+                )
+            )
+        assert sorted(each for each, _ in caught.value.reasons) == ["list", "log", "side"]
+        assert {client.type(key) for key in client.keys("*list*")} == {b"list"}
+        assert client.get("celery-task-meta-side") is None
+    assert list(documents(redis_url, "good")) == ["good"]
+    sink.close()
+
+
+def test_the_servers_own_limit_on_values_is_known(own: service.RedisServer) -> None:
+    with redis.Redis.from_url(own.url) as client:
+        client.config_set("proto-max-bulk-len", 1024 * 1024)
+    sink = registry.open_sink(own.url, StoreOptions())
+    sink.open()
+    with pytest.raises(Rejected, match="large"):
+        sink.write(batch(stated("SUCCESS", 10, task="large", value="x" * 1024 * 1024), stated("SUCCESS", 10)))
+    assert list(documents(own.url, "t")) == ["t"]
+    sink.close()
+
+
+def test_a_wrong_password_is_a_setting_and_is_not_shown(own: service.RedisServer) -> None:
+    with redis.Redis.from_url(own.url) as client:
+        client.config_set("requirepass", "right")
+    for url in (own.url, own.url.replace("://", "://:s3cret@")):
+        with pytest.raises(SettingsError) as caught:
+            registry.open_sink(url, StoreOptions()).open()
+        assert "s3cret" not in str(caught.value)
+    sink = registry.open_sink(own.url.replace("://", "://:right@"), StoreOptions())
+    sink.open()
+    sink.close()
+
+
+def test_an_eviction_policy_is_warned_of(own: service.RedisServer, opened: Any) -> None:
+    assert opened.warnings() == []
+    with redis.Redis.from_url(own.url) as client:
+        client.config_set("maxmemory-policy", "volatile-ttl")
+    (warning,) = opened.warnings()
+    assert "volatile-ttl" in warning
+
+
+@pytest.mark.parametrize("options", [{"no_such_option": 1}])
+def test_an_option_that_redis_py_does_not_know_is_a_setting(redis_url: str, options: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError):
+        registry.open_sink(redis_url, StoreOptions(options=options)).open()
+
+
+def test_all_keys_of_a_task_share_a_slot(redis_url: str) -> None:
+    from redis.crc import key_slot  # noqa: PLC0415
+
+    sink = registry.open_sink(redis_url, StoreOptions(history=True, key_prefix="fleet_"))
+    sink.open()
+    view = registry.open_view(redis_url, StoreOptions(key_prefix="fleet_"))
+    view.register("me", ["t"], 60)
+    sink.write(batch(stated("SUCCESS", 10)))
+    with redis.Redis.from_url(redis_url) as client:
+        keys = client.keys("*fleet_celery-task-meta-t*")
+    assert len(keys) == 4
+    assert len({key_slot(key) for key in keys}) == 1
+    assert {row.table for row in view.rows()} == {"document", "side", "history"}
+    sink.close()
+    view.close()
+
+
+def test_the_bytes_of_a_side_record_do_not_depend_on_the_order(redis_url: str) -> None:
+    names = ["celery@b", "zebra@x", "celery@a", "ä@x", "Z@x"]
+    found = set()
+    sink = registry.open_sink(redis_url, StoreOptions())
+    with redis.Redis.from_url(redis_url) as client:
+        for order in itertools.permutations(names):
+            client.flushdb()
+            for name in order:
+                sink.write(batch(stated("STARTED", names.index(name), worker=name)))
+            found.add(client.get("{celery-task-meta-t}:k"))
+    assert len(found) == 1
+    sink.close()
+
+
+def test_the_packed_record_is_what_it_was(redis_url: str) -> None:
+    """The bytes that other versions will find; see redis_write.lua."""
+    from celery_kafka_backend.changes import Side  # noqa: PLC0415
+    from celery_kafka_backend.sinks.redis_wire import pack, unpack  # noqa: PLC0415
+
+    side = Side(run=7, seen=R, sent=1, received=2, started=3, attempts=70_000, workers=("celery@a", "b"), expires_at=4)
+    packed = pack((1 << 63) - 1, event_id("x"), side)
+    times = f"{R:012x}" + "".join(f"{n:012x}" for n in (1, 2, 3, 4))
+    assert packed.hex() == f"7fffffffffffffff00000007{times}011170fe{event_id('x')}01610a62"
+    assert unpack(packed) == (
+        (1 << 63) - 1,
+        event_id("x"),
+        Side(**{f: getattr(side, f) for f in side.__struct_fields__ if f != "workers"}, workers=("b", "celery@a")),
+    )
