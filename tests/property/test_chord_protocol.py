@@ -1,4 +1,3 @@
-
 """The chord protocol against everything that may happen to it, in a simulated Kafka.
 
 Real here: records and their bytes (`chord_records`), and every decision (`decision.Ledger`). Simulated:
@@ -523,7 +522,7 @@ class SweepsUpTooSoon(Ledger):
         action = super()._next(id_, chord, now_ms)
         if action is None and chord.first is not None and chord.fired_at is None:
             parts = tuple(key for key in chord.live if b"|part|" in key and key not in chord.forgetting)
-            chord.forgetting.update(parts)
+            chord.forgetting = {*chord.forgetting, *parts}
             return Forget(parts) if parts else None
         return action
 

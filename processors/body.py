@@ -1,0 +1,242 @@
+"""From a decision to what Celery does with it: the body's message, or its failure and errbacks.
+
+Everything here needs the user's app (serializers, routing, errbacks). It knows nothing of Kafka, and
+waits for nothing: what may succeed later is a `TRANSIENT` error, and the caller's to try again.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from celery._state import _task_stack
+from celery.app.task import Context
+from celery.canvas import Signature, maybe_signature
+from celery.exceptions import BackendStoreError, ChordError
+from kombu.exceptions import OperationalError
+from kombu.serialization import loads, prepare_accept_content
+
+from celery_kafka_backend.chord_records import FAILURE, SUCCESS, Decided, Declared, Part
+from celery_kafka_backend.errors import PublishError
+from celery_kafka_backend.producer import headers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from celery import Celery
+
+logger = logging.getLogger(__name__)
+
+TRANSIENT: Final = (OperationalError, OSError, BackendStoreError, PublishError)
+"""The broker or Kafka is away: the same call again may succeed. (Not every transport of kombu
+translates what the operating system says.)"""
+
+
+def carry_out(app: Celery, declared: Declared, decided: Decided, parts: Sequence[Part | None]) -> str:
+    """Send the body with the members' results, or fail it; return the outcome.
+
+    Args:
+        app: The user's app.
+        declared: The chord's declaration.
+        decided: The decision.
+        parts: Its members in the order in which the body gets them, None where the part is of no
+            use: all but the last one and the failed one, if the body takes no results or fails.
+
+    Raises:
+        TRANSIENT: Nothing, or not everything of a group body, was sent.
+    """
+    callback = signature(app, declared)
+    last = parts[decided.last] if parts else None
+    with _within(app, declared, last):
+        try:
+            args = () if declared.immutable and decided.outcome == SUCCESS else (join(app, declared, decided, parts),)
+        except ChordError as exc:
+            return _fail(app, callback, decided, exc)
+        except Exception as exc:
+            logger.exception("Chord %r: cannot join its results", declared.group)
+            return _fail(app, callback, decided, _chord_error(f"Join error: {exc!r}", exc))
+        try:
+            callback.apply_async(args, headers={**_headers_of(callback), headers.RUN: decided.body_run})
+        except TRANSIENT:
+            raise
+        except Exception as exc:
+            # As Celery: a route, a queue, an argument that no message can hold. Never better later.
+            logger.exception("Chord %r: cannot send its callback", declared.group)
+            return _fail(app, callback, decided, _chord_error(f"Callback error: {exc!r}", exc))
+    return SUCCESS
+
+
+def give_up(app: Celery, declared: Declared, decided: Decided, why: str) -> str:
+    """Fail a body whose results are lost; return the outcome."""
+    with _within(app, declared, None):
+        return _fail(app, signature(app, declared), decided, ChordError(f"Join error: {why}"))
+
+
+def signature(app: Celery, declared: Declared) -> Signature:
+    """Return the body as it was declared, ready to be applied."""
+    decoded = loads(
+        declared.body,
+        declared.content_type,
+        declared.content_encoding,
+        accept=prepare_accept_content(app.conf.accept_content),
+    )
+    callback = maybe_signature(decoded, app=app)
+    assert callback is not None
+    callback.options.pop(headers.GENERATION, None)
+    callback.options.setdefault("task_id", declared.body_task_id)
+    return callback
+
+
+def first_ids(callback: Signature) -> list[str]:
+    """Return the ids of the messages that applying a body sends first; empty if nobody can know.
+
+    A chain's own id is its last task's, a group's is no task's at all.
+    """
+    kind = callback.get("subtask_type")
+    kwargs = callback.get("kwargs") or {}
+    if kind == "chain":
+        return _first_ids_of(list(kwargs.get("tasks") or ())[:1])
+    if kind == "group":
+        return _first_ids_of(kwargs.get("tasks") or ())
+    if kind == "chord":
+        header = kwargs.get("header")
+        return _first_ids_of([header] if isinstance(header, dict) else header or ())
+    task_id = (callback.get("options") or {}).get("task_id")
+    return [task_id] if task_id else []
+
+
+def _first_ids_of(tasks: Any) -> list[str]:
+    if not isinstance(tasks, (list, tuple)):
+        return []
+    found = [first_ids(task) for task in tasks]
+    return [one for ids in found for one in ids] if all(found) else []
+
+
+# -- results -----------------------------------------------------------------------------------
+
+
+def join(app: Celery, declared: Declared, decided: Decided, parts: Sequence[Part | None]) -> list[Any]:
+    """Return the members' results as the body's argument.
+
+    Raises:
+        ChordError: The chord failed; says so of its first failed member, as Celery does.
+    """
+    backend = app.backend
+    if decided.outcome == FAILURE:
+        failed = next(part for part in parts if part is not None and part.task == decided.failed and not part.succeeded)
+        cause = _exception(backend, failed)
+        what = repr(cause) if cause is not None else failed.exception or failed.state
+        raise _chord_error(f"Dependency {failed.task} raised {what}", cause)
+    present = [part for part in parts if part is not None]
+    if declared.group_result is None:
+        return [_value(backend, part) for part in present]
+    shape = loads(
+        declared.group_result,
+        declared.content_type,
+        declared.content_encoding,
+        accept=prepare_accept_content(app.conf.accept_content),
+    )
+    values = {part.task: _value(backend, part) for part in present}
+    nested = _nested(shape, values)
+    return nested if isinstance(nested, list) else [nested]
+
+
+def _nested(shape: Any, values: dict[str, Any]) -> Any:
+    """Put values into the shape of a ``GroupResult.as_tuple()``: groups inside the header stay lists."""
+    head, children = shape
+    if children is None:
+        return values[head[0] if isinstance(head, (list, tuple)) else head]
+    return [_nested(child, values) for child in children]
+
+
+def _value(backend: Any, part: Part) -> Any:
+    return None if part.ignored or not part.result else _decoded(backend, part)
+
+
+def _exception(backend: Any, part: Part) -> BaseException | None:
+    try:
+        found = backend.exception_to_python(_decoded(backend, part)) if part.result else None
+    except Exception:
+        logger.warning("cannot decode the exception of task %s", part.task, exc_info=True)
+        return None
+    return found if isinstance(found, BaseException) else None
+
+
+def _decoded(backend: Any, part: Part) -> Any:
+    return loads(
+        part.result,
+        part.content_type or backend.content_type,
+        part.content_encoding or backend.content_encoding,
+        accept=backend.accept,
+    )
+
+
+def _chord_error(message: str, cause: BaseException | None) -> ChordError:
+    error = ChordError(message)
+    if isinstance(cause, Exception):
+        error.__cause__ = cause
+    return error
+
+
+# -- sending -----------------------------------------------------------------------------------
+
+
+def _headers_of(callback: Signature) -> dict[str, Any]:
+    return dict(callback.options.get("headers") or {})
+
+
+@contextmanager
+def _within(app: Celery, declared: Declared, last: Part | None) -> Iterator[None]:
+    """Pretend to be the member that completed the chord: with Celery's other backends it sends the body.
+
+    So the body, whatever canvas it is, inherits root, parent and priority by Celery's own rules.
+    """
+    if last is not None:
+        who = {"id": last.task, "root_id": last.root, "parent_id": last.parent}
+        priority, stamps = last.priority, last.stamps
+    else:
+        who = {"id": declared.parent, "root_id": declared.root, "parent_id": None}
+        priority, stamps = declared.priority, declared.stamps
+    if not who["id"]:
+        yield
+        return
+    stamps = dict(stamps or {})
+    task = app.tasks["celery.accumulate"]
+    task.push_request(
+        **who,
+        delivery_info={"priority": priority},
+        stamped_headers=stamps.pop("stamped_headers", None),
+        stamps=stamps,
+        children=[],
+        called_directly=False,
+    )
+    _task_stack.push(task)
+    try:
+        yield
+    finally:
+        _task_stack.pop()
+        task.pop_request()
+
+
+def _fail(app: Celery, callback: Signature, decided: Decided, error: ChordError) -> str:
+    """Do what Celery does for a failed chord: errbacks, body FAILURE, the rest of its chain."""
+    backend = app.backend
+    recorder = getattr(backend, "recorder", None)
+    if recorder is not None:
+        # There is no request for a body that was never sent; its failure belongs to its run all the same.
+        recorder.hint_run(decided.body_task_id, decided.body_run)
+    try:
+        outer = callback.options.get("chord")
+        if outer and callback.options.get("group_id"):
+            # Celery forgets this one: the body of a failed chord is a member of the chord around it.
+            member = Context(callback.options, id=decided.body_task_id, group=callback.options["group_id"], chord=outer)
+            backend.on_chord_part_return(member, "FAILURE", error)
+        try:
+            raise error
+        except ChordError as exc:
+            backend.chord_error_from_stack(callback, exc)
+    finally:
+        if recorder is not None:
+            recorder.hint_run(decided.body_task_id, None)
+    return FAILURE

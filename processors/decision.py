@@ -1,0 +1,601 @@
+"""How a chord is decided: a state machine over the records of one partition of the chords' topic.
+
+Pure: records with their offsets go in (`Ledger.apply`), actions come out (`Ledger.due`). No I/O, no
+clock. `chords` is the process around it; tests/property/test_chord_protocol.py is the proof.
+
+**The protocol.** A partition is both input and state store. Kafka's consumer group gives it one
+owner, mostly: after a pause or a partition of the network two processes may believe that they own
+it. An *owner* here is one process in one assignment; a later assignment is another owner.
+
+1. An owner reads its partition from the start, and acts on nothing before it has read up to the
+   end as it was when it got the partition.
+2. A chord is *complete* when it is declared and sized and has a part of every member: of ``size``
+   plus every extension's delta distinct (task id, index). The set is counted, never the values.
+   Of two parts of one member a success beats a failure, then the greater order key wins.
+3. The owner of a complete chord appends `Decided` (after its `Chosen` slices, if it is large): the
+   outcome, the parts, and the run of the body. Then it reads on until it sees a `Decided`.
+   **The first by offset is the decision, for everybody and for ever.** Nothing that comes later
+   changes it.
+4. Only the author of the first `Decided` sends the body: a zombie, or whoever it overtook, reads
+   that it lost. It sends the parts that the decision names, with the task id and the run that the
+   decision names.
+5. Then it appends `Fired`, and when it reads that, tombstones for everything but the first
+   `Decided` and `Fired`. Whatever comes later for a fired chord is tombstoned as well.
+6. An owner that finds a decision of another owner and no `Fired` takes over: at once if it was
+   there before it had the partition; after `TAKE_OVER_AFTER_MS` if it appeared later (a zombie's
+   decision can be first, and the zombie die before it sends). It looks for the body's events of
+   that run in the log of the tasks, sends if there are none, and goes on at 5.
+7. Both remaining records are tombstoned after the log's retention: `Decided` first, for `Fired`
+   alone is harmless, and `Decided` alone means: send.
+
+**Invariants.**
+
+* A body is not sent before its chord is complete, and is sent at least once after that.
+* It is sent exactly once unless an owner dies or is overtaken between sending and `Fired`.
+* Every sending of one chord has the same task id, run and parts.
+* An owner never appends two decisions for one chord: if it cannot know whether its append
+  arrived, it drops everything and starts again as a new owner. (Two under one key, and compaction
+  would keep the second, behind somebody else's.)
+* A record that a decision names is not tombstoned before `Fired` is in the log.
+* When a finished chord's records have been compacted, `Decided` and `Fired` are left; after
+  retention nothing.
+
+**Failure.** As in Celery, a chord with a failed member fails when *all* members are in, and says
+so of the first failed one in header order. (Celery's Redis backend counts every part, then joins.)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+import msgspec
+
+from celery_kafka_backend import chord_records as records
+from celery_kafka_backend.changes import ChordFact
+from celery_kafka_backend.chord_records import (
+    Cancelled,
+    Choice,
+    Chosen,
+    Decided,
+    Declared,
+    Extended,
+    Fired,
+    Gone,
+    Part,
+    Record,
+    Resent,
+    Sized,
+)
+from celery_kafka_backend.order import run_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from collections.abc import Set as AbstractSet
+
+TAKE_OVER_AFTER_MS: Final = 30_000
+"""Another owner's decision that stays without `Fired` for this long is carried out by us."""
+
+ABANDON_FACTOR: Final = 4
+"""A declared chord is given up after this many retention times without any record."""
+
+Id: TypeAlias = tuple[str, int]
+"""Group id and generation."""
+
+Member: TypeAlias = tuple[str, int | None]
+"""Task id and header index."""
+
+
+# -- actions -----------------------------------------------------------------------------------
+
+
+class Append(NamedTuple):
+    """Append these, in this order. If it is not certain that all arrived, drop the ledger."""
+
+    records: tuple[Record, ...]
+
+
+class Fire(NamedTuple):
+    """Carry a decision out: send the body (or fail it), then append `Fired`.
+
+    Attributes:
+        decided: The decision.
+        parts: Its members, in the order in which the body gets them; `Choice.offset` is where the
+            record is *now*.
+        declared: Offset of the declaration.
+        look_first: It is another owner's decision: it may have been carried out.
+        since_ms: The broker's time of the decision: nothing was sent before.
+    """
+
+    decided: Decided
+    parts: tuple[Choice, ...]
+    declared: int
+    look_first: bool
+    since_ms: int
+
+
+class Forget(NamedTuple):
+    """Append tombstones for these record keys, in this order; losing some is harmless."""
+
+    keys: tuple[bytes, ...]
+
+
+Action: TypeAlias = Append | Fire | Forget
+
+
+# -- state -------------------------------------------------------------------------------------
+
+
+class _Candidate(NamedTuple):
+    """The best part of a member so far. Compares as the rule says."""
+
+    succeeded: bool
+    key: int
+    id: str
+    offset: int
+
+
+class _Chord:
+    """What the log says of one group and generation. Holds no payload."""
+
+    __slots__ = (
+        "body_task_id", "doing", "extended", "fired_at", "first", "first_at", "forgetting", "keep", "live", "members",
+        "seen_ms", "size", "slices",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.live: dict[bytes, int] = {}
+        """Offset of the last record of every key that is not tombstoned."""
+        self.body_task_id: str | None = None
+        self.size: int | None = None
+        self.extended: dict[str, tuple[int, int]] = {}
+        """Task id to delta and offset."""
+        self.members: dict[Member, _Candidate] = {}
+        self.slices: dict[tuple[str, int], tuple[Choice, ...]] = {}
+        self.first: Decided | None = None
+        self.first_at = 0
+        self.keep = b""
+        """Of a fired chord: key of the first decision."""
+        self.fired_at: int | None = None
+        self.seen_ms = 0
+        """Broker's time of the last record."""
+        self.doing = _Doing()
+        self.forgetting: AbstractSet[bytes] = _NO_KEYS
+        """Keys for which a tombstone is under way."""
+
+    @property
+    def complete(self) -> bool:
+        if self.body_task_id is None or self.size is None:
+            return False
+        # Not equality: with a member too many (an unknown one) the body must not wait for ever.
+        return len(self.members) >= self.size + sum(delta for delta, _ in self.extended.values())
+
+    def ordered(self) -> list[tuple[Member, _Candidate]]:
+        """Members in header order; one that a member added comes after it, with the same index."""
+
+        def place(item: tuple[Member, _Candidate]) -> tuple[bool, int, int, str]:
+            task, index = item[0]
+            return index is None, index or 0, self.extended.get(task, (0, -1))[1], task
+
+        return sorted(self.members.items(), key=place)
+
+
+class _Doing:
+    """What the host was told to do for one chord and has not yet shown in the log."""
+
+    __slots__ = ("deciding", "firing", "inherited", "overtaken_at")
+
+    def __init__(self) -> None:
+        self.deciding = False
+        self.firing = False
+        self.inherited = False
+        """The decision was in the log before this owner had the partition."""
+        self.overtaken_at: int | None = None
+        """When, by our wall clock, another owner's decision appeared."""
+
+
+# Shared by all finished chords, and never written to.
+_NO_KEYS: Final[frozenset[bytes]] = frozenset()
+_NO_MEMBERS: Final[dict[Member, _Candidate]] = {}
+_NO_SLICES: Final[dict[tuple[str, int], tuple[Choice, ...]]] = {}
+_NO_EXTENSIONS: Final[dict[str, tuple[int, int]]] = {}
+_DONE: Final = _Doing()
+
+
+class Ledger:
+    """One owner's state of one partition.
+
+    The host applies every record in order of offset. After it has called `caught_up`, it asks for
+    what is `due` after each batch, and now and then for what is to be `swept`.
+
+    Args:
+        owner: Unique per process *and* assignment.
+        retention_ms: How long `Decided` and `Fired` stay.
+        slice_size: A decision with more members than this is written in slices of so many.
+    """
+
+    def __init__(self, owner: str, retention_ms: int, slice_size: int = records.CHUNK) -> None:
+        self.owner = owner
+        self.slice_size = slice_size
+        self.retention_ms = retention_ms
+        self._chords: dict[Id, _Chord] = {}
+        self._touched: set[Id] = set()
+        self._waiting: set[Id] = set()
+        self._live = False
+
+    def __len__(self) -> int:
+        return len(self._chords)
+
+    # -- what the log says -----------------------------------------------------------------------
+
+    def apply(self, record: Record | Gone, offset: int, at_ms: int) -> None:
+        """Take note of a record.
+
+        Args:
+            record: It, or what a tombstone removes.
+            offset: Its offset; greater than every earlier one.
+            at_ms: The broker's time of it, ms since 1970.
+        """
+        if isinstance(record, Gone):
+            self._remove(record)
+            return
+        id_ = (record.group, record.generation)
+        chord = self._chords.get(id_)
+        if chord is None:
+            chord = self._chords[id_] = _Chord()
+        chord.live[records.key_of(record)] = offset
+        chord.seen_ms = max(chord.seen_ms, at_ms)
+        self._touched.add(id_)
+        if chord.fired_at is not None:
+            return  # late: all there is to do is to forget it
+        match record:
+            case Declared():
+                chord.body_task_id = record.body_task_id
+            case Sized():
+                chord.size = record.size
+            case Extended():
+                chord.extended[record.task] = (record.delta, offset)
+            case Part():
+                self._part(chord, record, offset)
+            case Chosen():
+                chord.slices[record.owner, record.n] = record.parts
+            case Decided():
+                if chord.first is None:
+                    chord.first, chord.first_at = record, at_ms
+                    chord.doing.inherited = not self._live
+            case Fired():
+                chord.fired_at = at_ms
+            case Cancelled() | Resent():
+                pass  # reserved
+
+    def _part(self, chord: _Chord, part: Part, offset: int) -> None:
+        if chord.first is not None:
+            return  # frozen
+        member = (part.task, part.index)
+        candidate = _Candidate(part.succeeded, part.key, part.id, offset)
+        best = chord.members.get(member)
+        if best is None or candidate > best:
+            chord.members[member] = candidate
+
+    def _remove(self, gone: Gone) -> None:
+        key = gone.key
+        id_ = (key.group, key.generation)
+        chord = self._chords.get(id_)
+        if chord is None:
+            return
+        raw = records.make_key(key.group, key.generation, key.kind, *key.rest)
+        chord.live.pop(raw, None)
+        if raw in chord.forgetting:
+            assert isinstance(chord.forgetting, set)
+            chord.forgetting.discard(raw)
+        if chord.fired_at is None:
+            self._retract(chord, key)
+        elif key.kind == records.FIRED:
+            # Its time is over; what came late is swept as a chord that nobody declared.
+            late = self._chords[id_] = _Chord()
+            late.live, late.seen_ms = chord.live, chord.seen_ms
+            chord = late
+        elif not chord.forgetting:
+            # Emptied, they would keep the room that they once took.
+            chord.forgetting, chord.live = _NO_KEYS, dict(chord.live)
+        if not chord.live:
+            del self._chords[id_]
+            self._touched.discard(id_)
+            self._waiting.discard(id_)
+
+    @staticmethod
+    def _retract(chord: _Chord, key: records.Key) -> None:
+        match key.kind, key.rest:
+            case records.DECLARED, _:
+                chord.body_task_id = None
+            case records.SIZED, _:
+                chord.size = None
+            case records.EXTENDED, (task,):
+                chord.extended.pop(task, None)
+            case records.PART, (task, index, event_id):
+                member = (task, None if index == "-" else int(index))
+                if member in chord.members and chord.members[member].id == event_id:
+                    del chord.members[member]
+            case records.CHOSEN, (owner, n):
+                chord.slices.pop((owner, int(n)), None)
+            case records.DECIDED, (owner,):
+                if chord.first is not None and chord.first.owner == owner:
+                    chord.first = None
+
+    # -- what is to be done ----------------------------------------------------------------------
+
+    def caught_up(self) -> None:
+        """Say that the log has been read up to the end as it was when the partition was assigned."""
+        self._live = True
+
+    def due(self, now_ms: int) -> list[Action]:
+        """Return what is to be done now, each thing once.
+
+        Args:
+            now_ms: This process's wall clock, ms since 1970.
+        """
+        if not self._live:
+            return []
+        actions: list[Action] = []
+        looked_at, self._touched = self._touched | self._waiting, set()
+        for id_ in sorted(looked_at):
+            chord = self._chords.get(id_)
+            if chord is None:
+                continue
+            action = self._next(id_, chord, now_ms)
+            if action is not None:
+                actions.append(action)
+        return actions
+
+    def _next(self, id_: Id, chord: _Chord, now_ms: int) -> Action | None:
+        doing = chord.doing
+        if chord.fired_at is not None:
+            self._waiting.discard(id_)
+            return self._clean(id_, chord)
+        if chord.first is None:
+            if not chord.complete or doing.deciding:
+                return None
+            doing.deciding = True
+            return Append(self._decide(id_, chord, now_ms))
+        if doing.firing:
+            return None
+        ours = chord.first.owner == self.owner
+        if not ours and not doing.inherited:
+            doing.overtaken_at = doing.overtaken_at or now_ms
+            if now_ms - doing.overtaken_at < TAKE_OVER_AFTER_MS:
+                self._waiting.add(id_)
+                return None
+        declared = chord.live.get(records.make_key(*id_, records.DECLARED))
+        if declared is None:
+            return None  # somebody removed it; nothing can be sent
+        self._waiting.discard(id_)
+        doing.firing = True
+        parts = self._chosen(id_, chord, chord.first)
+        return Fire(chord.first, parts, declared, look_first=not ours, since_ms=chord.first_at)
+
+    def _decide(self, id_: Id, chord: _Chord, now_ms: int) -> tuple[Record, ...]:
+        group, generation = id_
+        ordered = chord.ordered()
+        parts = tuple(Choice(task, index, best.id, best.offset) for (task, index), best in ordered)
+        failed = next((task for (task, _), best in ordered if not best.succeeded), None)
+        last = max(range(len(parts)), key=lambda i: parts[i].offset, default=0)
+        slices: list[Record] = []
+        if len(parts) > self.slice_size:
+            slices = [
+                Chosen(
+                    group=group,
+                    generation=generation,
+                    owner=self.owner,
+                    n=n,
+                    parts=parts[start : start + self.slice_size],
+                )
+                for n, start in enumerate(range(0, len(parts), self.slice_size))
+            ]
+        decided = Decided(
+            group=group,
+            generation=generation,
+            owner=self.owner,
+            outcome=records.SUCCESS if failed is None else records.FAILURE,
+            body_task_id=chord.body_task_id or "",
+            body_run=run_at(now_ms),
+            parts=() if slices else parts,
+            slices=len(slices),
+            size=len(parts),
+            last=last,
+            failed=failed,
+            at=now_ms,
+        )
+        return (*slices, decided)
+
+    def _chosen(self, id_: Id, chord: _Chord, decided: Decided) -> tuple[Choice, ...]:
+        """Return a decision's members, each with the offset at which its record stands now."""
+        parts: Iterable[Choice] = decided.parts
+        if decided.slices:
+            parts = [choice for n in range(decided.slices) for choice in chord.slices.get((decided.owner, n), ())]
+
+        def now_at(choice: Choice) -> Choice:
+            # A re-sent part has the same key, so compaction may have removed the one that was chosen.
+            offset = chord.live.get(records.part_key(*id_, choice.task, choice.index, choice.id), choice.offset)
+            return choice if offset == choice.offset else msgspec.structs.replace(choice, offset=offset)
+
+        return tuple(now_at(choice) for choice in parts)
+
+    def _clean(self, id_: Id, chord: _Chord) -> Action | None:
+        """Everything but the first decision and `Fired` has served."""
+        if chord.first is not None:
+            chord.keep = records.key_of(chord.first)
+            chord.first = None
+        # Finished chords are most of the memory, until the retention is over.
+        chord.members, chord.slices, chord.extended, chord.doing = _NO_MEMBERS, _NO_SLICES, _NO_EXTENSIONS, _DONE
+        keep = (records.make_key(*id_, records.FIRED), chord.keep)
+        if all(key in keep for key in chord.live):
+            chord.forgetting = _NO_KEYS
+            return None
+        keys = tuple(key for key in chord.live if key not in keep and key not in chord.forgetting)
+        chord.forgetting = {*chord.forgetting, *keys}
+        return Forget(keys) if keys else None
+
+    def sweep(self, now_ms: int) -> list[Action]:
+        """Return the tombstones that are due by time alone, and those that never arrived."""
+        if not self._live:
+            return []
+        actions: list[Action] = []
+        for id_, chord in self._chords.items():
+            chord.forgetting = _NO_KEYS
+            action = self._expire(id_, chord) if self._is_over(chord, now_ms) else None
+            if action is None and chord.fired_at is not None:
+                action = self._clean(id_, chord)
+            if action is not None:
+                actions.append(action)
+        return actions
+
+    def _is_over(self, chord: _Chord, now_ms: int) -> bool:
+        if chord.fired_at is not None:
+            return now_ms - chord.fired_at >= self.retention_ms
+        if chord.first is not None and chord.body_task_id is not None:
+            return False  # to be carried out, however late
+        patience = ABANDON_FACTOR if chord.body_task_id is not None else 1
+        return now_ms - chord.seen_ms >= self.retention_ms * patience
+
+    def _expire(self, id_: Id, chord: _Chord) -> Action:
+        # `Fired` last: alone it is harmless, a decision alone would be carried out again.
+        fired = records.make_key(*id_, records.FIRED)
+        keys = tuple(sorted(chord.live, key=lambda key: key == fired))
+        chord.forgetting = set(keys)
+        return Forget(keys)
+
+    # -- what the host asks ----------------------------------------------------------------------
+
+    def is_open(self, decided: Decided) -> bool:
+        """Return whether a decision still waits to be carried out, as far as this owner has read."""
+        chord = self._chords.get((decided.group, decided.generation))
+        if chord is None or chord.fired_at is not None or chord.first is None:
+            return False
+        return chord.first.owner == decided.owner
+
+
+# -- showing -----------------------------------------------------------------------------------
+
+_FIRST_WINS: Final = 1 << 62
+
+
+class _Progress(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The value of a chord's fact: small, and without any task's result."""
+
+    kind: str
+    generation: int
+    at: int = 0
+    task: str | None = None
+    index: int | None = None
+    state: str | None = None
+    exception: str | None = None
+    ignored: bool = False
+    worker: str | None = None
+    size: int | None = None
+    delta: int | None = None
+    replaces: str | None = None
+    by: str | None = None
+    body: str | None = None
+    name: str | None = None
+    run: int | None = None
+    root: str | None = None
+    parent: str | None = None
+    owner: str | None = None
+    outcome: str | None = None
+    failed: str | None = None
+    found: bool = False
+    host: str | None = None
+    pid: int | None = None
+    reason: str | None = None
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def facts(record: Record | Gone, offset: int, expires_at: int) -> list[ChordFact]:
+    """Return what a view shows of a record, none for what is not shown.
+
+    Args:
+        record: A record of the chords' topic.
+        offset: Its offset.
+        expires_at: When the view may drop it, ms since 1970; 0: never.
+    """
+    if isinstance(record, Gone | Chosen):
+        return []  # a view expires by itself: the log forgets a chord long before people do
+    at, generation, order = record.at, record.generation, offset
+    name = f"{generation}|{type(record).__name__.lower()}"
+    match record:
+        case Declared():
+            shown = _Progress(
+                kind=records.DECLARED,
+                generation=generation,
+                at=at,
+                body=record.body_task_id,
+                name=record.body_name or None,
+                root=record.root,
+                parent=record.parent,
+                host=record.host or None,
+                pid=record.pid or None,
+            )
+        case Sized():
+            shown = _Progress(kind=records.SIZED, generation=generation, at=at, size=record.size)
+        case Extended():
+            name += f"|{record.task}"
+            shown = _Progress(
+                kind=records.EXTENDED,
+                generation=generation,
+                at=at,
+                task=record.task,
+                index=record.index,
+                delta=record.delta,
+                replaces=record.replaces,
+                by=record.by,
+            )
+        case Part():
+            # Without the event id: a member is shown once, as its best part.
+            name += f"|{record.task}|{'-' if record.index is None else record.index}"
+            order = record.key
+            shown = _Progress(
+                kind=records.PART,
+                generation=generation,
+                at=at,
+                task=record.task,
+                index=record.index,
+                state=record.state,
+                exception=record.exception[:200] or None,
+                ignored=record.ignored,
+                worker=record.worker or None,
+            )
+        case Decided():
+            order = _FIRST_WINS - offset
+            shown = _Progress(
+                kind=records.DECIDED,
+                generation=generation,
+                at=at,
+                owner=record.owner,
+                outcome=record.outcome,
+                body=record.body_task_id,
+                run=record.body_run,
+                size=record.size,
+                failed=record.failed,
+            )
+        case Fired():
+            order = _FIRST_WINS - offset
+            shown = _Progress(
+                kind=records.FIRED,
+                generation=generation,
+                at=at,
+                owner=record.owner,
+                outcome=record.outcome,
+                body=record.body_task_id,
+                found=record.found,
+            )
+        case Cancelled() | Resent():
+            name += f"|{record.id}"
+            shown = _Progress(
+                kind=records.CANCELLED if isinstance(record, Cancelled) else records.RESENT,
+                generation=generation,
+                at=at,
+                by=record.by or None,
+                reason=record.reason or None,
+            )
+    return [ChordFact(record.group, name, order, _encoder.encode(shown), expires_at)]
