@@ -119,3 +119,13 @@ def refuse():
 @app.task
 def shrug():
     raise Ignore
+
+
+@app.task
+def listed(results):
+    return results
+
+
+@app.task
+def note_error(failed_id):
+    print("errback of", failed_id, flush=True)

@@ -1,0 +1,63 @@
+"""What runs in a processor's own process: a materializer, or the chord processor. For `supervisor`.
+
+Both are functions at the top of a module with arguments that can be pickled, for each child is a
+fresh interpreter. A materializer gets its settings ready-made and imports neither Celery's app nor
+the user's code; the chord processor needs both, because sending a body runs user code.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_kafka_backend.settings import Settings
+    from celery_kafka_backend.sinks.contract import StoreOptions
+
+LOG_FORMAT: Final = "%(asctime)s %(levelname)-7s %(process)d %(message)s"
+
+
+def log_to_stderr(level: str) -> None:
+    """Set up logging for one process of the pipeline."""
+    logging.basicConfig(level=level.upper(), format=LOG_FORMAT)
+
+
+def fold_view(level: str, settings: Settings, url: str, options: StoreOptions) -> None:
+    """Feed one view until SIGTERM."""
+    from celery_kafka_backend.processors.materializer import materialize  # noqa: PLC0415 - in the child, not before
+
+    log_to_stderr(level)
+    materialize(settings, url, options)
+
+
+def decide_chords(level: str, reference: str) -> None:
+    """Decide chords and send their bodies until SIGTERM.
+
+    Args:
+        level: Log level.
+        reference: The app, as ``celery -A`` takes it; "" for Celery's default app.
+    """
+    from celery_kafka_backend.configure import settings_of  # noqa: PLC0415 - as above
+    from celery_kafka_backend.processors.chords import ChordProcessor  # noqa: PLC0415
+
+    log_to_stderr(level)
+    app = load_app(reference)
+    processor = ChordProcessor(app, settings_of(app))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: processor.stop())
+    processor.run()
+
+
+def load_app(reference: str) -> Celery:
+    """Return the user's app, with the modules of its tasks imported."""
+    from celery import current_app  # noqa: PLC0415 - as above
+    from celery.app.utils import find_app  # noqa: PLC0415
+
+    app: Celery = find_app(reference) if reference else current_app._get_current_object()  # noqa: SLF001 - a proxy
+    app.set_current()
+    app.finalize()
+    app.loader.import_default_modules()
+    return app

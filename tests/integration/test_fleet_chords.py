@@ -1,0 +1,89 @@
+"""Chords of single tasks through the whole fleet, with declarations signed."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+from celery import chord
+from celery.exceptions import ChordError
+from celery.result import AsyncResult
+
+from celery_kafka_backend import codec, events
+
+pytestmark = [
+    pytest.mark.kafka,
+    pytest.mark.redis,
+    pytest.mark.parametrize("fleet", [{"settings": {"chord_key": "a secret", "history": {"redis": True}}}], indirect=True),
+]
+
+SOON = 40
+
+
+def body_runs(fleet, body_id):
+    """How often the body started, by the log."""
+    found = [codec.decode(value) for value in fleet.app.app.backend.reader.history(body_id)]
+    return sum(event.kind == events.STARTED for event in found)
+
+
+def test_two_hundred_members_in_header_order_and_the_body_once(fleet):
+    tasks = fleet.app
+    body = chord([tasks.add.s(i, 0) for i in range(200)])(tasks.listed.s())
+    assert body.get(timeout=SOON) == list(range(200))
+    time.sleep(0.5)
+    assert body_runs(fleet, body.id) == 1
+
+
+def test_a_member_that_retries_counts_once_it_ends(fleet):
+    tasks = fleet.app
+    assert chord([tasks.flaky.s(2), tasks.add.s(1, 1)])(tasks.listed.s()).get(timeout=SOON) == [2, 2]
+
+
+def test_an_ignored_member_counts_and_gives_nothing(fleet):
+    tasks = fleet.app
+    assert chord([tasks.quiet.s(), tasks.add.s(1, 1)])(tasks.listed.s()).get(timeout=SOON) == [None, 2]
+
+
+def test_an_immutable_body_gets_no_results(fleet):
+    tasks = fleet.app
+    assert chord([tasks.big.s(100_000) for _ in range(20)])(tasks.add.si(20, 22)).get(timeout=SOON) == 42
+
+
+def test_a_killed_member_fails_the_chord(fleet):
+    tasks = fleet.app
+    body = chord([tasks.die.s(), tasks.add.s(1, 1)])(tasks.listed.s())
+    with pytest.raises(ChordError, match="WorkerLostError"):
+        AsyncResult(body.id, app=tasks.app).get(timeout=SOON)
+
+
+def test_an_errback_of_the_body_hears_of_a_failed_member(fleet):
+    tasks = fleet.app
+    result = chord([tasks.fail.s("member"), tasks.add.s(1, 1)])(tasks.listed.s().on_error(tasks.note_error.s()))
+    fleet.until("worker", f"errback of {result.id}", SOON)
+
+
+def test_the_view_shows_the_chord_s_progress(fleet):
+    tasks = fleet.app
+    result = chord([tasks.add.s(1, 1), tasks.nap.s(1)])(tasks.listed.s())
+    result.get(timeout=SOON)
+    facts = tasks.app.backend.reader.chord(result.parent.id)
+    kinds = {name.split("|")[1] for name in facts}
+    assert {"declared", "sized", "part", "decided"} <= kinds
+
+
+def test_a_chord_survives_the_death_of_every_processor(fleet):
+    tasks = fleet.app
+    body = chord([tasks.nap.s(1), tasks.nap.s(1.2)])(tasks.listed.s())
+    pipeline = fleet.processes.pop("pipeline")
+    pipeline.send_signal(signal.SIGKILL)
+    pipeline.wait()
+    time.sleep(2)
+    fleet.pipeline()
+    assert body.get(timeout=SOON) == [1, 1.2]
+
+
+def test_a_chord_of_one_and_of_none(fleet):
+    tasks = fleet.app
+    assert chord([tasks.add.s(3, 4)])(tasks.listed.s()).get(timeout=SOON) in ([7], 7)
+    assert chord([])(tasks.listed.s()).get(timeout=SOON) == []

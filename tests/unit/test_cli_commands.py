@@ -1,0 +1,188 @@
+"""The command line without any server: help, mistakes, exit codes, secrets."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import subprocess
+import sys
+
+import pytest
+from celery import Celery
+from celery.bin.base import CLIContext
+from click.testing import CliRunner
+
+from celery_kafka_backend.cli import output, pipeline
+from celery_kafka_backend.cli.command import complain
+from celery_kafka_backend.cli.exits import MEANINGS, Exit, Stop, code_of
+from celery_kafka_backend.cli.history import outcome, wait_s
+from celery_kafka_backend.errors import ForeignLog, NotAcknowledged, SettingsError, Unavailable
+from celery_kafka_backend.events import Event
+
+SECRET = "hunter2"
+COMMANDS = ("run", "init", "status", "doctor", "history", "replay", "verify", "size")
+
+
+def invoke(*arguments, backend=f"kafka://127.0.0.1:1/?view=redis://:{SECRET}@127.0.0.1:1/0", settings=None):
+    app = Celery("proj", broker="memory://", backend=backend, set_as_current=False)
+    if settings is not None:
+        app.conf.kafka_backend_settings = settings
+    done = CliRunner().invoke(pipeline, arguments, obj=CLIContext(app, no_color=True, workdir=None))
+    assert SECRET not in done.output
+    assert "Traceback" not in done.output
+    return done
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_with_examples_and_names_environment_variables(command):
+    done = invoke(command, "--help")
+    assert done.exit_code == 0
+    assert "Examples:\n    celery -A proj pipeline" in done.output
+    if command != "history":
+        assert f"CELERY_PIPELINE_{command.upper()}_" in " ".join(done.output.split())
+
+
+def test_the_help_of_the_group_lists_commands_and_exit_codes():
+    text = invoke("--help").output
+    assert all(f"\n  {command} " in text for command in COMMANDS)
+    assert all(f"\n  {int(code):<3} " in text for code in MEANINGS)
+
+
+def test_every_exit_code_has_a_meaning_and_the_promised_ones_their_numbers():
+    assert set(MEANINGS) == set(Exit)
+    assert (Exit.OK, Exit.NOBODY_FOLDS) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SettingsError("a", "b"), Exit.CONFIGURATION),
+        (ForeignLog("x"), Exit.FOREIGN_LOG),
+        (NotAcknowledged("x"), Exit.KAFKA_UNREACHABLE),
+        (Unavailable("x"), Exit.VIEW_UNUSABLE),
+        (Stop(Exit.DIFFERENT, "x"), Exit.DIFFERENT),
+        (ValueError("x"), Exit.UNEXPECTED),
+    ],
+)
+def test_each_error_has_its_exit_code(error, code):
+    assert code_of(error) is code
+
+
+def test_a_mistake_on_the_command_line_is_configuration_and_not_nobody_folds():
+    for arguments in (("run", "--wat"), ("nosuch",), ("size",), ("run", "--processes", "0")):
+        assert invoke(*arguments).exit_code == Exit.CONFIGURATION
+
+
+def test_an_unknown_setting_is_named_with_the_one_that_was_meant():
+    done = invoke("run", settings={"partitons": 3})
+    assert done.exit_code == Exit.CONFIGURATION
+    assert "kafka_backend_settings['partitons']" in done.output
+    assert "'partitions'" in done.output
+
+
+def test_a_contradictory_setting_is_named():
+    done = invoke("init", settings={"replication_factor": 1, "min_insync_replicas": 2})
+    assert done.exit_code == Exit.CONFIGURATION
+    assert "min_insync_replicas" in done.output
+
+
+def test_another_result_backend_is_said_to_be_one():
+    done = invoke("status", backend=f"redis://:{SECRET}@localhost/0")
+    assert done.exit_code == Exit.CONFIGURATION
+    assert "result_backend" in done.output
+    assert "kafka://" in done.output
+
+
+def test_a_view_of_an_unknown_scheme_is_refused_before_anything_starts():
+    done = invoke("run", backend=f"kafka://127.0.0.1:1/?view=bogus://:{SECRET}@h/0")
+    assert done.exit_code == Exit.CONFIGURATION
+    assert "bogus" in done.output
+    assert "known:" in done.output
+
+
+def test_a_view_is_chosen_by_url_scheme_or_name_and_others_are_refused():
+    done = invoke("run", "--view", "sqlite")
+    assert done.exit_code == Exit.CONFIGURATION
+    assert "--view sqlite: no such view" in done.output
+    assert "redis-" in done.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "--no-chords", "--chords-only"),
+        ("run", "--view", "redis", "--chords-only"),
+        ("history", "x", "--log", "--no-log"),
+        ("replay", "--to", "redis", "--continue", "--from", "1h"),
+        ("verify", "--view", "redis", "--against", "redis"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(arguments):
+    assert invoke(*arguments).exit_code == Exit.CONFIGURATION
+
+
+def test_a_wrong_address_is_named_with_its_setting_within_the_timeout():
+    done = invoke("run", "--timeout", "0.5")
+    assert done.exit_code == Exit.KAFKA_UNREACHABLE
+    assert "127.0.0.1:1 within 0.5 s" in done.output
+    assert "result_backend" in done.output
+
+
+def test_print_asks_nobody():
+    done = invoke("init", "--print")
+    assert done.exit_code == 0
+    assert done.output.count("kafka-topics.sh") == 3
+    assert "kafka-acls.sh" in done.output
+
+
+def test_size_as_json_is_json():
+    found = json.loads(invoke("size", "--tasks-per-day", "2e6", "--json").output)
+    assert found["needs"]["processes"] == 1
+    assert found["source"]
+
+
+def test_doctor_goes_on_without_kafka_and_gives_one_verdict():
+    done = invoke("doctor", "--timeout", "0.5")
+    assert done.exit_code == Exit.KAFKA_UNREACHABLE
+    assert "fail  kafka" in done.output
+    assert done.output.count("Not well:") == 1
+
+
+def test_a_missing_rich_is_said_with_its_remedy(monkeypatch):
+    real = builtins.__import__
+
+    def without_rich(name, *args, **kwargs):
+        if name.startswith("rich"):
+            raise ModuleNotFoundError("No module named 'rich'", name="rich")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_rich)
+    with pytest.raises(Stop, match=r"pip install 'celery-kafka-backend\[cli\]'") as caught:
+        output.console()
+    assert caught.value.code is Exit.CONFIGURATION
+
+
+def test_an_unexpected_error_is_one_line_without_secrets(capsys):
+    assert complain(RuntimeError(f"redis://:{SECRET}@h/0")) is Exit.UNEXPECTED
+    said = capsys.readouterr().err
+    assert "RuntimeError" in said
+    assert SECRET not in said
+    assert "Traceback" not in said
+
+
+def test_celerys_other_commands_do_not_pay_for_this_one():
+    code = "import sys, celery_kafka_backend.cli; print(sorted(m for m in sys.modules if m.split('.')[0] in ('rich', 'confluent_kafka')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_time_in_the_queue_does_not_count_a_countdown():
+    event = Event(id="e", kind="started", task="t", at=9_000, hlc=9_000, sent_at=1_000, eta=6_000, started_at=9_000)
+    assert wait_s(event) == 3.0
+
+
+def test_a_retry_says_why_and_when_it_is_due():
+    event = Event(
+        id="e", kind="retry", task="t", at=1, hlc=1, exception="builtins.ValueError", message="no\nluck", due=1_000
+    )
+    assert outcome(event).startswith("ValueError: no luck; again at ")
