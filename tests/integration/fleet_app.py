@@ -128,4 +128,4 @@ def listed(results):
 
 @app.task
 def note_error(failed_id):
-    print("errback of", failed_id, flush=True)
+    print(f"errback of {failed_id}", flush=True)

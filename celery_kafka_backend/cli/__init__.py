@@ -1,0 +1,33 @@
+"""``celery -A proj pipeline …``: what an operator, an auditor and a migrator type.
+
+One module per command; this one only names them, because Celery imports it with every one of its own commands.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import click
+
+from celery_kafka_backend.cli.command import Group
+
+_COMMANDS: Final = ("run", "init", "status", "doctor", "history", "replay", "verify", "size")
+
+
+@click.group(cls=Group, lazy={name: f"{__name__}.{name}" for name in _COMMANDS})
+def pipeline() -> None:
+    r"""Run and look after the result pipeline: Kafka, its processors and their views.
+
+    \b
+    The two that everybody needs:
+      celery -A proj pipeline init            create the topics
+      celery -A proj pipeline run             fold events into the views, fire chords
+    \b
+    Then:
+      celery -A proj pipeline status          who folds, and how far behind
+      celery -A proj pipeline doctor          one verdict on everything
+      celery -A proj pipeline history ID      what happened to a task
+
+    Every option has an environment variable, CELERY_PIPELINE_<COMMAND>_<OPTION>, which its help names. Global
+    options of Celery (-A, --workdir, --result-backend …) stand before "pipeline".
+    """

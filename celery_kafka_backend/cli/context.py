@@ -1,0 +1,76 @@
+"""What a command works on: the user's app, its settings and its views."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from celery_kafka_backend import configure
+from celery_kafka_backend.cli.exits import Exit, Stop
+from celery_kafka_backend.processors.materializer import view_name
+from celery_kafka_backend.settings import mask
+from celery_kafka_backend.sinks import registry
+
+if TYPE_CHECKING:
+    import click
+    from celery import Celery
+
+    from celery_kafka_backend.settings import Settings
+    from celery_kafka_backend.sinks.contract import StoreOptions
+
+
+class Pipeline(NamedTuple):
+    """An app, as `-A` named it, and what it configures.
+
+    Attributes:
+        app: The app.
+        reference: What ``-A`` said; "" if it said nothing.
+        settings: The app's settings.
+    """
+
+    app: Celery
+    reference: str
+    settings: Settings
+
+    def options(self, url: str) -> StoreOptions:
+        """Return what a view's store needs beside its URL."""
+        return configure.store_options(self.app, self.settings, url)
+
+    @property
+    def command(self) -> str:
+        """How the user calls us, for remedies."""
+        return f"celery -A {self.reference or 'proj'} pipeline"
+
+
+def pipeline_of(ctx: click.Context) -> Pipeline:
+    """Return the pipeline of the app that Celery's own command line has loaded.
+
+    Raises:
+        ImproperlyConfigured: A setting is wrong.
+    """
+    app = ctx.obj.app
+    reference: Any = ctx.find_root().params.get("app")
+    return Pipeline(app, reference if isinstance(reference, str) else "", configure.settings_of(app))
+
+
+def chosen_views(settings: Settings, chosen: tuple[str, ...], option: str = "--view") -> list[str]:
+    """Return the URLs of the views that an option names, all configured ones if it names none.
+
+    Args:
+        settings: The user's.
+        chosen: Each a URL, or scheme or name (as ``status`` shows it) of a configured view: a URL on a command line
+            is there for everybody on the machine to read, with its password.
+        option: What the option is called, for errors.
+    """
+    found: list[str] = [] if chosen else list(settings.views)
+    for one in chosen:
+        if "://" in one:
+            urls = [one]
+        else:
+            urls = [url for url in settings.views if one in (view_name(url), url.partition("://")[0])]
+        if not urls:
+            known = ", ".join(f"{view_name(url)} ({mask(url)})" for url in settings.views)
+            raise Stop(Exit.CONFIGURATION, f"{option} {mask(one)}: no such view", f"a URL, or one of {known}")
+        found += [url for url in urls if url not in found]
+    for url in found:
+        registry.store(url)  # unknown schemes and missing drivers now, not in a child process
+    return found

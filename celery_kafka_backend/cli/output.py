@@ -1,0 +1,92 @@
+"""How things look on a terminal: tables and progress by rich, times and sizes for people."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from celery_kafka_backend.cli.exits import Exit, Stop
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+_EXTRA: Final = "celery-kafka-backend[cli]"
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a terminal to draw on.
+
+    Raises:
+        Stop: rich is not installed.
+    """
+    try:
+        from rich.console import Console  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as exc:
+        raise Stop(
+            Exit.CONFIGURATION,
+            f"tables and progress need the package {exc.name!r}, which is not installed",
+            f"pip install '{_EXTRA}'; or use --json where the command has it",
+        ) from exc
+    # Where it is not a terminal (a log, a pipe), a table must not be cut to 80 columns.
+    made = Console(stderr=stderr, highlight=False, markup=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, markup=False, width=200)
+
+
+def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    """Return an empty table; the columns named in ``numbers`` are right-aligned."""
+    from rich.table import Table  # noqa: PLC0415 - an extra; `console` comes first
+    from rich.text import Text  # noqa: PLC0415
+
+    made = Table(
+        title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False, header_style="bold"
+    )
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return made
+
+
+def progress() -> Progress:
+    """Return a progress display on stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console(stderr=True))
+
+
+def when(ms: int | None) -> str:
+    """Return a moment in local time, with its milliseconds; "" if unknown."""
+    if not ms:
+        return ""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ms / 1000)) + f".{ms % 1000:03d}"
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time span as people say it; "" if unknown."""
+    if seconds is None:
+        return ""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 2 * 86_400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86_400:.1f} d"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in a unit that fits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def short(text: str, limit: int = 80) -> str:
+    """Return a text on one line, cut."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,87 @@
+"""Reading single records of the log, each read bounded, without any consumer group."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from confluent_kafka import KafkaError, TopicPartition
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from confluent_kafka import Consumer, Message
+
+    from celery_kafka_backend.cli.broker import Broker
+
+SLICE_S: Final = 0.2
+
+At = tuple[str, int]
+"""Topic and partition."""
+
+
+def _read(consumer: Consumer, starts: Mapping[At, int], ends: Mapping[At, int], quiet_s: float) -> Iterator[Message]:
+    """Yield records from the starts up to the ends; end early after ``quiet_s`` without any."""
+    left = {at for at, start in starts.items() if start < ends[at]}
+    if not left:
+        consumer.close()
+        return
+    consumer.assign([TopicPartition(*at, starts[at]) for at in left])
+    deadline = time.monotonic() + quiet_s
+    try:
+        while left and time.monotonic() < deadline:
+            for message in consumer.consume(1000, SLICE_S):
+                error = message.error()
+                if error is not None:
+                    if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - confluent-kafka's name for it
+                        left.discard((message.topic() or "", message.partition() or 0))
+                    continue
+                deadline = time.monotonic() + quiet_s
+                at, offset = (message.topic() or "", message.partition() or 0), message.offset() or 0
+                if offset < ends[at]:
+                    yield message
+                if offset + 1 >= ends[at]:
+                    left.discard(at)
+                    consumer.pause([TopicPartition(*at)])
+    finally:
+        consumer.close()
+
+
+def scan(broker: Broker, topic: str, partition: int, quiet_s: float = 30.0) -> Iterator[Message]:
+    """Yield every record of a partition, up to its end as it is now."""
+    at = (topic, partition)
+    low, high = broker.ask(
+        f"asking for the end of {topic}",
+        lambda: broker.consumer.get_watermark_offsets(TopicPartition(*at), timeout=broker.timeout_s),
+    )
+    yield from _read(broker.reader(), {at: low}, {at: high}, quiet_s)
+
+
+def last_records(broker: Broker, topic: str, count: int) -> list[Message]:
+    """Return the last few records of each of a topic's partitions; what does not come in time is absent."""
+    ends = {(topic, n): marks for n, marks in broker.ends(topic).items()}
+    starts = {at: max(low, high - count) for at, (low, high) in ends.items()}
+    return list(_read(broker.reader(), starts, {at: high for at, (_, high) in ends.items()}, broker.timeout_s))
+
+
+def first_at(broker: Broker, offsets: Mapping[At, int], ends: Mapping[At, int]) -> dict[At, Message]:
+    """Return the first record at or after an offset of each partition; what is not there, or late, is absent."""
+    found: dict[At, Message] = {}
+    left = {at for at, offset in offsets.items() if offset < ends[at]}
+    if not left:
+        return {}
+    consumer = broker.reader()
+    consumer.assign([TopicPartition(*at, offsets[at]) for at in left])
+    deadline = time.monotonic() + broker.timeout_s
+    try:
+        while left and time.monotonic() < deadline:
+            for message in consumer.consume(100, SLICE_S):
+                at = (message.topic() or "", message.partition() or 0)
+                if at in left:
+                    left.discard(at)
+                    consumer.pause([TopicPartition(*at)])
+                    if message.error() is None:
+                        found[at] = message
+    finally:
+        consumer.close()
+    return found

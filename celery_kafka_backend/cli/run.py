@@ -1,0 +1,190 @@
+"""``pipeline run``: look before, say what runs, supervise."""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from celery_kafka_backend import topics
+from celery_kafka_backend.cli import ownership
+from celery_kafka_backend.cli.broker import Broker
+from celery_kafka_backend.cli.command import Command
+from celery_kafka_backend.cli.context import Pipeline, chosen_views, pipeline_of
+from celery_kafka_backend.cli.exits import Exit, Stop
+from celery_kafka_backend.errors import SettingsError, Unavailable
+from celery_kafka_backend.processors import hosting, supervisor
+from celery_kafka_backend.processors.materializer import view_name
+from celery_kafka_backend.processors.supervisor import ProcessSpec, Supervisor
+from celery_kafka_backend.settings import SETTING, mask
+from celery_kafka_backend.sinks.registry import open_sink
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CHORDS: Final = "chords"
+_ENDS: Final = {
+    supervisor.STOPPED: Exit.OK,
+    supervisor.KILLED: Exit.KILLED,
+    supervisor.GAVE_UP: Exit.PROCESSORS_CRASHED,
+    supervisor.MISCONFIGURED: Exit.CONFIGURATION,
+}
+_LEVELS: Final = ("debug", "info", "warning", "error")
+
+
+@click.command("run", cls=Command, short_help="Run the processors.")
+@click.option(
+    "--view", "views", multiple=True, metavar="VIEW",
+    help="Feed this view: its URL, or scheme or name of a configured one. May be repeated. Default: all configured.",
+)  # fmt: skip
+@click.option("--processes", type=click.IntRange(1, 1000), default=1, help="Processes per view, on this machine.")
+@click.option("--no-chords", is_flag=True, help="Only views: chords are decided elsewhere.")
+@click.option("--chords-only", is_flag=True, help="No views: only decide chords.")
+@click.option("--loglevel", "-l", type=click.Choice(_LEVELS, case_sensitive=False), default="info", help="Log level.")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=10.0, help="Seconds that Kafka may take to answer.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    views: tuple[str, ...],
+    processes: int,
+    no_chords: bool,
+    chords_only: bool,
+    loglevel: str,
+    timeout: float,
+) -> Exit:
+    r"""Run the processors: one or more per view, and one that decides chords.
+
+    Each is a process of its own, restarted when it dies; all end when one dies too often. SIGTERM and Ctrl-C stop them
+    cleanly: the batch in hand is written and committed. Start it on as many machines as you like: Kafka shares the
+    partitions out.
+
+    \b
+    Examples:
+      celery -A proj pipeline run                              everything, one process each
+      celery -A proj pipeline run --processes 4                four per view, for a large log
+      celery -A proj pipeline run --view redis --no-chords     one view only
+      celery -A proj pipeline run --chords-only                chords only, beside it
+      celery -A proj pipeline run --view sqlite:////data/audit.db --no-chords
+                                                               a view that the app does not know (yet)
+    """
+    if no_chords and chords_only:
+        raise Stop(Exit.CONFIGURATION, "--no-chords and --chords-only leave nothing to run", "give one of them")
+    if chords_only and views:
+        raise Stop(Exit.CONFIGURATION, "--view and --chords-only contradict each other", "give one of them")
+    pipeline = pipeline_of(ctx)
+    urls = [] if chords_only else chosen_views(pipeline.settings, views)
+    preflight(pipeline, urls, timeout, chords=not no_chords)
+    specs = processes_for(pipeline, urls, processes, loglevel, chords=not no_chords)
+    hosting.log_to_stderr(loglevel)
+    click.echo(banner(pipeline, urls, processes, chords=not no_chords))
+    return _ENDS.get(Supervisor(specs).run(), Exit.UNEXPECTED)
+
+
+def processes_for(
+    pipeline: Pipeline, urls: Sequence[str], processes: int, loglevel: str, *, chords: bool
+) -> list[ProcessSpec]:
+    """Return what is to run."""
+    specs = [
+        ProcessSpec(
+            f"{view_name(url)}/{n}", hosting.fold_view, (loglevel, pipeline.settings, url, pipeline.options(url))
+        )
+        for url in urls
+        for n in range(1, processes + 1)
+    ]
+    if chords:
+        specs.append(ProcessSpec(CHORDS, hosting.decide_chords, (loglevel, pipeline.reference)))
+    try:
+        pickle.dumps(specs)
+    except (pickle.PicklingError, TypeError, AttributeError) as exc:
+        raise SettingsError(
+            SETTING, f"something in it cannot be handed to another process: {exc}", "give callables as dotted paths"
+        ) from exc
+    return specs
+
+
+def banner(pipeline: Pipeline, urls: Sequence[str], processes: int, *, chords: bool) -> str:
+    """Return what runs where, without secrets."""
+    settings = pipeline.settings
+    each = f"{processes} process{'es' * (processes != 1)}"
+    lines = [
+        f"celery-kafka-backend: processors of the app {pipeline.app.main or '(without a name)'}",
+        f"  log     kafka://{mask(settings.bootstrap_servers)}  {topics.task_events(settings.topic_prefix)}",
+        *(f"  view    {mask(url)}  {view_name(url)}, {each}" for url in urls),
+        f"  chords  {'1 process' if chords else 'not here'}",
+        "Ctrl-C or SIGTERM stops them cleanly.",
+    ]
+    return "\n".join(lines)
+
+
+# -- looking before --------------------------------------------------------------------------
+
+
+def preflight(pipeline: Pipeline, urls: Sequence[str], timeout_s: float, *, chords: bool) -> None:
+    """Find out what would keep the processors from working.
+
+    Raises:
+        Stop: Kafka, a right, a topic or a view is missing.
+        ForeignLog: The topics are another app's.
+    """
+    broker = Broker(pipeline.settings, timeout_s)
+    try:
+        check_topics(broker, pipeline)
+        check_rights(broker, chords=chords)
+        for url in urls:
+            check_view(pipeline, url)
+        ownership.claim(broker, str(pipeline.app.main or ""))
+    finally:
+        broker.close()
+
+
+def check_topics(broker: Broker, pipeline: Pipeline) -> None:
+    """Say which topics are missing."""
+    wanted = topics.wanted(pipeline.settings)
+    missing = [topic.name for topic in wanted if not broker.partitions(topic.name)]
+    if missing:
+        raise Stop(
+            Exit.TOPICS_WRONG,
+            f"Kafka at {pipeline.settings.bootstrap_servers} has no {', no '.join(missing)} "
+            f"(kafka_backend_settings['topic_prefix'] = {pipeline.settings.topic_prefix!r}), or does not show it to us",
+            f"create them: `{pipeline.command} init` (rights: `{pipeline.command} init --print`)",
+        )
+
+
+def check_rights(broker: Broker, *, chords: bool) -> None:
+    """Say which rights the processors lack, as far as Kafka tells."""
+    prefix = broker.settings.topic_prefix
+    needed = [
+        right
+        for right in topics.rights(prefix)
+        if right.role == "processor" and right.resource == "topic" and (chords or right.operation != "Write")
+    ]
+    have = broker.operations(sorted({right.name for right in needed}))
+    if have is None:
+        return
+    lacking = [right for right in needed if right.name in have and right.operation not in have[right.name]]
+    if lacking:
+        listed = ", ".join(f"{right.operation} on {right.name}" for right in lacking)
+        raise Stop(
+            Exit.RIGHTS_MISSING,
+            f"Kafka at {broker.settings.bootstrap_servers} does not let us: {listed}",
+            "grant the processor's rights that `celery -A proj pipeline init --print` lists",
+        )
+
+
+def check_view(pipeline: Pipeline, url: str) -> list[str]:
+    """Open a view as its processor will; return its store's warnings."""
+    sink = open_sink(url, pipeline.options(url))
+    try:
+        sink.open()
+        return sink.warnings()
+    except SettingsError as exc:
+        raise Stop(Exit.VIEW_UNUSABLE, str(exc)) from exc
+    except Unavailable as exc:
+        raise Stop(
+            Exit.VIEW_UNUSABLE,
+            f"the view {mask(url)} cannot be reached: {exc}",
+            "start its store, or correct view= in result_backend (or 'views' in kafka_backend_settings)",
+        ) from exc
+    finally:
+        sink.close()

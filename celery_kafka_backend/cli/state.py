@@ -1,0 +1,210 @@
+"""What `pipeline status` knows: gathered from Kafka and the views, as plain data. Shown by `status`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from celery_kafka_backend import topics
+from celery_kafka_backend.cli.exits import Exit, Stop
+from celery_kafka_backend.cli.records import first_at
+from celery_kafka_backend.errors import SettingsError, StoreError
+from celery_kafka_backend.processors.materializer import view_name
+from celery_kafka_backend.settings import mask
+from celery_kafka_backend.sinks.registry import open_sink, open_view
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from celery_kafka_backend.cli.broker import Broker, Member
+    from celery_kafka_backend.cli.context import Pipeline
+    from celery_kafka_backend.cli.records import At
+
+
+class Lag(msgspec.Struct):
+    """One partition as one reader sees it.
+
+    Attributes:
+        topic: The topic.
+        partition: The partition.
+        end: Next offset that Kafka will give.
+        position: Next offset that the reader has not folded; None if it has none yet.
+        events: Records in between.
+        seconds: Age of the first of them; 0 if there is none, None if it could not be read.
+        missed: Records that Kafka deleted before they were folded.
+    """
+
+    topic: str
+    partition: int
+    end: int
+    position: int | None
+    events: int
+    seconds: float | None = 0.0
+    missed: int = 0
+
+
+class Folder(msgspec.Struct):
+    """A consumer that reads; a materializer has one per topic.
+
+    Attributes:
+        client: Client id.
+        host: Where it connects from.
+        member: Member id.
+        partitions: What it has, ``topic/n``; none while Kafka hands them out anew, or if there are too few.
+    """
+
+    client: str
+    host: str
+    member: str
+    partitions: list[str]
+
+
+class Reading(msgspec.Struct):
+    """A view, or the chord processor.
+
+    Attributes:
+        name: Name of the view; ``chords``.
+        url: The view's URL, masked; "" for chords.
+        group: Consumer group.
+        folders: Who folds; None if the broker cannot tell.
+        lags: Per partition.
+        warnings: What endangers it.
+        error: Why the view could not be read.
+    """
+
+    name: str
+    url: str
+    group: str
+    folders: list[Folder] | None
+    lags: list[Lag]
+    warnings: list[str] = []
+    error: str = ""
+
+
+class State(msgspec.Struct):
+    """All of it.
+
+    Attributes:
+        servers: Kafka.
+        embedded: Whether that is librdkafka's in-process broker.
+        prefix: Topic prefix.
+        at: When this was gathered, ms since 1970.
+        oldest: When the oldest event that the log still has was written; None if it is empty.
+        latest: … the latest.
+        events: Records in the log.
+        dead_letters: Records among the dead letters.
+        views: Each view.
+        chords: The chord processor; None if not asked for.
+    """
+
+    servers: str
+    embedded: bool
+    prefix: str
+    at: int
+    oldest: int | None
+    latest: int | None
+    events: int
+    dead_letters: int
+    views: list[Reading]
+    chords: Reading | None
+
+    @property
+    def readings(self) -> list[Reading]:
+        """Views and chords."""
+        return [*self.views, *([self.chords] if self.chords else [])]
+
+    @property
+    def code(self) -> Exit:
+        """How ``status`` exits."""
+        if any(reading.folders == [] for reading in self.readings):
+            return Exit.NOBODY_FOLDS
+        return Exit.VIEW_UNUSABLE if any(view.error for view in self.views) else Exit.OK
+
+
+def gather(pipeline: Pipeline, broker: Broker, urls: Sequence[str], *, chords: bool) -> State:
+    """Ask Kafka and the views.
+
+    Raises:
+        Stop: Kafka does not answer, or a topic is missing.
+    """
+    prefix = pipeline.settings.topic_prefix
+    log, chord_topic, dead = topics.task_events(prefix), topics.chords(prefix), topics.dead_letters(prefix)
+    marks: dict[At, tuple[int, int]] = {}
+    for topic in (log, chord_topic, dead):
+        if not broker.partitions(topic):
+            raise Stop(Exit.TOPICS_WRONG, f"no topic {topic}", f"create the topics: `{pipeline.command} init`")
+        marks |= {(topic, n): ends for n, ends in broker.ends(topic).items()}
+    in_log = {at: ends for at, ends in marks.items() if at[0] == log}
+    oldest = first_at(broker, {at: low for at, (low, _) in in_log.items()}, _ends(in_log))
+    latest = first_at(broker, {at: max(low, high - 1) for at, (low, high) in in_log.items()}, _ends(in_log))
+    chord_marks = {at: ends for at, ends in marks.items() if at[0] == chord_topic}
+    return State(
+        servers=mask(pipeline.settings.bootstrap_servers),
+        embedded=broker.embedded,
+        prefix=prefix,
+        at=time.time_ns() // 1_000_000,
+        oldest=min((one.timestamp()[1] for one in oldest.values()), default=None),
+        latest=max((one.timestamp()[1] for one in latest.values()), default=None),
+        events=sum(high - low for low, high in in_log.values()),
+        dead_letters=sum(high - low for at, (low, high) in marks.items() if at[0] == dead),
+        views=[_view(pipeline, broker, url, in_log | chord_marks) for url in urls],
+        chords=_reading(broker, "chords", "", chord_marks, None) if chords else None,
+    )
+
+
+def _ends(marks: Mapping[At, tuple[int, int]]) -> dict[At, int]:
+    return {at: high for at, (_, high) in marks.items()}
+
+
+def _view(pipeline: Pipeline, broker: Broker, url: str, marks: Mapping[At, tuple[int, int]]) -> Reading:
+    error, positions = "", None
+    options = pipeline.options(url)
+    view = open_view(url, options)
+    try:
+        # The view's own word for how far it is: the commit comes a moment later.
+        positions = {(at.topic, at.partition): offset for at, offset in view.positions().items()}
+    except (StoreError, SettingsError) as exc:
+        error = str(exc)
+    finally:
+        view.close()
+    found = _reading(broker, view_name(url), url, marks, positions)
+    found.error = error
+    if positions:  # only of a view that is there: opening a sink makes what is missing
+        sink = open_sink(url, options)
+        try:
+            sink.open()
+            found.warnings = sink.warnings()
+        except Exception as exc:  # noqa: BLE001 - rights to write are not ours to need
+            found.warnings = [f"cannot ask the store for its warnings: {exc}"]
+        finally:
+            sink.close()
+    return found
+
+
+def _reading(
+    broker: Broker, name: str, url: str, marks: Mapping[At, tuple[int, int]], positions: Mapping[At, int] | None
+) -> Reading:
+    group = topics.group_id(broker.settings.topic_prefix, name)
+    if positions is None:
+        positions = broker.committed(group, sorted({topic for topic, _ in marks}))
+    members = broker.members(group)
+    starts = {at: max(positions.get(at, low), low) for at, (low, _) in marks.items()}
+    behind = {at: start for at, start in starts.items() if start < marks[at][1]}
+    first = first_at(broker, behind, _ends(marks))
+    now = time.time_ns() // 1_000_000
+    lags = []
+    for at, (low, high) in sorted(marks.items()):
+        position = positions.get(at)
+        message = first.get(at)
+        seconds = 0.0 if at not in behind else None if message is None else max(now - message.timestamp()[1], 0) / 1000
+        missed = max(low - position, 0) if position is not None else 0
+        lags.append(Lag(*at, high, position, max(high - starts[at], 0), seconds, missed))
+    folders = None if members is None else [_folder(member) for member in members]
+    return Reading(name, mask(url) if url else "", group, folders, lags)
+
+
+def _folder(member: Member) -> Folder:
+    held = [f"{topic}/{n}" for topic, n in member.partitions]
+    return Folder(member.client, member.host, member.id, held)

@@ -1,0 +1,131 @@
+"""``pipeline status``: who folds, how far behind, and what endangers a view."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+import msgspec
+
+from celery_kafka_backend.cli.broker import Broker
+from celery_kafka_backend.cli.command import Command
+from celery_kafka_backend.cli.context import chosen_views, pipeline_of
+from celery_kafka_backend.cli.exits import Exit
+from celery_kafka_backend.cli.output import console, duration, table, when
+from celery_kafka_backend.cli.state import gather
+
+if TYPE_CHECKING:
+    from celery_kafka_backend.cli.state import Reading, State
+
+EVERY_S: Final = 2.0
+
+
+@click.command("status", cls=Command, short_help="Who folds, and how far behind.")
+@click.option(
+    "--view", "views", multiple=True, metavar="VIEW",
+    help="Only this view: its URL, or scheme or name of a configured one. May be repeated.",
+)  # fmt: skip
+@click.option("--no-chords", is_flag=True, help="Leave the chord processor out.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--watch", is_flag=True, help="Again every 2 seconds, until Ctrl-C.")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=5.0, help="Seconds that Kafka may take to answer.")
+@click.pass_context
+def command(
+    ctx: click.Context, views: tuple[str, ...], no_chords: bool, as_json: bool, watch: bool, timeout: float
+) -> Exit:
+    r"""Show how far each view is behind the log, and who folds.
+
+    Lag is given in events and in seconds: the age of the first event that the view does not have. Exits with 2 when
+    a view or the chords have no processor, with 7 when a view cannot be read.
+
+    \b
+    Examples:
+      celery -A proj pipeline status
+      celery -A proj pipeline status --watch
+      celery -A proj pipeline status --json | jq '.views[].lags[].events'
+      celery -A proj pipeline status --view redis --no-chords || page-somebody
+    """
+    pipeline = pipeline_of(ctx)
+    urls = chosen_views(pipeline.settings, views)
+    broker = Broker(pipeline.settings, timeout)
+    try:
+        if not watch:
+            state = gather(pipeline, broker, urls, chords=not no_chords)
+            if as_json:
+                click.echo(msgspec.json.format(msgspec.json.encode(_plain(state))).decode())
+            else:
+                show(state)
+            return state.code
+        while True:
+            broker.forget_metadata()
+            state = gather(pipeline, broker, urls, chords=not no_chords)
+            click.clear()
+            show(state)
+            time.sleep(EVERY_S)
+    finally:
+        broker.close()
+
+
+def _plain(state: State) -> dict[str, Any]:
+    found: dict[str, Any] = msgspec.to_builtins(state)
+    for reading, shown in zip(state.readings, [*found["views"], *filter(None, [found["chords"]])], strict=True):
+        shown["lag_events"], shown["lag_seconds"] = total(reading)
+    return {**found, "exit_code": int(state.code), "verdict": state.code.name.lower()}
+
+
+def total(reading: Reading) -> tuple[int, float | None]:
+    """Return the lag of all partitions: events, and seconds of the one furthest behind (None if unknown)."""
+    events = sum(lag.events for lag in reading.lags)
+    ages = [lag.seconds for lag in reading.lags]
+    return events, None if None in ages else max((age for age in ages if age is not None), default=0.0)
+
+
+def show(state: State) -> None:
+    """Draw it."""
+    screen = console()
+    note = "  (embedded broker: in memory only; it cannot tell who folds)" if state.embedded else ""
+    screen.print(f"log {state.prefix}.task-events at {state.servers}{note}")
+    if state.oldest is None:
+        screen.print("  empty")
+    else:
+        back = duration((state.at - state.oldest) / 1000)
+        screen.print(f"  {state.events} events, from {when(state.oldest)} ({back} back) to {when(state.latest)}")
+    style = "yellow" if state.dead_letters else None
+    screen.print(f"  {state.dead_letters} dead letters in {state.prefix}.dead-letters", style=style)
+    for reading in state.readings:
+        screen.print()
+        _show(reading)
+    if state.code is Exit.NOBODY_FOLDS:
+        lonely = ", ".join(reading.name for reading in state.readings if reading.folders == [])
+        screen.print(f"\nnobody folds: {lonely}. Start `celery -A proj pipeline run`.", style="red")
+
+
+def _show(reading: Reading) -> None:
+    screen = console()
+    events, seconds = total(reading)
+    late = "up to date" if not events else f"{events} events behind, {duration(seconds) or 'age unknown'}"
+    screen.print(f"{reading.name}  {reading.url}  {late}".rstrip(), style="bold")
+    if reading.error:
+        screen.print(f"  cannot be read: {reading.error}", style="red")
+    for warning in reading.warnings:
+        screen.print(f"  warning: {warning}", style="yellow")
+    if reading.folders is None:
+        screen.print(f"  group {reading.group}: this broker cannot tell who folds")
+    elif not reading.folders:
+        screen.print(f"  group {reading.group}: nobody", style="red")
+    else:
+        for one in reading.folders:
+            held = ", ".join(one.partitions) or "no partition now"
+            screen.print(f"  group {reading.group}: {one.host}  {one.client}  {held}")
+    drawn = table(
+        "", "topic", "partition", "end", "position", "behind", "age", numbers=("partition", "end", "position", "behind")
+    )
+    for lag in reading.lags:
+        position = str(lag.position) if lag.position is not None else "none yet" if lag.events else ""
+        age = duration(lag.seconds) if lag.events else ""
+        gone = f"  {lag.missed} were deleted before they were folded" if lag.missed else ""
+        drawn.add_row(
+            f"  {lag.topic}", str(lag.partition), str(lag.end), position, str(lag.events), f"{age}{gone}".strip()
+        )
+    screen.print(drawn)
