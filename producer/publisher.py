@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 EXIT_FLUSH_S: Final = 1.0
 """A short script waits at most this long at its end."""
 
+HURRY_S: Final = 0.05
+"""A waiter flushes in slices of this length: flushing waits for all that is queued, a waiter only for its own."""
+
 _REPORT_EVERY_S: Final = 30.0
 _parked: Final[list[Any]] = []
 
@@ -51,9 +55,10 @@ class Stored(NamedTuple):
 class Delivery:
     """The fate of one record, known once Kafka has answered."""
 
-    __slots__ = ("_done", "error", "offset", "partition", "topic")
+    __slots__ = ("_done", "_hurry", "error", "offset", "partition", "topic")
 
-    def __init__(self, topic: str) -> None:
+    def __init__(self, topic: str, hurry: Callable[[float], None]) -> None:
+        self._hurry = hurry
         self.topic = topic
         self.partition = -1
         self.offset = -1
@@ -78,8 +83,13 @@ class Delivery:
             Refused: Kafka will not take it.
             TooLarge: Likewise, for its size.
         """
-        if not self._done.wait(timeout_s):
-            raise NotAcknowledged(f"Kafka did not acknowledge a record of {self.topic} within {timeout_s:g} s")
+        deadline = time.monotonic() + timeout_s
+        while not self._done.is_set():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise NotAcknowledged(f"Kafka did not acknowledge a record of {self.topic} within {timeout_s:g} s")
+            self._hurry(min(left, HURRY_S))
+            self._done.wait(0.001)  # the poller may be in the callback just now
         if self.error is not None:
             raise self.error
 
@@ -105,6 +115,8 @@ class Publisher:
         self._lock = threading.Lock()
         self._pid = 0
         self._producer: Any = None
+        # Under gevent and eventlet a blocking C call would stop every greenlet.
+        self._patched = detect_environment() != "default"
         self.dropped = 0
         self.failed = 0
         self.latest: Stored | None = None
@@ -139,10 +151,8 @@ class Publisher:
             ) from exc
 
     def _poll(self, producer: Any, pid: int) -> None:
-        # Under gevent and eventlet a blocking C call would stop every greenlet.
-        patched = detect_environment() != "default"
         while self._pid == pid and self._producer is producer:
-            if patched:
+            if self._patched:
                 producer.poll(0)
                 time.sleep(0.005)
             else:
@@ -213,18 +223,15 @@ class Publisher:
             TooLarge: Over ``max_message_bytes``.
             NotAcknowledged: The queue stayed full.
         """
-        delivery = Delivery(topic)
+        producer = self._handle()
+        delivery = Delivery(topic, partial(self._hurry, producer))
         deadline = time.monotonic() + wait_s
         while True:
             try:
-                self._handle().produce(
-                    topic,
-                    value=value,
-                    key=key,
-                    headers=list(headers),
-                    partition=partition,
-                    on_delivery=delivery._answered,  # noqa: SLF001
-                )
+                producer.produce(
+                    topic, value=value, key=key, headers=list(headers), partition=partition,
+                    on_delivery=delivery._answered,  # noqa: SLF001 - the same module
+                )  # fmt: skip
             except BufferError:
                 if time.monotonic() >= deadline:
                     raise NotAcknowledged(f"the queue to Kafka at {self.settings.bootstrap_servers} is full") from None
@@ -248,6 +255,18 @@ class Publisher:
             self.failed += 1
         else:
             self.latest = Stored(Partition(message.topic() or "", message.partition() or 0), message.offset() or 0)
+
+    def _hurry(self, producer: Any, slice_s: float) -> None:
+        """Send now what lingers, for somebody waits; return after the slice, or when all is answered.
+
+        What nobody waits for lingers some milliseconds, so that a task's STARTED travels with its
+        SUCCESS in one request. librdkafka ignores ``linger.ms`` while it flushes.
+        """
+        if self._patched:
+            producer.poll(0)
+            time.sleep(0.002)
+        else:
+            producer.flush(slice_s)
 
     def flush(self, timeout_s: float) -> int:
         """Wait until everything queued is answered; return how many records are not."""
