@@ -7,7 +7,9 @@ are the user's, except those that a promise rests on (`settings` refuses these).
 from __future__ import annotations
 
 import logging
+import os
 import re
+import socket
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -72,7 +74,7 @@ class _OncePerInterval(logging.Filter):
         return True
 
 
-_VARYING: Final = re.compile(r"\d+ms|producer-\d+|consumer-\d+|\d+ identical error\(s\) suppressed")
+_VARYING: Final = re.compile(r"\d+ms|/\d+#|producer-\d+|consumer-\d+|\d+ identical error\(s\) suppressed")
 _driver_logger: Final = logging.getLogger("celery_kafka_backend.librdkafka")
 _driver_logger.addFilter(_OncePerInterval(60.0))
 
@@ -80,7 +82,8 @@ _driver_logger.addFilter(_OncePerInterval(60.0))
 def _common(settings: Settings, *extra: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "bootstrap.servers": settings.bootstrap_servers,
-        "client.id": f"celery-kafka-backend/{settings.topic_prefix}",
+        # Shown by Kafka's own tools and by `pipeline status`: who folds, and where.
+        "client.id": f"celery-kafka-backend/{settings.topic_prefix}/{socket.gethostname()}/{os.getpid()}",
         "topic.metadata.refresh.interval.ms": 30_000,
         "reconnect.backoff.max.ms": 2_000,
         "socket.keepalive.enable": True,

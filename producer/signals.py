@@ -234,13 +234,18 @@ def prerun(task_id: str | None = None, task: Any = None, **_: Any) -> None:
 
 
 @_harmless
-def postrun(task_id: str | None = None, task: Any = None, retval: Any = None, state: str | None = None, **_: Any) -> None:
+def postrun(
+    task_id: str | None = None, task: Any = None, retval: Any = None, state: str | None = None, **_: Any
+) -> None:
     """An attempt ended in a way that stores nothing: the task refused its message, or ignored it."""
     recorder = _recorder()
     if recorder is None or task is None or not task_id or state not in _STORED_NOWHERE or task.request.is_eager:
         return
     if state == states_of.REJECTED:
-        more = {"requeue": bool(getattr(retval, "requeue", False)), "message": str(getattr(retval, "reason", ""))[:MESSAGE_LIMIT]}
+        more = {
+            "requeue": bool(getattr(retval, "requeue", False)),
+            "message": str(getattr(retval, "reason", ""))[:MESSAGE_LIMIT],
+        }
         _note(recorder, events.REJECTED, task_id, task.request, task.name, **more)
     else:
         _note(recorder, events.STATE, task_id, task.request, task.name, state=state)

@@ -15,7 +15,9 @@ from celery_kafka_backend import codec, events
 pytestmark = [
     pytest.mark.kafka,
     pytest.mark.redis,
-    pytest.mark.parametrize("fleet", [{"settings": {"chord_key": "a secret", "history": {"redis": True}}}], indirect=True),
+    pytest.mark.parametrize(
+        "fleet", [{"settings": {"chord_key": "a secret", "history": {"redis": True}}}], indirect=True
+    ),
 ]
 
 SOON = 40

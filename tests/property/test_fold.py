@@ -1,7 +1,5 @@
 """The fold and the side record: the same view from any order, duplication and batching."""
 
-# ruff: noqa: D102, D103 - what supports the tests is named for what it does
-
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

@@ -8,7 +8,7 @@ One row of the contract is not here, as it is decided in the write: a document o
 its SUCCESS stays. Every sink has it as a case.
 """
 
-# ruff: noqa: D102, D103, N802 - a case's name is its fact, in Celery's spelling
+# ruff: noqa: N802 - a case's name is its fact, in Celery's spelling
 
 from __future__ import annotations
 

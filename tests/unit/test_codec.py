@@ -1,7 +1,5 @@
 """The wire format: its golden file, what a reader accepts, and what it refuses."""
 
-# ruff: noqa: D103 - what supports the tests is named for what it does
-
 from __future__ import annotations
 
 import json

@@ -1,7 +1,5 @@
 """The order key and the clock, at their edges."""
 
-# ruff: noqa: D102 - what supports the tests is named for what it does
-
 from __future__ import annotations
 
 import threading

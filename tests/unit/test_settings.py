@@ -1,7 +1,5 @@
 """What a user may configure, what is refused and with which words, and that no secret is ever shown."""
 
-# ruff: noqa: D103 - what supports the tests is named for what it does
-
 from __future__ import annotations
 
 import math

@@ -1,7 +1,5 @@
 """The topics' names, settings and rights, and Kafka's own hash."""
 
-# ruff: noqa: D103 - what supports the tests is named for what it does
-
 from __future__ import annotations
 
 from collections import Counter
