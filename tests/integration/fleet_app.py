@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 from celery import Celery, chord, group
 from celery.exceptions import Ignore, Reject
@@ -74,9 +75,9 @@ def die():
 
 @app.task(acks_late=True, reject_on_worker_lost=True)
 def die_once(path):
-    if not os.path.exists(path):
-        with open(path, "w") as file:
-            file.write("died")
+    marker = Path(path)
+    if not marker.exists():
+        marker.write_text("died")
         os.kill(os.getpid(), signal.SIGKILL)
     return "second life"
 
