@@ -147,7 +147,7 @@ def test_what_does_not_stop_in_time_is_killed(tmp_path: Path) -> None:
 
 def test_children_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
     path = tmp_path / "said"
-    code = f"from tests.unit import test_supervisor as t; t.supervise({str(path)!r})"
+    code = f"from tests.integration import test_supervisor as t; t.supervise({str(path)!r})"
     root = Path(__file__).parents[2]
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=root)
     try:
