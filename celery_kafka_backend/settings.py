@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DAY_MS: Final = 86_400_000
 SETTING: Final = "kafka_backend_settings"
 
-Delivery = Literal["acknowledged", "pipelined", "buffered"]
+Delivery = Literal["acknowledged", "buffered"]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,10 +35,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ``view=`` parameters unless given here.
         topic_prefix: Names topics and consumer groups; one prefix serves one app.
         delivery: When a stored result counts as stored: ``acknowledged`` (seen before the task is
-            done), ``pipelined`` (before the next one is), ``buffered`` (nobody looks).
+            done) or ``buffered`` (nobody looks).
         delivery_timeout_s: Bound on the wait for an acknowledgement.
         publish_timeout_s: Bound on what ``delay()`` of a chord waits for its declaration.
-        barrier_timeout_s: Bound on a read inside the worker that waits for the view.
         record: Kinds of events to record; results are always recorded.
         record_ignored: Record the states of tasks with ``ignore_result`` (without payload).
         exclude: Names of tasks (``*`` at the end allowed) of which only results are recorded.
@@ -67,7 +66,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     delivery: Delivery = "acknowledged"
     delivery_timeout_s: float = 30.0
     publish_timeout_s: float = 10.0
-    barrier_timeout_s: float = 2.0
     record: frozenset[str] = events.KINDS
     record_ignored: bool = True
     exclude: tuple[str, ...] = ()
@@ -121,7 +119,7 @@ _OWN: Final = {
 }
 
 _REMEDIES: Final = {
-    "delivery": "one of acknowledged, pipelined, buffered",
+    "delivery": "one of acknowledged, buffered",
     "views": "a list of URLs, the primary view's first",
     "exclude": "a list of task names",
     "record": "a list of kinds of events",
@@ -288,7 +286,7 @@ def _check_names(settings: Settings) -> None:
 
 
 def _check_numbers(settings: Settings) -> None:
-    for name in ("delivery_timeout_s", "publish_timeout_s", "barrier_timeout_s", "poll_interval_s"):
+    for name in ("delivery_timeout_s", "publish_timeout_s", "poll_interval_s"):
         if not 0 < getattr(settings, name) < 86_400:
             _refuse(name, f"{getattr(settings, name)} is no sensible time", "more than 0 and less than 86400 seconds")
     for name, least, most in (

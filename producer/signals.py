@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 _Handler = TypeVar("_Handler", bound="Callable[..., None]")
 
+CHILD_FLUSH_S: Final = 5.0
+"""What a child that ends waits for events that nobody waited for; its results are acknowledged already."""
+
 IDLE_AFTER_S: Final = 15.0
 """A view that has not moved past an acknowledged event for so long has no processor."""
 
@@ -309,7 +312,7 @@ def child_init(**_: Any) -> None:
 def child_shutdown(**_: Any) -> None:
     """Flush: children leave by ``os._exit``, so nothing else would."""
     for recorder in recorders():
-        recorder.publisher.flush(recorder.settings.delivery_timeout_s)
+        recorder.publisher.flush(CHILD_FLUSH_S)
 
 
 _HANDLERS: Final = (
