@@ -38,7 +38,11 @@ def make_app(folder):
     results.mkdir(exist_ok=True)
     app = Celery("proj", broker="filesystem://", backend=f"file://{results}", set_as_current=False)
     app.conf.update(
-        broker_transport_options={"data_folder_in": str(queue), "data_folder_out": str(queue)},
+        broker_transport_options={
+            "data_folder_in": str(queue),
+            "data_folder_out": str(queue),
+            "control_folder": str(queue),
+        },
         broker_connection_retry_on_startup=False,
         task_publish_retry=False,
     )
