@@ -142,6 +142,9 @@ def consumer_config(settings: Settings, group: str | None) -> dict[str, Any]:
             # Both bound the memory of a consumer that falls behind; the first alone does not.
             "queued.min.messages": 20_000,
             "queued.max.messages.kbytes": 32_768,
+            # Once one of these is reached librdkafka stops fetching for a second by default, longer than it takes
+            # to work that off: bare consuming of 400-byte events made 114 k/s instead of 300-400 k/s.
+            "fetch.queue.backoff.ms": 20,
         },
         settings.consumer,
         {

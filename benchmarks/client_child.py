@@ -1,0 +1,82 @@
+"""A client's process: sends tasks to a worker, reads their results, prints one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from typing import Any
+
+from celery.result import ResultSet
+
+from benchmarks.celery_app import add, app, compute, wait
+
+TIMEOUT_S = 60.0
+WARM_UP = 30
+THREADS = 8
+
+
+def main() -> None:
+    given = json.loads(sys.argv[1])
+    print(json.dumps({"sequential": _sequential, "steady": _steady, "batch": _batch}[given["mode"]](given)), flush=True)
+
+
+def _warm_up(count: int = WARM_UP) -> None:
+    for _ in range(count):
+        add.delay(1, 2).get(timeout=TIMEOUT_S)
+
+
+def _sequential(given: dict[str, Any]) -> dict[str, Any]:
+    """One round trip after the other."""
+    _warm_up()
+    found = []
+    for number in range(given["tasks"]):
+        began = time.monotonic()
+        assert add.delay(number, 1).get(timeout=TIMEOUT_S) == number + 1
+        found.append(time.monotonic() - began)
+    return {"latencies_s": found}
+
+
+def _steady(given: dict[str, Any]) -> dict[str, Any]:
+    """So many a second from a few threads, each timed from when it was due: a late start counts."""
+    found: list[float] = []
+    pace = THREADS / given["per_s"]
+    each = given["tasks"] // THREADS
+    ready = threading.Barrier(THREADS)
+
+    def work(number: int) -> None:
+        _warm_up(WARM_UP // THREADS + 1)
+        ready.wait()
+        due = time.monotonic() + pace * number / THREADS
+        for _ in range(each):
+            time.sleep(max(due - time.monotonic(), 0))
+            add.delay(number, 1).get(timeout=TIMEOUT_S)
+            found.append(time.monotonic() - due)
+            due += pace
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(found) != each * THREADS:
+        raise SystemExit("a thread failed")
+    return {"latencies_s": found}
+
+
+def _batch(given: dict[str, Any]) -> dict[str, Any]:
+    """All at once; the rate from the last one sent to the last one done, as the tasks themselves saw it."""
+    task = {"wait": wait, "compute": compute}[given["task"]]
+    _warm_up()
+    with app.producer_or_acquire() as producer:
+        results = [task.apply_async((given["seconds"],), producer=producer) for _ in range(given["tasks"])]
+    sent = time.monotonic()
+    spans = ResultSet(results).join_native(timeout=TIMEOUT_S + 10 * given["seconds"] * given["tasks"])
+    ends = sorted(end for _, end in spans)
+    after = [end for end in ends if end >= sent]
+    return {"rate": (len(after) - 1) / (after[-1] - after[0]), "counted": len(after)}
+
+
+if __name__ == "__main__":
+    main()
