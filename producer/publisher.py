@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from functools import partial
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -38,14 +38,10 @@ logger = logging.getLogger(__name__)
 EXIT_FLUSH_S: Final = 1.0
 """A short script waits at most this long at its end."""
 
-HURRY_S: Final = 0.001
-"""A waiter flushes for this long, which is enough to wake librdkafka's sender, and then waits for its own answer.
-
-Not longer: inside a flush librdkafka looks only every 10 ms whether the poller has taken the last answer, and each
-acknowledgement took 10.2 ms instead of 1.2 (median, one broker).
-"""
-HURRY_AGAIN_S: Final = 0.005
-"""On a busy machine the sender may have slept through a flush."""
+CAST_S: Final = 0.05
+"""How long a record that nobody waits for may wait for company."""
+CASTS: Final = 10_000
+"""Such records that may wait; more are dropped and counted."""
 
 _REPORT_EVERY_S: Final = 30.0
 _parked: Final[list[Any]] = []
@@ -61,10 +57,9 @@ class Stored(NamedTuple):
 class Delivery:
     """The fate of one record, known once Kafka has answered."""
 
-    __slots__ = ("_done", "_hurry", "error", "offset", "partition", "topic")
+    __slots__ = ("_done", "error", "offset", "partition", "topic")
 
-    def __init__(self, topic: str, hurry: Callable[[float], None]) -> None:
-        self._hurry = hurry
+    def __init__(self, topic: str) -> None:
         self.topic = topic
         self.partition = -1
         self.offset = -1
@@ -89,13 +84,8 @@ class Delivery:
             Refused: Kafka will not take it.
             TooLarge: Likewise, for its size.
         """
-        deadline = time.monotonic() + timeout_s
-        while not self._done.is_set():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise NotAcknowledged(f"Kafka did not acknowledge a record of {self.topic} within {timeout_s:g} s")
-            self._hurry(min(left, HURRY_S))
-            self._done.wait(min(left, HURRY_AGAIN_S))
+        if not self._done.wait(timeout_s):
+            raise NotAcknowledged(f"Kafka did not acknowledge a record of {self.topic} within {timeout_s:g} s")
         if self.error is not None:
             raise self.error
 
@@ -123,6 +113,7 @@ class Publisher:
         self._producer: Any = None
         # Under gevent and eventlet a blocking C call would stop every greenlet.
         self._patched = detect_environment() != "default"
+        self._casts: deque[tuple[str, bytes, bytes, Sequence[tuple[str, bytes]]]] = deque()
         self.dropped = 0
         self.failed = 0
         self.latest: Stored | None = None
@@ -137,6 +128,7 @@ class Publisher:
                 if self._pid != os.getpid():
                     if self._producer is not None:
                         _parked.append(self._producer)
+                    self._casts.clear()  # the parent's: it sends them itself
                     self.dropped = self.failed = 0
                     self._reported = (0, 0)
                     self._producer = self._new()
@@ -162,7 +154,8 @@ class Publisher:
                 producer.poll(0)
                 time.sleep(0.005)
             else:
-                producer.poll(0.5)
+                producer.poll(CAST_S)
+            self._send_casts(producer)
             self._report()
 
     def _report(self) -> None:
@@ -230,7 +223,8 @@ class Publisher:
             NotAcknowledged: The queue stayed full.
         """
         producer = self._handle()
-        delivery = Delivery(topic, partial(self._hurry, producer))
+        self._send_casts(producer)
+        delivery = Delivery(topic)
         deadline = time.monotonic() + wait_s
         while True:
             try:
@@ -248,13 +242,32 @@ class Publisher:
                 return delivery
 
     def cast(self, topic: str, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]] = ()) -> bool:
-        """Queue a record that nobody waits for; return False if it was dropped. Never blocks, never raises."""
-        try:
-            self._handle().produce(topic, value=value, key=key, headers=list(headers), on_delivery=self._cast_answered)
-        except (BufferError, KafkaException):
+        """Take a record that nobody waits for; return False if it was dropped. Never blocks.
+
+        It leaves with the next record that somebody does wait for, or within `CAST_S`: a task's
+        STARTED travels with its SUCCESS, for half the requests.
+
+        Raises:
+            SettingsError: librdkafka does not know an option; only on a process's first record.
+        """
+        if len(self._casts) >= CASTS:
             self.dropped += 1
             return False
+        self._handle()
+        self._casts.append((topic, key, value, headers))
         return True
+
+    def _send_casts(self, producer: Any) -> None:
+        casts = self._casts
+        while casts:
+            try:
+                topic, key, value, headers = casts.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            try:
+                producer.produce(topic, value=value, key=key, headers=list(headers), on_delivery=self._cast_answered)
+            except (BufferError, KafkaException):
+                self.dropped += 1
 
     def _cast_answered(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
@@ -262,22 +275,11 @@ class Publisher:
         else:
             self.latest = Stored(Partition(message.topic() or "", message.partition() or 0), message.offset() or 0)
 
-    def _hurry(self, producer: Any, slice_s: float) -> None:
-        """Send now what lingers, for somebody waits; return after the slice, or when all is answered.
-
-        What nobody waits for lingers some milliseconds, so that a task's STARTED travels with its
-        SUCCESS in one request. librdkafka ignores ``linger.ms`` while it flushes.
-        """
-        if self._patched:
-            producer.poll(0)
-            time.sleep(0.002)
-        else:
-            producer.flush(slice_s)
-
     def flush(self, timeout_s: float) -> int:
         """Wait until everything queued is answered; return how many records are not."""
         if self._producer is None or self._pid != os.getpid():
             return 0
+        self._send_casts(self._producer)
         return int(self._producer.flush(timeout_s))
 
     def _at_exit(self) -> None:

@@ -56,7 +56,7 @@ class Demo:
 
     def left(self) -> list[processes.Running]:
         """Every live process that it started, at any depth; they inherit its environment."""
-        return [one for one in processes.started_by_us(MARK, self.mark) if one.pid != self.process.pid]
+        return processes.started_by(self.process.pid, MARK, self.mark)
 
 
 @pytest.fixture

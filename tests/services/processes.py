@@ -21,18 +21,23 @@ class Running(NamedTuple):
 
 
 def started_by_us(variable: str, value: str) -> list[Running]:
-    """Our descendants, and every process that was started with ``variable=value`` in its environment.
+    """Every process that we started; see `started_by`."""
+    return started_by(os.getpid(), variable, value)
+
+
+def started_by(ancestor: int, variable: str, value: str) -> list[Running]:
+    """The descendants of a process, and every process that was started with ``variable=value`` in its environment.
 
     Both, for an orphan is no descendant any more, and a child that was forked without ``exec`` shows the environment
-    that *we* were started with.
+    that the ancestor was started with.
     """
     table = {process.pid: process for process in _all()}
     return [
         process
         for process in table.values()
-        if process.pid != os.getpid()
+        if process.pid not in (os.getpid(), ancestor)
         and HARMLESS not in process.command
-        and (_descends(process, table) or _was_given(process.pid, f"{variable}={value}"))
+        and (_descends(process, ancestor, table) or _was_given(process.pid, f"{variable}={value}"))
     ]
 
 
@@ -54,9 +59,9 @@ def _all() -> list[Running]:
     return found
 
 
-def _descends(process: Running, table: dict[int, Running]) -> bool:
+def _descends(process: Running, ancestor: int, table: dict[int, Running]) -> bool:
     seen = process
-    while seen.parent != os.getpid():
+    while seen.parent != ancestor:
         if seen.parent not in table:
             return False
         seen = table[seen.parent]

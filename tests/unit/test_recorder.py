@@ -55,6 +55,7 @@ def make(wall, monkeypatch):
 
 
 def published(recorder):
+    recorder.publisher.flush(1)
     return [codec.decode(value) for _, _, value, _ in recorder.publisher._producer.records]
 
 
