@@ -41,7 +41,7 @@ BEHIND_S: Final = 30.0
 """An event that reached the log so late is rather from a clock that is behind, unless Kafka was away."""
 SAMPLE_ROWS: Final = 2000
 
-_PACKAGES: Final = ("celery", "kombu", "confluent-kafka", "msgspec", "redis", "rich", "stamina")
+_PACKAGES: Final = ("celery", "kombu", "confluent-kafka", "msgspec", "redis", "rich")
 
 
 class Finding(NamedTuple):

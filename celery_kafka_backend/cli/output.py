@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
-_EXTRA: Final = "celery-kafka-backend[cli]"
+_EXTRA: Final = "celery-kafka-backend[processor]"
 
 
 def console(*, stderr: bool = False) -> Console:

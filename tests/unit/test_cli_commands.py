@@ -157,7 +157,7 @@ def test_a_missing_rich_is_said_with_its_remedy(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_rich)
-    with pytest.raises(Stop, match=r"pip install 'celery-kafka-backend\[cli\]'") as caught:
+    with pytest.raises(Stop, match=r"pip install 'celery-kafka-backend\[processor\]'") as caught:
         output.console()
     assert caught.value.code is Exit.CONFIGURATION
 

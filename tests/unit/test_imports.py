@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("redis", "sqlite3", "elasticsearch", "cassandra", "pymongo", "faust", "rich", "stamina")
+HEAVY = ("redis", "sqlite3", "elasticsearch", "cassandra", "pymongo", "faust", "rich")
 
 
 @pytest.mark.parametrize("module", ["settings", "codec", "order", "topics", "sinks.registry", "backend"])
