@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 from celery import current_app, states
+from celery.app import trace
 from celery.backends.asynchronous import AsyncBackendMixin, BaseResultConsumer
 from celery.backends.base import BaseKeyValueStoreBackend
-from celery.exceptions import BackendStoreError
+from celery.exceptions import BackendStoreError, ImproperlyConfigured
 from celery.utils.log import get_logger
 from celery.utils.time import get_exponential_backoff_interval
 from kombu.exceptions import EncodeError, OperationalError
@@ -24,7 +25,7 @@ from kombu.serialization import dumps
 from kombu.utils.encoding import bytes_to_str, ensure_bytes
 
 from celery_kafka_backend import chord_records, codec, configure, events, order
-from celery_kafka_backend.errors import NotAcknowledged, PublishError, TooLarge, Unavailable
+from celery_kafka_backend.errors import NotAcknowledged, PublishError, SettingsError, TooLarge, Unavailable
 from celery_kafka_backend.events import Opaque
 from celery_kafka_backend.order import Rank
 from celery_kafka_backend.producer import headers as names
@@ -49,8 +50,12 @@ if TYPE_CHECKING:
     from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.events import Event
     from celery_kafka_backend.producer.recorder import Identity, Recorder
+    from celery_kafka_backend.settings import Settings
 
 logger = get_logger(__name__)
+
+EXIT_CODE: Final = 3
+"""Of a worker whose settings are wrong; as `pipeline` uses it."""
 
 HEAR_SLICE_S: Final = 0.1
 """One thread hears for all that wait in its process; the others look at their own result this often."""
@@ -169,7 +174,7 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
 
     def __init__(self, app: Celery | None = None, url: str | None = None, **kwargs: Any) -> None:
         super().__init__(app=app, url=url, expires_type=float, **kwargs)
-        self.settings = configure.settings_of(self.app, url)
+        self.settings = _settings(self.app, url)
         self.url = url or self.app.conf.result_backend
         self.recorder: Recorder = recorder_for(self.app, self.settings)
         failure = self.app.conf.get("result_failure_expires")
@@ -183,9 +188,16 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
 
     @cached_property
     def reader(self) -> Reader:
-        """Reads the primary view; its driver is imported only now."""
+        """Reads the primary view; its driver is imported only now.
+
+        Raises:
+            ImproperlyConfigured: Its driver is not installed, or refuses an option.
+        """
         url = self.settings.views[0]
-        return Reader(url, configure.store_options(self.app, self.settings, url))
+        try:
+            return Reader(url, configure.store_options(self.app, self.settings, url))
+        except SettingsError as exc:
+            raise configure.improperly_configured(exc) from exc
 
     def _positions(self) -> dict[Partition, int]:
         return self.reader.positions()
@@ -685,6 +697,17 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
                 task_id=task_id,
                 state=state,
             ) from exc
+
+
+def _settings(app: Celery, url: str | None) -> Settings:
+    try:
+        return configure.settings_of(app, url)
+    except ImproperlyConfigured as exc:
+        if not getattr(trace, "_localized", None):
+            raise
+        # A worker that starts logs any exception with its traceback; SystemExit ends it with this line alone.
+        logger.critical("%s", exc)
+        raise SystemExit(EXIT_CODE) from None
 
 
 def _generation(chord: Any) -> int | None:

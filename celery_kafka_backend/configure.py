@@ -5,15 +5,15 @@ from __future__ import annotations
 import ssl
 from typing import TYPE_CHECKING, Any, Final
 
-from celery.exceptions import ImproperlyConfigured
-
 from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend.errors import SettingsError
 from celery_kafka_backend.settings import SETTING, Settings
 from celery_kafka_backend.sinks.contract import StoreOptions
+from celery_kafka_backend.sinks.registry import check_scheme
 
 if TYPE_CHECKING:
     from celery import Celery
+    from celery.exceptions import ImproperlyConfigured
 
 # Celery's name, redis-py's name. What is not set is not passed: redis-py's own default holds.
 _REDIS: Final = {
@@ -43,9 +43,19 @@ def settings_of(app: Celery, url: str | None = None) -> Settings:
     if url is None:
         url = app.conf.result_backend or ""
     try:
-        return settings_module.parse(url, app.conf.get(SETTING) or {})
+        settings = settings_module.parse(url, app.conf.get(SETTING) or {})
+        for view in settings.views:
+            check_scheme(view)
     except SettingsError as exc:
-        raise ImproperlyConfigured(str(exc)) from exc
+        raise improperly_configured(exc) from exc
+    return settings
+
+
+def improperly_configured(exc: SettingsError) -> ImproperlyConfigured:
+    """Return Celery's exception for one of ours."""
+    from celery_kafka_backend.misconfigured import Misconfigured  # noqa: PLC0415 - see there
+
+    return Misconfigured(str(exc))
 
 
 def store_options(app: Celery, settings: Settings, url: str) -> StoreOptions:

@@ -179,7 +179,8 @@ class Publisher:
                 producer.list_topics(f"{self.settings.topic_prefix}.task-events", timeout=5)
             except KafkaException as exc:
                 logger.warning(
-                    "%s", kafka.translate(exc, f"no answer from Kafka at {self.settings.bootstrap_servers} yet")
+                    "%s: check the address in result_backend, and kafka_backend_settings['client']",
+                    kafka.translate(exc, f"no answer from Kafka at {self.settings.bootstrap_servers} yet"),
                 )
 
         threading.Thread(target=connect, name="celery-kafka-warm-up", daemon=True).start()

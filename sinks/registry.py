@@ -44,22 +44,36 @@ def schemes() -> list[str]:
     return sorted({*_STORES, *(entry.name for entry in metadata.entry_points(group=ENTRY_POINTS))})
 
 
+def check_scheme(url: str) -> str:
+    """Return the scheme of a view's URL, in lower case; no driver is imported.
+
+    Raises:
+        SettingsError: Nobody knows it.
+    """
+    scheme, separator, _ = url.partition("://")
+    if not separator:
+        raise SettingsError("view", f"{mask(url)!r} is not a URL", f"one of {', '.join(schemes())}, then ://")
+    scheme = scheme.lower()
+    if scheme not in _STORES and scheme not in schemes():
+        raise SettingsError(
+            "view", f"nobody knows the scheme {scheme!r} of this view's URL", f"known: {', '.join(schemes())}"
+        )
+    return scheme
+
+
 def store(url: str) -> Store:
     """Return the store's module for a view's URL.
 
     Raises:
         SettingsError: Nobody knows the scheme, or its driver is not installed.
     """
-    scheme, separator, _ = url.partition("://")
-    if not separator:
-        raise SettingsError("view", f"{mask(url)!r} is not a URL", f"one of {', '.join(schemes())}, then ://")
-    scheme = scheme.lower()
+    scheme = check_scheme(url)
     name = _STORES.get(scheme)
     try:
         if name is not None:
             return cast("Store", import_module(name))
-        for entry in metadata.entry_points(group=ENTRY_POINTS, name=scheme):
-            return cast("Store", entry.load())
+        (entry,) = list(metadata.entry_points(group=ENTRY_POINTS, name=scheme))[:1]
+        return cast("Store", entry.load())
     except ModuleNotFoundError as exc:
         missing = (exc.name or "").partition(".")[0]
         extra = _EXTRAS.get(missing)
@@ -67,9 +81,6 @@ def store(url: str) -> Store:
         raise SettingsError(
             "view", f"{scheme}:// needs the package {missing!r}, which is not installed", remedy
         ) from exc
-    raise SettingsError(
-        "view", f"nobody knows the scheme {scheme!r} of this view's URL", f"known: {', '.join(schemes())}"
-    )
 
 
 def open_sink(url: str, options: StoreOptions) -> Sink:

@@ -1,0 +1,47 @@
+"""A worker that cannot work says what is wrong, without a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SECRET = "p4ssw0rd"
+GOOD = f"kafka://127.0.0.1:9/?view=redis://:{SECRET}@127.0.0.1:9/0"
+
+
+@pytest.mark.parametrize(
+    ("backend", "settings", "words"),
+    [
+        (GOOD, '{"delivry": "buffered"}', ["kafka_backend_settings['delivry']", "did you mean 'delivery'"]),
+        (GOOD, '{"producer": {"acks": 1}}', ["acks", "would break"]),
+        (GOOD, '{"min_insync_replicas": 3, "replication_factor": 1}', ["min_insync_replicas", "replication_factor 1"]),
+        ("kafka://127.0.0.1:9/?view=mysql://x", "{}", ["mysql", "known: ", "redis"]),
+        ("kafka://127.0.0.1:9/", "{}", ["no view", "?view="]),
+        ("kafka:///?view=redis://x", "{}", ["no Kafka servers", "kafka://host:9092"]),
+    ],
+)
+def test_a_wrong_setting_ends_the_worker_with_one_line(backend, settings, words):
+    done = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "fleet_app", "worker", "-c", "1"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parent),
+            "FLEET_BROKER": "memory://",
+            "FLEET_BACKEND": backend,
+            "FLEET_SETTINGS": settings,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 3, said
+    assert "Traceback" not in said
+    assert SECRET not in said
+    for word in words:
+        assert word in said
