@@ -1,8 +1,9 @@
 """The only user of a producer handle: one per process, never used across a fork.
 
 An inherited handle silently loses messages, and destroying it costs a second; so on a changed pid
-the old one is parked (kept, untouched) and a new one made. Exactly one thread of the process polls
-it: without `poll`, ``produce()`` jams once librdkafka's queue is full.
+the old one is parked (kept, untouched) and a new one made. One thread at a time polls
+it, the one that waits for an answer or else our own: without `poll`, ``produce()`` jams once
+librdkafka's queue is full.
 
 The interface is small on purpose: a publisher process per host could serve it as well.
 """
@@ -15,6 +16,7 @@ import os
 import threading
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -40,6 +42,8 @@ EXIT_FLUSH_S: Final = 1.0
 
 CAST_S: Final = 0.05
 """How long a record that nobody waits for may wait for company."""
+PATCHED_S: Final = 0.005
+"""Pause between two looks where a blocking call into librdkafka is not possible, or another thread's."""
 CASTS: Final = 10_000
 """Such records that may wait; more are dropped and counted."""
 
@@ -57,9 +61,10 @@ class Stored(NamedTuple):
 class Delivery:
     """The fate of one record, known once Kafka has answered."""
 
-    __slots__ = ("_done", "error", "offset", "partition", "topic")
+    __slots__ = ("_done", "_serve", "error", "offset", "partition", "topic")
 
-    def __init__(self, topic: str) -> None:
+    def __init__(self, topic: str, serve: Callable[[threading.Event, float], None]) -> None:
+        self._serve = serve
         self.topic = topic
         self.partition = -1
         self.offset = -1
@@ -84,7 +89,8 @@ class Delivery:
             Refused: Kafka will not take it.
             TooLarge: Likewise, for its size.
         """
-        if not self._done.wait(timeout_s):
+        self._serve(self._done, timeout_s)
+        if not self._done.is_set():
             raise NotAcknowledged(f"Kafka did not acknowledge a record of {self.topic} within {timeout_s:g} s")
         if self.error is not None:
             raise self.error
@@ -109,9 +115,9 @@ class Publisher:
         self.settings = settings
         self._make = make
         self._lock = threading.Lock()
+        self._polling = threading.Lock()
         self._pid = 0
         self._producer: Any = None
-        # Under gevent and eventlet a blocking C call would stop every greenlet.
         self._patched = detect_environment() != "default"
         self._casts: deque[tuple[str, bytes, bytes, Sequence[tuple[str, bytes]]]] = deque()
         self.dropped = 0
@@ -129,6 +135,7 @@ class Publisher:
                     if self._producer is not None:
                         _parked.append(self._producer)
                     self._casts.clear()  # the parent's: it sends them itself
+                    self._polling = threading.Lock()
                     self.dropped = self.failed = 0
                     self._reported = (0, 0)
                     self._producer = self._new()
@@ -150,13 +157,28 @@ class Publisher:
 
     def _poll(self, producer: Any, pid: int) -> None:
         while self._pid == pid and self._producer is producer:
-            if self._patched:
-                producer.poll(0)
-                time.sleep(0.005)
-            else:
-                producer.poll(CAST_S)
+            time.sleep(CAST_S if not self._patched else PATCHED_S)
             self._send_casts(producer)
+            if self._polling.acquire(blocking=False):
+                try:
+                    producer.poll(0)
+                finally:
+                    self._polling.release()
             self._report()
+
+    def _serve(self, producer: Any, done: threading.Event, timeout_s: float) -> None:
+        """Wait for an answer. One waiter at a time polls for all, itself: another thread's wake-up costs 0.2 ms."""
+        deadline = time.monotonic() + timeout_s
+        while not done.is_set() and (left := deadline - time.monotonic()) > 0:
+            if self._patched or not self._polling.acquire(blocking=False):
+                # Under gevent and eventlet a blocking C call would stop every greenlet.
+                done.wait(min(left, PATCHED_S))
+                continue
+            try:
+                while not done.is_set() and (left := deadline - time.monotonic()) > 0:
+                    producer.poll(min(left, CAST_S))
+            finally:
+                self._polling.release()
 
     def _report(self) -> None:
         now = time.monotonic()
@@ -225,7 +247,7 @@ class Publisher:
         """
         producer = self._handle()
         self._send_casts(producer)
-        delivery = Delivery(topic)
+        delivery = Delivery(topic, partial(self._serve, producer))
         deadline = time.monotonic() + wait_s
         while True:
             try:

@@ -22,13 +22,14 @@ pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 SOON = 30
 
 
-def history(fleet, task_id, until=None, sent=1, timeout_s=20.0):
-    """Events of a task in order; waits for one of kind ``until``, and for every sent: each process appends for itself."""
+def history(fleet, task_id, until=None, sent=1, received=0, timeout_s=20.0):
+    """Events of a task in order; waits for ``until`` and so many others: each process appends for itself."""
     deadline = time.monotonic() + timeout_s
     while True:
         found = [codec.decode(value) for value in fleet.app.app.backend.reader.history(task_id)]
         said = [event.kind for event in found]
-        if until is None or (until in said and said.count(events.SENT) >= sent):
+        enough = said.count(events.SENT) >= sent and said.count(events.RECEIVED) >= received
+        if until is None or (until in said and enough):
             return found
         assert time.monotonic() < deadline, f"no {until} in {[event.kind for event in found]}"
         time.sleep(0.05)
@@ -54,7 +55,7 @@ def test_results_and_exceptions_come_back_as_they_were_raised(fleet):
 def test_a_task_leaves_its_whole_life_in_the_log(fleet):
     result = fleet.app.add.delay(1, 1)
     result.get(timeout=SOON)
-    life = history(fleet, result.id, events.SUCCESS)
+    life = history(fleet, result.id, events.SUCCESS, received=1)
     assert kinds(life) == [events.SENT, events.RECEIVED, events.STARTED, events.SUCCESS]
     sent, received, started, success = life
     assert sent.role == events.CLIENT
@@ -72,7 +73,7 @@ def test_a_task_leaves_its_whole_life_in_the_log(fleet):
 def test_a_retry_keeps_the_run_and_says_when_the_next_attempt_is_due(fleet):
     result = fleet.app.flaky.delay(2)
     assert result.get(timeout=SOON) == 2
-    life = history(fleet, result.id, events.SUCCESS, sent=3)
+    life = history(fleet, result.id, events.SUCCESS, sent=3, received=3)
     assert len({event.run for event in life}) == 1
     retries = [event for event in life if event.kind == events.RETRY]
     assert [event.attempt for event in retries] == [0, 1]
@@ -132,7 +133,7 @@ def test_a_killed_child_is_a_lost_worker_told_by_the_parent(fleet):
 def test_a_requeued_task_of_a_killed_child_succeeds_in_its_second_life(fleet, tmp_path):
     result = fleet.app.die_once.delay(str(tmp_path / "died"))
     assert result.get(timeout=SOON) == "second life"
-    life = history(fleet, result.id, events.SUCCESS)
+    life = history(fleet, result.id, events.SUCCESS, received=2)
     # Its first "started" may have died with it; what the parent saw did not.
     assert kinds(life).count(events.RECEIVED) == 2
     assert len({event.run for event in life}) == 1
