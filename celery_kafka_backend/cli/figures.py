@@ -28,9 +28,8 @@ REDIS_BYTES_PER_RESULT_BYTE: Final = 1.15
 REDIS_HISTORY_BYTES_PER_EVENT: Final = 980
 """With ``history: {"redis": True}``: 5,519 bytes per task instead of 1,144, less one result, by four events."""
 
-FOLD_EVENTS_PER_S: Final = 20_000
-"""Into Redis, one process, Redis and Kafka on the same 2 busy cores: `replay` of the 32,000 events above into an empty
-database, start included, gave 21,900 to 27,200 in five runs; rounded down. A materializer commits besides."""
-MATERIALIZER_BYTES: Final = 46_000_000
-"""Resident memory after 32,000 events at 720 events/s (45.5 to 46.4 MB in three runs). Not measured while catching up:
-librdkafka may then queue up to 32 MB per topic (``queued.max.messages.kbytes``)."""
+FOLD_EVENTS_PER_S: Final = 50_000
+"""Into Redis, one process, Redis and Kafka on the same 2 cores, no two events of a task in one batch: 56,000 to 58,000
+in two runs of `make bench ARGS=fold_redis` (docs/benchmarks.md); rounded down."""
+MATERIALIZER_BYTES: Final = 250_000_000
+"""Resident memory while catching up: at most 238 MiB seen with results of 100 KB; 46 MB when it keeps up."""
