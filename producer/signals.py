@@ -89,6 +89,7 @@ def before_publish(headers: dict[str, Any] | None = None, body: Any = None, **_:
         recorder.take_hlc(task_id, millis(headers.get("eta")))
     run = _run(recorder, task_id, headers, request)
     headers.pop(names.RECEIVED_AT, None)
+    headers.pop(names.RECEIVED_HLC, None)
     headers.pop(names.STARTED_AT, None)
     headers[names.RUN] = run
     headers[names.HLC] = clock.tick()
@@ -194,6 +195,7 @@ def received(request: Any = None, **_: Any) -> None:
     request.request_dict[names.RECEIVED_AT] = recorder.clock.wall_ms()
     recorder.clock.observe(field(request, names.HLC))
     _note(recorder, events.RECEIVED, request.id, request, request.name)
+    request.request_dict[names.RECEIVED_HLC] = recorder.clock.tick()
 
 
 @_harmless
@@ -228,6 +230,7 @@ def prerun(task_id: str | None = None, task: Any = None, **_: Any) -> None:
         return
     recorder.retries.taken = None
     recorder.clock.observe(field(request, names.HLC))
+    recorder.clock.observe(field(request, names.RECEIVED_HLC))
     setattr(request, names.STARTED_AT, recorder.clock.wall_ms())
     request._ckb_monotonic = time.monotonic()  # noqa: SLF001 - ours, on Celery's open request object
     ignored = get_actual_ignore_result(task, request)
