@@ -49,7 +49,7 @@ test: preflight $(READY) services lint  ## everything that CI checks
 	$(BOUNDED) 3600 $(PYTEST) $(ARGS)
 
 test-quick: $(READY)  ## the tests that need no server
-	$(BOUNDED) 300 $(PYTEST) $(QUICK_TESTS) -m "not kafka and not redis" $(ARGS)
+	$(BOUNDED) 300 $(PYTEST) -n 2 $(QUICK_TESTS) -m "not kafka and not redis" $(ARGS)
 
 lint: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
