@@ -54,9 +54,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-EXIT_CODE: Final = 3
-"""Of a worker whose settings are wrong; as `pipeline` uses it."""
-
 HEAR_SLICE_S: Final = 0.1
 """One thread hears for all that wait in its process; the others look at their own result this often."""
 
@@ -707,7 +704,7 @@ def _settings(app: Celery, url: str | None) -> Settings:
             raise
         # A worker that starts logs any exception with its traceback; SystemExit ends it with this line alone.
         logger.critical("%s", exc)
-        raise SystemExit(EXIT_CODE) from None
+        raise SystemExit(exc.exit_code) from None
 
 
 def _generation(chord: Any) -> int | None:
