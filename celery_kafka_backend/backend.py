@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -144,14 +144,19 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
         if meta["status"] in states.READY_STATES:
             self.cancel_for(task_id)
 
-    def on_wait_for_pending(self, result: Any, **kwargs: Any) -> None:
-        """Look once at what is there already; `drain_events` registers before it reads, too."""
-        # A view that is away, or a file that no processor has made yet, is the ear's to wait for, within the timeout.
-        with suppress(Unavailable):
-            for meta in result._iter_meta(**kwargs):  # noqa: SLF001 - Celery's own protocol
-                if meta is not None and meta["status"] in states.READY_STATES:
-                    self.on_state_change(meta, None)
-                    self.cancel_for(meta["task_id"])
+    def on_wait_for_pending(self, result: Any, **_: Any) -> None:
+        """Look once at what is there already, in the waiter's own thread."""
+        for task_id, document in self.ear.meet(list(_unknown(result))).items():
+            self._changed(task_id, document)
+
+
+def _unknown(result: Any) -> Iterator[str]:
+    """Yield the ids of a result, or of the members of a group of groups, whose end is not known yet."""
+    if (members := getattr(result, "results", None)) is not None:
+        for each in members:
+            yield from _unknown(each)
+    elif result._cache is None:  # noqa: SLF001 - as Celery's own `ResultSet` asks
+        yield result.id
 
 
 class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore[misc]

@@ -17,7 +17,7 @@ from celery_kafka_backend.errors import Unavailable
 from celery_kafka_backend.sinks.registry import open_view
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.sinks.contract import Shown, StoreOptions, Subscription, View
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REGISTRATION_TTL_S: Final = 60.0
-RENEW_AFTER_S: Final = 20.0
 CHUNK: Final = 1000
 RETRY_FIRST_S: Final = 0.05
 RETRY_MAX_S: Final = 2.0
 REREAD_FIRST_S: Final = 1.0
-REREAD_MAX_S: Final = 30.0
+REREAD_MAX_S: Final = 25.0
+"""Twice before a registration ends, for it is renewed at the same time."""
 POLL_FIRST_S: Final = 0.005
 READ_ATTEMPTS: Final = 4
 
@@ -122,7 +122,7 @@ class Reader:
 class Ear:
     """Hears of changes to the tasks that a process waits for: one per process and view.
 
-    `add` and `drop` may be called from any thread; `hear` by one at a time.
+    `add`, `drop` and `meet` may be called from any thread; `hear` by one at a time.
 
     Args:
         reader: Reads the view.
@@ -138,11 +138,11 @@ class Ear:
         self._pid = os.getpid()
         self._client = uuid4().hex
         self._lock = threading.Lock()
+        self._subscribing = threading.Lock()
         self._ids: dict[str, int | None] = {}
         """Whom we wait for, and a hash of the document last seen of each."""
         self._new: set[str] = set()
         self._subscription: Subscription | None = None
-        self._renew_at = 0.0
         self._reread_at = 0.0
         self._reread_pause = REREAD_FIRST_S
         self._poll_pause = POLL_FIRST_S
@@ -167,6 +167,22 @@ class Ear:
         if self._pid == os.getpid():
             self._ids.pop(task_id, None)
             self._new.discard(task_id)
+
+    def meet(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Listen for tasks and return the documents there are of them already.
+
+        At once and in the caller's thread: whoever hears meanwhile would only do so after its turn.
+        A store that is away is left to `hear`, and this returns {}.
+        """
+        self._here()
+        with self._lock:
+            for each in ids:
+                self._ids.setdefault(each, None)
+            self._new.update(ids)
+        try:
+            return self._meet_pushed() if self._reader.view.push else self._reader.live().documents(ids)
+        except Unavailable:
+            return {}
 
     def hear(self, timeout_s: float) -> dict[str, bytes]:
         """Return documents that are new or changed, {} if there are none within ``timeout_s``.
@@ -202,43 +218,42 @@ class Ear:
             new, self._new = [one for one in self._new if one in self._ids], set()
         return new
 
-    def _hear_pushed(self, timeout_s: float) -> dict[str, bytes]:
-        view = self._reader.live()
-        if self._subscription is None:
-            self._subscription = view.subscribe(self._client)
-            self._renew_at = time.monotonic() + RENEW_AFTER_S
-            self._reread_at = time.monotonic() + self._reread_pause
+    def _subscribed(self) -> Subscription:
+        with self._subscribing:
+            if self._subscription is None:
+                self._subscription = self._reader.live().subscribe(self._client)
+                self._reread_pause = REREAD_FIRST_S
+                self._reread_at = time.monotonic() + self._reread_pause
+            return self._subscription
+
+    def _meet_pushed(self) -> dict[str, bytes]:
+        """Register who is new, which reads them too: what comes later is heard."""
+        self._subscribed()
         new = self._take_new()
-        if new:
-            try:
-                self._register(new)
-                found = self._reader.documents(new)
-            except Unavailable:
-                with self._lock:
-                    self._new.update(new)
-                raise
-            if found:
-                return found
+        try:
+            return self._register(new) if new else {}
+        except Unavailable:
+            with self._lock:
+                self._new.update(new)
+            raise
+
+    def _hear_pushed(self, timeout_s: float) -> dict[str, bytes]:
+        if found := self._meet_pushed():
+            return found
         now = time.monotonic()
-        if now >= self._renew_at and self._ids:
-            self._renew_at = now + RENEW_AFTER_S
-            self._register(list(self._ids))
         if now >= self._reread_at and self._ids:
             return self._reread(now)
-        heard = self._subscription.wait(timeout_s)
-        if not heard:
-            return {}
-        self._reread_pause = REREAD_FIRST_S
+        heard = self._subscribed().wait(timeout_s)
         return self._reader.documents([one for one in dict.fromkeys(heard) if one in self._ids])
 
-    def _register(self, ids: Iterable[str]) -> None:
-        self._reader.live().register(self._client, ids, REGISTRATION_TTL_S)
+    def _register(self, ids: Sequence[str]) -> dict[str, bytes]:
+        return self._reader.live().register(self._client, ids, REGISTRATION_TTL_S)
 
     def _reread(self, now: float) -> dict[str, bytes]:
-        """Read everything once more, slower and slower: a publish to a dying connection is lost silently."""
+        """Renew and read everything, slower and slower: a publish to a dying connection is lost silently."""
         self._reread_pause = min(self._reread_pause * 2, REREAD_MAX_S)
         self._reread_at = now + self._reread_pause
-        return self._reader.documents(list(self._ids))
+        return self._register(list(self._ids))
 
     def _poll(self, timeout_s: float) -> dict[str, bytes]:
         """One batched read per tick for all that wait."""
@@ -246,7 +261,7 @@ class Ear:
         changed = {}
         for task_id, document in self._reader.documents(list(self._ids)).items():
             seen = hash(document)
-            if self._ids.get(task_id) != seen:
+            if self._ids.get(task_id, seen) != seen:
                 self._ids[task_id] = seen
                 changed[task_id] = document
         if changed:

@@ -33,7 +33,7 @@ import msgspec
 from celery_kafka_backend.changes import GROUP
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from celery_kafka_backend.changes import Batch, Partition, Side
 
@@ -230,8 +230,11 @@ class View(ABC):
     def after_fork(self) -> None:
         """Forget inherited connections without touching them."""
 
-    def register(self, client: str, ids: Iterable[str], ttl_s: float) -> None:
-        """Ask that `client` hear of these tasks for ``ttl_s``; then read, then wait."""
+    def register(self, client: str, ids: Sequence[str], ttl_s: float) -> dict[str, bytes]:
+        """Ask that `client` hear of these tasks for ``ttl_s``, and return their documents as they are after that.
+
+        In one: it is the way of every ``get()``, and each round trip would be felt.
+        """
         raise NotImplementedError
 
     def subscribe(self, client: str) -> Subscription:

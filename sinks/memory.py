@@ -327,11 +327,12 @@ class MemoryView(View):
             if not _gone(expiries[group], now_ms):
                 yield Row("chord", f"{group}/{name}", {"k": order, "value": value}, expiries[group])
 
-    def register(self, client: str, ids: Iterable[str], ttl_s: float) -> None:
+    def register(self, client: str, ids: Sequence[str], ttl_s: float) -> dict[str, bytes]:
         view, until = self._open(), time.monotonic() + ttl_s
         with view.lock:
             for each in ids:
                 view.waiters.setdefault(each, {})[client] = until
+        return self.documents(ids)
 
     def subscribe(self, client: str) -> Subscription:
         self._open()

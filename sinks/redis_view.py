@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
@@ -126,8 +125,7 @@ class RedisView(View):
         with translated(self.url):
             for start in range(0, len(ids), CHUNK):
                 chunk = ids[start : start + CHUNK]
-                values = cast("list[bytes | None]", self._client.mget(self._natives(chunk, subject)))
-                found |= {each: value for each, value in zip(chunk, values, strict=True) if value is not None}
+                found |= _present(chunk, cast("list[bytes | None]", self._client.mget(self._natives(chunk, subject))))
         return found
 
     def shown(self, ids: Sequence[str]) -> dict[str, Shown]:
@@ -167,16 +165,21 @@ class RedisView(View):
         parts = [(field.decode().rpartition(":"), int(offset)) for field, offset in found.items()]
         return {Partition(topic, int(partition)): offset for (topic, _, partition), offset in parts}
 
-    def register(self, client: str, ids: Iterable[str], ttl_s: float) -> None:
-        """Add the client to each task's set of waiters."""
-        source, ttl_ms = iter(ids), max(int(ttl_s * 1000), 1)
+    def register(self, client: str, ids: Sequence[str], ttl_s: float) -> dict[str, bytes]:
+        """Add the client to each task's set of waiters and read by MGET behind that, in one round trip per thousand."""
+        found: dict[str, bytes] = {}
+        ttl_ms = max(int(ttl_s * 1000), 1)
         with translated(self.url):
-            while chunk := list(islice(source, CHUNK)):
+            for start in range(0, len(ids), CHUNK):
+                chunk = ids[start : start + CHUNK]
+                natives = self._natives(chunk)
                 pipe = self._client.pipeline(transaction=False)
-                for native in self._natives(chunk):
+                for native in natives:
                     pipe.sadd(b"{%b}:w" % native, client)
                     pipe.pexpire(b"{%b}:w" % native, ttl_ms)
-                pipe.execute()
+                pipe.mget(natives)
+                found |= _present(chunk, pipe.execute()[-1])
+        return found
 
     def subscribe(self, client: str) -> Subscription:
         """Listen on the client's channel."""
@@ -233,6 +236,10 @@ class RedisView(View):
                 kind = "side" if key.endswith(b"k") else "history"
                 return subject, kind, key[len(prefix) + 1 : -3].decode()
         return None
+
+
+def _present(ids: Sequence[str], values: Sequence[bytes | None]) -> dict[str, bytes]:
+    return {each: value for each, value in zip(ids, values, strict=True) if value is not None}
 
 
 class _Identified(msgspec.Struct):

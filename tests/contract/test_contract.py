@@ -566,6 +566,12 @@ def test_a_registered_client_hears_of_changes_and_of_nothing_else(push_place: Pl
     ear.close()
 
 
+def test_registering_reads_in_the_same_breath(push_place: Place) -> None:
+    sink, view = push_place.sink(), push_place.view()
+    sink.write(batch(stated("SUCCESS", 10)))
+    assert view.register("me", ["t", "u"], 60) == {"t": json_document("t", "SUCCESS")}
+
+
 def test_a_registration_ends_by_itself(push_place: Place) -> None:
     sink, view = push_place.sink(), push_place.view()
     ear = view.subscribe("me")
