@@ -18,7 +18,7 @@ from tests.services.native import Process
 from tests.services.node import Node, wait_until_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 VERSION = "4.1.0"
 JARS = (f"org.apache.kafka:kafka_2.13:{VERSION}", f"org.apache.kafka:kafka-tools:{VERSION}")
@@ -77,13 +77,20 @@ def install() -> None:
         jars()
 
 
-def start(brokers: int = 1) -> KafkaCluster:
+def start(brokers: int = 1, advertise: Callable[[int], int] | None = None) -> KafkaCluster:
     """Start one node or three; returns when each sees all.
+
+    Args:
+        brokers: How many.
+        advertise: Given a broker's port, returns the one that clients and the other brokers are told, a proxy's; its
+            controller is reached without it. `KafkaCluster.bootstrap` goes past it. Not for containers.
 
     Raises:
         ServiceError: They could not be installed, or did not start; nothing is left running.
     """
     if docker.chosen():
+        if advertise is not None:
+            raise ServiceError("brokers behind a proxy are started as processes only: use SERVICES=native")
         return _started(KafkaCluster(docker.kafka(brokers)))
     libs = jars()
     folder = scratch.folder(f"kafka{brokers}")
@@ -92,7 +99,13 @@ def start(brokers: int = 1) -> KafkaCluster:
     broker_ports, controller_ports = numbers[:brokers], numbers[brokers:]
     voters = ",".join(f"{i}@{ports.HOST}:{port}" for i, port in zip(node_ids, controller_ports, strict=True))
     configs = [
-        _write_properties(folder / str(node_id), node_id, (broker_port, controller_port), voters, brokers)
+        _write_properties(
+            folder / str(node_id),
+            node_id,
+            (broker_port, advertise(broker_port) if advertise else broker_port, controller_port),
+            voters,
+            brokers,
+        )
         for node_id, broker_port, controller_port in zip(node_ids, broker_ports, controller_ports, strict=True)
     ]
     java = ["java", HEAP[brokers], *JVM, "-cp", f"{libs}/*"]
@@ -145,14 +158,15 @@ def _started(cluster: KafkaCluster) -> KafkaCluster:
     return cluster
 
 
-def _write_properties(folder: Path, node_id: int, listen: tuple[int, int], voters: str, brokers: int) -> Path:
+def _write_properties(folder: Path, node_id: int, listen: tuple[int, int, int], voters: str, brokers: int) -> Path:
     """The common file, and below it what is this node's own."""
-    port, controller_port = listen
+    port, advertised_port, controller_port = listen
     folder.mkdir()
     own = {
         "node.id": node_id,
         "controller.quorum.voters": voters,
         "listeners": f"PLAINTEXT://{ports.HOST}:{port},CONTROLLER://{ports.HOST}:{controller_port}",
+        "advertised.listeners": f"PLAINTEXT://{ports.HOST}:{advertised_port},CONTROLLER://{ports.HOST}:{controller_port}",
         "log.dirs": folder / "data",
         **replication(brokers),
     }

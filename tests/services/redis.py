@@ -128,6 +128,7 @@ def start(*, appendonly: bool = False) -> RedisServer:
         "dir": str(folder),
         "daemonize": "no",
         "appendonly": "yes" if appendonly else "no",
+        "appendfsync": "always",  # with Redis's default a kill may cost the last second
     }
     node = Process(
         name="Redis",
