@@ -7,19 +7,18 @@ Chords: declaration, size and parts → Kafka; the chord processor decides and s
 from __future__ import annotations
 
 import threading
-import time
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 from celery import current_app, states
+from celery import signals as celery_signals
 from celery.app import trace
 from celery.backends.asynchronous import AsyncBackendMixin, BaseResultConsumer
 from celery.backends.base import BaseKeyValueStoreBackend
 from celery.exceptions import BackendStoreError, ImproperlyConfigured
 from celery.utils.log import get_logger
-from celery.utils.time import get_exponential_backoff_interval
 from kombu.exceptions import EncodeError, OperationalError
 from kombu.serialization import dumps
 from kombu.utils.encoding import bytes_to_str, ensure_bytes
@@ -30,6 +29,7 @@ from celery_kafka_backend.events import Opaque
 from celery_kafka_backend.order import Rank
 from celery_kafka_backend.producer import headers as names
 from celery_kafka_backend.producer import signals
+from celery_kafka_backend.producer.courier import ONCE, Retries
 from celery_kafka_backend.producer.recorder import (
     MESSAGE_LIMIT,
     current_request,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.events import Event
+    from celery_kafka_backend.producer.publisher import Record
     from celery_kafka_backend.producer.recorder import Identity, Recorder
     from celery_kafka_backend.settings import Settings
 
@@ -187,6 +188,7 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         self._here = threading.local()
         self.recorder.positions = self._positions
         signals.connect()
+        celery_signals.worker_ready.connect(_worker_ready, weak=False, dispatch_uid="celery-kafka-backend.check-tasks")
 
     @cached_property
     def reader(self) -> Reader:
@@ -247,49 +249,57 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         """
         encoded = self.encode_result(result, state)
         event = self._state_event(task_id, result, encoded, state, traceback, request)
+        with _too_large_is_final():
+            record = self.recorder.record(event)
         if state in states.READY_STATES:
-            self._append(event, state)
+            self._store(record, f"{state} of {task_id}", task_id, state, request)
         else:
-            self._within_limit(event)
-            self.recorder.cast(event)
+            self.recorder.publisher.cast(record)
         return encoded
 
-    def _append(self, event: Event, state: str) -> None:
-        """Append a ready event, again with the same id if ``result_backend_always_retry`` says so."""
-        wait_s = self._wait_s()
-        attempt = 0
-        while True:
+    def _store(self, record: Record, what: str, task_id: str, state: str, request: Any) -> None:
+        """See what must not be lost into Kafka, as far as ``delivery`` says."""
+        wait_s = self._wait_s(task_id, request)
+        courier = self.recorder.courier
+        with _too_large_is_final():
             try:
-                self.recorder.append(event, wait_s)
-            except TooLarge as exc:
-                raise EncodeError(str(exc)) from exc
+                if wait_s:
+                    courier.carry(record, what, wait_s, self._retries)
+                else:
+                    pipelined = self.settings.delivery == "pipelined" and self.recorder.role == events.CHILD
+                    courier.queue(record, what, self._retries, remember=pipelined)
+            except TooLarge:
+                raise
             except PublishError as exc:
-                limit = self.max_retries
-                if not (self.always_retry and self.exception_safe_to_retry(exc) and attempt < limit):
-                    raise BackendStoreError(
-                        f"result of {event.task} not stored in Kafka at {self.settings.bootstrap_servers}: {exc}",
-                        task_id=event.task, state=state,
-                    ) from exc  # fmt: skip
-                attempt += 1
-                logger.warning("storing %s of %s: %s; trying again", state, event.task, exc)
-                pause_ms = get_exponential_backoff_interval(
-                    self.base_sleep_between_retries_ms, attempt, self.max_sleep_between_retries_ms, full_jitter=True
-                )
-                time.sleep(pause_ms / 1000)
-            else:
-                return
+                self._here.unstored = task_id
+                raise BackendStoreError(
+                    f"{what} not stored in Kafka at {self.settings.bootstrap_servers}: {exc}",
+                    task_id=task_id, state=state,
+                ) from exc  # fmt: skip
 
-    def _within_limit(self, event: Event) -> None:
-        try:
-            self.recorder.prepare(event)
-        except TooLarge as exc:
-            raise EncodeError(str(exc)) from exc
+    @property
+    def _retries(self) -> Retries:
+        if not self.always_retry:
+            return ONCE
+        return Retries(self.max_retries, self.base_sleep_between_retries_ms, self.max_sleep_between_retries_ms)
 
-    def _wait_s(self) -> float:
-        # The worker's parent runs an event loop: it queues and goes on.
-        if self.settings.delivery == "buffered" or self.recorder.role == events.PARENT:
+    def _wait_s(self, task_id: str, request: Any) -> float:
+        if self.recorder.role == events.PARENT:
+            return 0.0  # it runs an event loop: it queues and goes on
+        if self.settings.delivery == "buffered" or (
+            # The message is acknowledged when the task ends: its result has to be in Kafka by then.
+            self.settings.delivery == "pipelined" and not self._acks_late(request)
+        ):
             return 0.0
+        if getattr(self._here, "unstored", None) == task_id:
+            # Celery makes a FAILURE of a result that was not stored: Kafka had its time already.
+            return 0.0
+        self._here.unstored = None
         return self.settings.delivery_timeout_s
+
+    def _acks_late(self, request: Any) -> bool:
+        task = self.app.tasks.get(field(request, "task") or "")
+        return bool(task.acks_late if task is not None else self.app.conf.task_acks_late)
 
     def _state_event(self, task_id: str, result: Any, encoded: Any, state: str, traceback: Any, request: Any) -> Event:
         own = request if field(request, "id") == task_id else None
@@ -510,20 +520,25 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
 
     def _append_shown(self, event: Event, what: str) -> bool:
         """Append an event and wait, bounded, until the primary view has folded it."""
+        timeout_s = self.settings.delivery_timeout_s
         try:
-            delivery = self.recorder.append(event, self.settings.delivery_timeout_s)
-        except TooLarge as exc:
-            raise EncodeError(str(exc)) from exc
+            with _too_large_is_final():
+                delivery = self.recorder.courier.carry(
+                    self.recorder.record(event), f"{what} of {event.task}", timeout_s, self._retries
+                )
         except PublishError as exc:
             raise BackendStoreError(
-                f"{what} of {event.task} not stored in Kafka: {exc}", task_id=event.task, state=what
-            ) from exc
+                f"{what} of {event.task} not stored in Kafka at {self.settings.bootstrap_servers}: {exc}",
+                task_id=event.task, state=what,
+            ) from exc  # fmt: skip
+        if delivery is None:
+            return False
         partition = delivery.stored
-        if self.reader.passed(partition.partition, partition.offset, self.settings.delivery_timeout_s):
+        if self.reader.passed(partition.partition, partition.offset, timeout_s):
             return True
         logger.warning(
             "%s of %s is safe in Kafka, but %s has not shown it within %g s: does a processor run?",
-            what, event.task, mask(self.settings.views[0]), self.settings.delivery_timeout_s,
+            what, event.task, mask(self.settings.views[0]), timeout_s,
         )  # fmt: skip
         return False
 
@@ -629,15 +644,18 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         self._declare(record, "extending")
 
     def _declare(self, record: chord_records.Record, doing: str) -> None:
-        key, value = chord_records.encode(record)
-        try:
-            self.recorder.append_chord(record.group, key, value, self.settings.publish_timeout_s)
-        except TooLarge as exc:
-            raise EncodeError(str(exc)) from exc
-        except PublishError as exc:
-            raise OperationalError(
-                f"{doing} chord {record.group} in Kafka at {self.settings.bootstrap_servers}: {exc}"
-            ) from exc
+        with _too_large_is_final():
+            encoded = self.recorder.chord_record(record.group, *chord_records.encode(record))
+            try:
+                self.recorder.courier.carry(
+                    encoded, f"{doing} chord {record.group}", self.settings.publish_timeout_s, ONCE
+                )
+            except TooLarge:
+                raise
+            except PublishError as exc:
+                raise OperationalError(
+                    f"{doing} chord {record.group} in Kafka at {self.settings.bootstrap_servers}: {exc}"
+                ) from exc
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **_: Any) -> None:
         """Send a member's outcome, unless `_ending` has already done so."""
@@ -688,17 +706,18 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
             at=who.wall,
             worker=field(request, "hostname") or "",
         )
-        key, value = chord_records.encode(record)
-        try:
-            self.recorder.append_chord(group_id, key, value, self._wait_s())
-        except TooLarge as exc:
-            raise EncodeError(str(exc)) from exc
-        except PublishError as exc:
-            raise BackendStoreError(
-                f"part of chord {group_id} not stored in Kafka at {self.settings.bootstrap_servers}: {exc}",
-                task_id=task_id,
-                state=state,
-            ) from exc
+        with _too_large_is_final():
+            encoded_part = self.recorder.chord_record(group_id, *chord_records.encode(record))
+        self._store(encoded_part, f"part of chord {group_id} by {task_id}", task_id, state, request)
+
+
+@contextmanager
+def _too_large_is_final() -> Iterator[None]:
+    """Celery makes a FAILURE of an `EncodeError`, and tries nothing again."""
+    try:
+        yield
+    except TooLarge as exc:
+        raise EncodeError(str(exc)) from exc
 
 
 def _settings(app: Celery, url: str | None) -> Settings:
@@ -707,9 +726,22 @@ def _settings(app: Celery, url: str | None) -> Settings:
     except ImproperlyConfigured as exc:
         if not getattr(trace, "_localized", None):
             raise
-        # A worker that starts logs any exception with its traceback; SystemExit ends it with this line alone.
-        logger.critical("%s", exc)
-        raise SystemExit(exc.exit_code) from None
+        raise _end_of_worker(exc) from None
+
+
+def _end_of_worker(exc: ImproperlyConfigured) -> SystemExit:
+    # A worker that starts logs any exception with its traceback; SystemExit ends it with this line alone.
+    logger.critical("%s", exc)
+    return SystemExit(exc.exit_code)
+
+
+def _worker_ready(sender: Any = None, **_: Any) -> None:
+    backend = sender.app.backend if sender is not None else None
+    if isinstance(backend, KafkaBackend):
+        try:
+            configure.check_tasks(backend.app, backend.settings)
+        except ImproperlyConfigured as exc:
+            raise _end_of_worker(exc) from None
 
 
 def _generation(chord: Any) -> int | None:

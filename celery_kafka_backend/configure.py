@@ -46,9 +46,32 @@ def settings_of(app: Celery, url: str | None = None) -> Settings:
         settings = settings_module.parse(url, app.conf.get(SETTING) or {})
         for view in settings.views:
             check_scheme(view)
+        if settings.delivery == "pipelined" and app.conf.task_acks_late:
+            raise _late("task_acks_late = True")
     except SettingsError as exc:
         raise improperly_configured(exc) from exc
     return settings
+
+
+def check_tasks(app: Celery, settings: Settings) -> None:
+    """Check what only the tasks themselves say, once all are imported.
+
+    Raises:
+        ImproperlyConfigured: One acknowledges its message late, and ``delivery`` does not go with that.
+    """
+    if settings.delivery == "pipelined":
+        late = sorted(name for name, task in app.tasks.items() if task.acks_late)
+        if late:
+            more = f" and {len(late) - 3} more" if len(late) > 3 else ""
+            raise improperly_configured(_late(f"acks_late of {', '.join(late[:3])}{more}"))
+
+
+def _late(what: str) -> SettingsError:
+    return SettingsError(
+        f"{SETTING}['delivery']",
+        f"'pipelined' and {what}: the broker would be told that a task is done before Kafka has its result",
+        "set 'acknowledged', or acks_late = False",
+    )
 
 
 def improperly_configured(exc: SettingsError) -> ImproperlyConfigured:

@@ -10,6 +10,7 @@ The tree::
     ├── PublishError         Kafka did not take a record
     │   ├── NotAcknowledged  … in time; it may arrive yet
     │   ├── Refused          … and never will: rights, topic, configuration
+    │   │   └── NoSuchTopic  … unless the broker has just started, and does not know it yet
     │   └── TooLarge         … and never will: the record is over the limit
     ├── StoreError           a view's store
     │   ├── Unavailable      … is away; the same call again may succeed
@@ -71,6 +72,10 @@ class NotAcknowledged(PublishError):
 
 class Refused(PublishError):
     """Raised when Kafka will not take the record: rights, a missing topic, configuration."""
+
+
+class NoSuchTopic(Refused):
+    """Raised when the broker knows no such topic; one that has just started may not know it yet."""
 
 
 class TooLarge(PublishError):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from confluent_kafka import KafkaError, KafkaException
 from kombu.utils.imports import symbol_by_name
 
-from celery_kafka_backend.errors import NotAcknowledged, PublishError, Refused, TooLarge
+from celery_kafka_backend.errors import NoSuchTopic, NotAcknowledged, PublishError, Refused, TooLarge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,21 +36,20 @@ _REFUSED: Final = {
     KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError._AUTHENTICATION,  # noqa: SLF001 - how confluent-kafka names its client-side codes
     KafkaError.SASL_AUTHENTICATION_FAILED,
-    KafkaError.UNKNOWN_TOPIC_OR_PART,
-    KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
-    KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
     KafkaError.TOPIC_EXCEPTION,
     KafkaError.INVALID_CONFIG,
     KafkaError.POLICY_VIOLATION,
     KafkaError.INVALID_RECORD,
     KafkaError.UNSUPPORTED_FOR_MESSAGE_FORMAT,
 }
+_NO_SUCH_TOPIC: Final = {
+    KafkaError.UNKNOWN_TOPIC_OR_PART,
+    KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
+    KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
+}
 _REMEDIES: Final = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED: "grant the rights that `celery -A proj pipeline init --print` lists",
     KafkaError.GROUP_AUTHORIZATION_FAILED: "grant the rights that `celery -A proj pipeline init --print` lists",
-    KafkaError.UNKNOWN_TOPIC_OR_PART: "create the topics: `celery -A proj pipeline init`",
-    KafkaError._UNKNOWN_TOPIC: "create the topics: `celery -A proj pipeline init`",  # noqa: SLF001
-    KafkaError._UNKNOWN_PARTITION: "create the topics: `celery -A proj pipeline init`",  # noqa: SLF001
 }
 
 
@@ -173,6 +172,8 @@ def translate(error: KafkaError | KafkaException | None, what: str = "") -> Publ
     text = f"{what}: {error.str()} ({error.name()})" if what else f"{error.str()} ({error.name()})"
     if code in _TOO_LARGE:
         return TooLarge(text)
+    if code in _NO_SUCH_TOPIC:
+        return NoSuchTopic(f"{text}; create the topics: `celery -A proj pipeline init`")
     if code in _REFUSED:
         remedy = _REMEDIES.get(code)
         return Refused(f"{text}; {remedy}" if remedy else text)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DAY_MS: Final = 86_400_000
 SETTING: Final = "kafka_backend_settings"
 
-Delivery = Literal["acknowledged", "buffered"]
+Delivery = Literal["acknowledged", "pipelined", "buffered"]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,7 +35,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ``view=`` parameters unless given here.
         topic_prefix: Names topics and consumer groups; one prefix serves one app.
         delivery: When a stored result counts as stored: ``acknowledged`` (seen before the task is
-            done) or ``buffered`` (nobody looks).
+            done), ``pipelined`` (before the next task starts) or ``buffered`` (nobody looks).
         delivery_timeout_s: Bound on the wait for an acknowledgement.
         publish_timeout_s: Bound on what ``delay()`` of a chord waits for its declaration.
         record: Kinds of events to record; results are always recorded.
@@ -116,10 +116,13 @@ _OWN: Final = {
     "group.id": f"set {SETTING}['topic_prefix']: it names the groups too",
     "transactional.id": "leave it out: this backend needs no transactions",
     "message.max.bytes": f"set {SETTING}['max_message_bytes']",
+    # One bound for both, or a result that was said not to be stored would arrive minutes later.
+    "delivery.timeout.ms": f"set {SETTING}['delivery_timeout_s']",
+    "message.timeout.ms": f"set {SETTING}['delivery_timeout_s']",
 }
 
 _REMEDIES: Final = {
-    "delivery": "one of acknowledged, buffered",
+    "delivery": "one of acknowledged, pipelined, buffered",
     "views": "a list of URLs, the primary view's first",
     "exclude": "a list of task names",
     "record": "a list of kinds of events",

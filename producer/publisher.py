@@ -23,9 +23,9 @@ import msgspec
 from confluent_kafka import KafkaException, Producer
 from kombu.utils.compat import detect_environment
 
-from celery_kafka_backend import kafka
+from celery_kafka_backend import kafka, topics
 from celery_kafka_backend.changes import Partition
-from celery_kafka_backend.errors import NotAcknowledged, PublishError, SettingsError
+from celery_kafka_backend.errors import NotAcknowledged, PublishError, Refused, SettingsError
 from celery_kafka_backend.settings import SETTING
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 EXIT_FLUSH_S: Final = 1.0
 """A short script waits at most this long at its end."""
 
+WARM_UP_S: Final = 5.0
+"""How long a process that starts waits for a sign of Kafka before it says in the log that there is none."""
 CAST_S: Final = 0.05
 """How long a record that nobody waits for may wait for company."""
 PATCHED_S: Final = 0.005
@@ -49,6 +51,24 @@ CASTS: Final = 10_000
 
 _REPORT_EVERY_S: Final = 30.0
 _parked: Final[list[Any]] = []
+
+
+class Record(NamedTuple):
+    """What is to be appended.
+
+    Attributes:
+        topic: Where to.
+        key: Record key.
+        value: Record value.
+        headers: Record headers.
+        group: What the partition is computed from, for the chords' topic; "": the key's hash, by librdkafka.
+    """
+
+    topic: str
+    key: bytes
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]] = ()
+    group: str = ""
 
 
 class Stored(NamedTuple):
@@ -61,10 +81,16 @@ class Stored(NamedTuple):
 class Delivery:
     """The fate of one record, known once Kafka has answered."""
 
-    __slots__ = ("_done", "_serve", "error", "offset", "partition", "topic")
+    __slots__ = ("_done", "_serve", "_then", "error", "offset", "partition", "topic")
 
-    def __init__(self, topic: str, serve: Callable[[threading.Event, float], None]) -> None:
+    def __init__(
+        self,
+        topic: str,
+        serve: Callable[[threading.Event, float], None],
+        then: Callable[[PublishError | None], None] | None = None,
+    ) -> None:
         self._serve = serve
+        self._then = then
         self.topic = topic
         self.partition = -1
         self.offset = -1
@@ -101,6 +127,8 @@ class Delivery:
         else:
             self.error = kafka.translate(error, f"publishing to {self.topic}")
         self._done.set()
+        if self._then is not None:
+            self._then(self.error)
 
 
 class Publisher:
@@ -119,7 +147,8 @@ class Publisher:
         self._pid = 0
         self._producer: Any = None
         self._patched = detect_environment() != "default"
-        self._casts: deque[tuple[str, bytes, bytes, Sequence[tuple[str, bytes]]]] = deque()
+        self._casts: deque[Record] = deque()
+        self._counts: dict[str, int] = {}
         self.dropped = 0
         self.failed = 0
         self.latest: Stored | None = None
@@ -194,18 +223,18 @@ class Publisher:
 
     def warm_up(self) -> None:
         """Make the handle ready before it is needed: an idempotent producer's first answer takes 0.5-1 s."""
-        producer = self._handle()
+        self._handle()
+        threading.Thread(target=self._connect, name="celery-kafka-warm-up", daemon=True).start()
 
-        def connect() -> None:
-            try:
-                producer.list_topics(f"{self.settings.topic_prefix}.task-events", timeout=5)
-            except KafkaException as exc:
-                logger.warning(
-                    "%s: check the address in result_backend, and kafka_backend_settings['client']",
-                    kafka.translate(exc, f"no answer from Kafka at {self.settings.bootstrap_servers} yet"),
-                )
-
-        threading.Thread(target=connect, name="celery-kafka-warm-up", daemon=True).start()
+    def _connect(self) -> None:
+        prefix = self.settings.topic_prefix
+        try:
+            for topic in (topics.task_events(prefix), topics.chords(prefix)):
+                self._counts[topic] = self.partitions(topic, WARM_UP_S)
+        except Refused as exc:
+            logger.error("no result can be stored: %s", exc)  # noqa: TRY400 - no traceback to a user
+        except PublishError as exc:
+            logger.warning("%s: check the address in result_backend, and kafka_backend_settings['client']", exc)
 
     def partitions(self, topic: str, timeout_s: float) -> int:
         """Return how many partitions a topic has.
@@ -222,37 +251,29 @@ class Publisher:
         return len(found.partitions)
 
     def publish(
-        self,
-        topic: str,
-        key: bytes,
-        value: bytes | None,
-        headers: Sequence[tuple[str, bytes]] = (),
-        *,
-        partition: int = -1,
-        wait_s: float = 0.0,
+        self, record: Record, *, wait_s: float = 0.0, then: Callable[[PublishError | None], None] | None = None
     ) -> Delivery:
         """Queue a record and return its delivery, which the caller may wait for.
 
         Args:
-            topic: Where to.
-            key: Record key.
-            value: Record value.
-            headers: Record headers.
-            partition: -1: by the key's hash.
-            wait_s: How long to wait for room if librdkafka's queue is full.
+            record: What, and where to.
+            wait_s: How long to wait for room if librdkafka's queue is full, and for what must be known first.
+            then: Called once with the outcome, from whichever thread polls; must not block.
 
         Raises:
             TooLarge: Over ``max_message_bytes``.
-            NotAcknowledged: The queue stayed full.
+            NotAcknowledged: The queue stayed full, or Kafka did not say how many partitions there are.
+            Refused: There is no such topic, or no right to see it.
         """
         producer = self._handle()
+        partition = self._partition(record, wait_s)
         self._send_casts(producer)
-        delivery = Delivery(topic, partial(self._serve, producer))
+        delivery = Delivery(record.topic, partial(self._serve, producer), then)
         deadline = time.monotonic() + wait_s
         while True:
             try:
                 producer.produce(
-                    topic, value=value, key=key, headers=list(headers), partition=partition,
+                    record.topic, value=record.value, key=record.key, headers=list(record.headers), partition=partition,
                     on_delivery=delivery._answered,  # noqa: SLF001 - the same module
                 )  # fmt: skip
             except BufferError:
@@ -260,11 +281,21 @@ class Publisher:
                     raise NotAcknowledged(f"the queue to Kafka at {self.settings.bootstrap_servers} is full") from None
                 time.sleep(0.01)
             except KafkaException as exc:
-                raise kafka.translate(exc, f"publishing to {topic}") from exc
+                raise kafka.translate(exc, f"publishing to {record.topic}") from exc
             else:
                 return delivery
 
-    def cast(self, topic: str, key: bytes, value: bytes, headers: Sequence[tuple[str, bytes]] = ()) -> bool:
+    def _partition(self, record: Record, wait_s: float) -> int:
+        if not record.group:
+            return -1
+        count = self._counts.get(record.topic)
+        if count is None:
+            if not wait_s:  # asking would block
+                raise NotAcknowledged(f"Kafka has not said yet how many partitions {record.topic} has")
+            count = self._counts[record.topic] = self.partitions(record.topic, wait_s)
+        return topics.chord_partition(record.group, count)
+
+    def cast(self, record: Record) -> bool:
         """Take a record that nobody waits for; return False if it was dropped. Never blocks.
 
         It leaves with the next record that somebody does wait for, or within `CAST_S`: a task's
@@ -277,18 +308,21 @@ class Publisher:
             self.dropped += 1
             return False
         self._handle()
-        self._casts.append((topic, key, value, headers))
+        self._casts.append(record)
         return True
 
     def _send_casts(self, producer: Any) -> None:
         casts = self._casts
         while casts:
             try:
-                topic, key, value, headers = casts.popleft()
+                record = casts.popleft()
             except IndexError:  # another thread took the last one
                 return
             try:
-                producer.produce(topic, value=value, key=key, headers=list(headers), on_delivery=self._cast_answered)
+                producer.produce(
+                    record.topic, value=record.value, key=record.key, headers=list(record.headers),
+                    on_delivery=self._cast_answered,
+                )  # fmt: skip
             except (BufferError, KafkaException):
                 self.dropped += 1
 

@@ -26,7 +26,8 @@ from celery_kafka_backend import codec, events, order, topics
 from celery_kafka_backend.errors import TooLarge
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.producer import headers as names
-from celery_kafka_backend.producer.publisher import publisher_for
+from celery_kafka_backend.producer.courier import Courier
+from celery_kafka_backend.producer.publisher import Record, publisher_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.order import Clock
-    from celery_kafka_backend.producer.publisher import Delivery, Publisher
+    from celery_kafka_backend.producer.publisher import Publisher
     from celery_kafka_backend.settings import Settings
 
 REMEMBERED: Final = 10_000
@@ -84,6 +85,7 @@ class Recorder:
         self.app = app
         self.settings = settings
         self.publisher = publisher
+        self.courier = Courier(publisher)
         self.clock = clock
         self.topic = topics.task_events(settings.topic_prefix)
         self.chords_topic = topics.chords(settings.topic_prefix)
@@ -99,7 +101,6 @@ class Recorder:
         self.retries = threading.local()
         self.host = socket.gethostname()
         self._redact = self._redactor(settings.redact)
-        self._chord_partitions = 0
         self._hints: dict[str, int] = {}
 
     @staticmethod
@@ -254,53 +255,34 @@ class Recorder:
 
     def cast(self, event: Event) -> None:
         """Append an event that nobody waits for; never blocks, never fails."""
-        self.publisher.cast(self.topic, event.task.encode(), codec.encode(event), codec.headers(event, self.app_name))
+        self.publisher.cast(
+            Record(self.topic, event.task.encode(), codec.encode(event), codec.headers(event, self.app_name))
+        )
 
-    def prepare(self, event: Event) -> tuple[bytes, bytes, list[tuple[str, bytes]]]:
+    def record(self, event: Event) -> Record:
         """Return an event's record.
 
         Raises:
             TooLarge: It would be over the limit: final, so it is said before anything is sent.
         """
-        value = codec.encode(event)
-        key = event.task.encode()
-        found = codec.headers(event, self.app_name)
-        size = len(value) + len(key) + _RECORD_OVERHEAD
+        return self._within_limit(
+            Record(self.topic, event.task.encode(), codec.encode(event), codec.headers(event, self.app_name)),
+            f"the event of task {event.task}",
+        )
+
+    def chord_record(self, group: str, key: bytes, value: bytes) -> Record:
+        """Return a record of the chords' topic, for the group's own partition.
+
+        Raises:
+            TooLarge: As `record`.
+        """
+        return self._within_limit(Record(self.chords_topic, key, value, group=group), f"a record of chord {group}")
+
+    def _within_limit(self, record: Record, what: str) -> Record:
+        size = len(record.value or b"") + len(record.key) + _RECORD_OVERHEAD
         if size > self.settings.max_message_bytes:
-            raise TooLarge(
-                f"the event of task {event.task} is {size} bytes, over max_message_bytes = {self.settings.max_message_bytes}"
-            )
-        return key, value, found
-
-    def append(self, event: Event, wait_s: float) -> Delivery:
-        """Append an event; with ``wait_s`` return once it is acknowledged.
-
-        Raises:
-            PublishError: See `Publisher.publish` and `Delivery.wait`.
-        """
-        key, value, found = self.prepare(event)
-        delivery = self.publisher.publish(self.topic, key, value, found, wait_s=wait_s)
-        if wait_s:
-            delivery.wait(wait_s)
-        return delivery
-
-    def append_chord(self, group: str, key: bytes, value: bytes, wait_s: float) -> Delivery:
-        """Append a record to the chords' topic, in the group's own partition.
-
-        Raises:
-            PublishError: As `append`.
-        """
-        if not self._chord_partitions:
-            self._chord_partitions = self.publisher.partitions(
-                self.chords_topic, wait_s or self.settings.publish_timeout_s
-            )
-        if len(value) + len(key) + _RECORD_OVERHEAD > self.settings.max_message_bytes:
-            raise TooLarge(f"a record of chord {group} is over max_message_bytes = {self.settings.max_message_bytes}")
-        partition = topics.chord_partition(group, self._chord_partitions)
-        delivery = self.publisher.publish(self.chords_topic, key, value, partition=partition, wait_s=wait_s)
-        if wait_s:
-            delivery.wait(wait_s)
-        return delivery
+            raise TooLarge(f"{what} is {size} bytes, over max_message_bytes = {self.settings.max_message_bytes}")
+        return record
 
 
 def field(request: Any, name: str) -> Any:

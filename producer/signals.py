@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 _Handler = TypeVar("_Handler", bound="Callable[..., None]")
 
 CHILD_FLUSH_S: Final = 5.0
-"""What a child that ends waits for events that nobody waited for; its results are acknowledged already."""
+"""What a process of a worker waits at its end for what it queued; acknowledged results are not among it."""
 
 IDLE_AFTER_S: Final = 15.0
 """A view that has not moved past an acknowledged event for so long has no processor."""
@@ -228,6 +228,8 @@ def prerun(task_id: str | None = None, task: Any = None, **_: Any) -> None:
     request = task.request
     if request.is_eager:
         return
+    if recorder.settings.delivery == "pipelined":
+        recorder.courier.settle()
     recorder.retries.taken = None
     recorder.clock.observe(field(request, names.HLC))
     recorder.clock.observe(field(request, names.RECEIVED_HLC))
@@ -313,9 +315,16 @@ def child_init(**_: Any) -> None:
 
 @_harmless
 def child_shutdown(**_: Any) -> None:
-    """Flush: children leave by ``os._exit``, so nothing else would."""
+    """Wait for what is queued: children leave by ``os._exit``, so nothing else would."""
     for recorder in recorders():
-        recorder.publisher.flush(CHILD_FLUSH_S)
+        settings = recorder.settings
+        waits = settings.delivery == "pipelined"
+        left = recorder.courier.finish(settings.delivery_timeout_s if waits else CHILD_FLUSH_S)
+        if left:
+            logger.error(
+                "this process ends before Kafka at %s has acknowledged %d records: they may be lost",
+                settings.bootstrap_servers, left,
+            )  # fmt: skip
 
 
 _HANDLERS: Final = (

@@ -9,6 +9,7 @@ from celery.exceptions import ImproperlyConfigured
 
 from celery_kafka_backend.errors import (
     ForeignLog,
+    NoSuchTopic,
     NotAcknowledged,
     PipelineError,
     Refused,
@@ -75,6 +76,7 @@ _CODES: Final[tuple[tuple[type[BaseException], Exit], ...]] = (
     (SettingsError, Exit.CONFIGURATION),
     (ForeignLog, Exit.FOREIGN_LOG),
     (NotAcknowledged, Exit.KAFKA_UNREACHABLE),
+    (NoSuchTopic, Exit.TOPICS_WRONG),
     (Refused, Exit.RIGHTS_MISSING),
     (StoreError, Exit.VIEW_UNUSABLE),
 )

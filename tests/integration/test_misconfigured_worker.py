@@ -22,6 +22,7 @@ GOOD = f"kafka://127.0.0.1:9/?view=redis://:{SECRET}@127.0.0.1:9/0"
         ("kafka://127.0.0.1:9/?view=mysql://x", "{}", ["mysql", "known: ", "redis"]),
         ("kafka://127.0.0.1:9/", "{}", ["no view", "?view="]),
         ("kafka:///?view=redis://x", "{}", ["no Kafka servers", "kafka://host:9092"]),
+        (GOOD, '{"delivery": "pipelined"}', ["['delivery']", "acks_late of fleet_app.die_once", "'acknowledged'"]),
     ],
 )
 def test_a_wrong_setting_ends_the_worker_with_one_line(backend, settings, words):

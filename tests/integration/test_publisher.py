@@ -10,7 +10,7 @@ from confluent_kafka import Consumer, Producer
 
 from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend.errors import NotAcknowledged, SettingsError, TooLarge
-from celery_kafka_backend.producer.publisher import Publisher
+from celery_kafka_backend.producer.publisher import Publisher, Record
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def read(address, topic, n):
 
 def test_a_delivery_knows_where_its_record_is(broker, publisher):
     made = publisher(broker)
-    delivery = made.publish("where", b"k", b"v", wait_s=10)
+    delivery = made.publish(Record("where", b"k", b"v"), wait_s=10)
     delivery.wait(10)
     assert delivery.done
     assert delivery.stored.partition.topic == "where"
@@ -58,31 +58,31 @@ def test_a_delivery_knows_where_its_record_is(broker, publisher):
 
 def test_a_fork_parks_the_inherited_handle_and_both_sides_deliver(broker, publisher):
     made = publisher(broker)
-    made.publish("forked", b"k", b"parent before").wait(10)
+    made.publish(Record("forked", b"k", b"parent before")).wait(10)
     inherited = made._producer
     child = os.fork()
     if child == 0:
         code = 1
         try:
             started = time.monotonic()
-            made.publish("forked", b"k", b"child").wait(10)
+            made.publish(Record("forked", b"k", b"child")).wait(10)
             code = 0 if made._producer is not inherited and time.monotonic() - started < 8 else 2
         finally:
             os._exit(code)
-    made.publish("forked", b"k", b"parent after").wait(10)
+    made.publish(Record("forked", b"k", b"parent after")).wait(10)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert sorted(read(broker, "forked", 3)) == [b"child", b"parent after", b"parent before"]
 
 
 def test_a_forking_thread_does_not_jam_the_child_s_lock(broker, publisher):
     made = publisher(broker)
-    made.publish("locked", b"k", b"1").wait(10)
+    made.publish(Record("locked", b"k", b"1")).wait(10)
     with made._lock:
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                made.publish("locked", b"k", b"2").wait(10)
+                made.publish(Record("locked", b"k", b"2")).wait(10)
                 code = 0
             finally:
                 os._exit(code)
@@ -91,7 +91,7 @@ def test_a_forking_thread_does_not_jam_the_child_s_lock(broker, publisher):
 
 def test_no_answer_is_bounded_and_says_so(publisher):
     made = publisher("127.0.0.1:9", delivery_timeout_s=1.0)
-    delivery = made.publish("t", b"k", b"v")
+    delivery = made.publish(Record("t", b"k", b"v"))
     started = time.monotonic()
     with pytest.raises(NotAcknowledged):
         delivery.wait(0.3)
@@ -103,25 +103,25 @@ def test_no_answer_is_bounded_and_says_so(publisher):
 def test_a_record_over_the_limit_is_refused_at_once(broker, publisher):
     made = publisher(broker, max_message_bytes=2000)
     with pytest.raises(TooLarge):
-        made.publish("t", b"k", b"x" * 3000)
+        made.publish(Record("t", b"k", b"x" * 3000))
 
 
 def test_casting_never_fails_and_counts_what_it_dropped(publisher):
     made = publisher("127.0.0.1:9", producer={"queue.buffering.max.messages": 2})
-    assert all(made.cast("t", b"k", b"v") for _ in range(4))
+    assert all(made.cast(Record("t", b"k", b"v")) for _ in range(4))
     made.flush(0)
     assert made.dropped == 2
 
 
 def test_what_nobody_waits_for_leaves_with_what_somebody_waits_for(broker, publisher):
     made = publisher(broker)
-    made.publish("company", b"k", b"first").wait(10)
-    made.cast("company", b"k", b"started")
-    made.publish("company", b"k", b"success").wait(10)
+    made.publish(Record("company", b"k", b"first")).wait(10)
+    made.cast(Record("company", b"k", b"started"))
+    made.publish(Record("company", b"k", b"success")).wait(10)
     assert read(broker, "company", 3) == [b"first", b"started", b"success"]
 
 
 def test_an_option_that_librdkafka_does_not_know_is_named(publisher):
     made = publisher("127.0.0.1:9", client={"no.such.option": "1"})
     with pytest.raises(SettingsError, match=r"no\.such\.option"):
-        made.publish("t", b"k", b"v")
+        made.publish(Record("t", b"k", b"v"))

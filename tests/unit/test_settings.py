@@ -89,7 +89,7 @@ def test_servers_and_views_may_stand_in_the_dictionary():
 
 
 REFUSED: list[tuple[str, Any, str]] = [
-    ("delivery", "fast", "acknowledged, buffered"),
+    ("delivery", "fast", "acknowledged, pipelined, buffered"),
     ("delivery_timeout_s", 0, "0"),
     ("delivery_timeout_s", math.nan, "nan"),
     ("delivery_timeout_s", math.inf, "inf"),

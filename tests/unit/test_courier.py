@@ -1,0 +1,183 @@
+"""Seeing a record into Kafka. Only librdkafka's handle is replaced, by one that answers as it is told."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+
+import pytest
+from confluent_kafka import KafkaError
+
+from celery_kafka_backend import settings as settings_module
+from celery_kafka_backend.errors import NoSuchTopic, NotAcknowledged, Refused, TooLarge
+from celery_kafka_backend.producer.courier import Courier, Retries
+from celery_kafka_backend.producer.publisher import Publisher, Record
+
+OK = None
+TIMED_OUT = KafkaError._MSG_TIMED_OUT
+ALWAYS = Retries(most=float("inf"), base_ms=1, longest_ms=2)
+
+
+class Message:
+    def topic(self):
+        return "t"
+
+    def partition(self):
+        return 0
+
+    def offset(self):
+        return 7
+
+
+class Handle:
+    """Answers the next record with the next of ``answers``; a full queue is a `BufferError`."""
+
+    def __init__(self):
+        self.answers = deque()
+        self.produced = []
+        self._due = deque()
+
+    def produce(self, topic, value=None, key=None, headers=None, partition=-1, on_delivery=None):
+        answer = self.answers.popleft() if self.answers else OK
+        if answer is BufferError:
+            raise BufferError
+        self.produced.append(value)
+        self._due.append((on_delivery, None if answer is OK else KafkaError(answer)))
+
+    def poll(self, timeout):
+        time.sleep(min(timeout, 0.001))
+        while self._due:
+            answer, error = self._due.popleft()
+            answer(error, Message())
+
+    def flush(self, _timeout):
+        self.poll(0)
+        return len(self._due)
+
+
+@pytest.fixture
+def handle():
+    return Handle()
+
+
+@pytest.fixture
+def courier(handle):
+    settings = settings_module.parse("kafka://127.0.0.1:9/?view=memory://x", {"delivery_timeout_s": 0.3})
+    publisher = Publisher(settings, make=lambda _config: handle)
+    yield Courier(publisher)
+    publisher.close()
+
+
+def record(value=b"v"):
+    return Record("t", b"k", value)
+
+
+def until(fact):
+    deadline = time.monotonic() + 10
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_carried_record_is_where_kafka_says(courier):
+    assert courier.carry(record(), "SUCCESS of x", 0.3).stored.offset == 7
+
+
+def test_one_attempt_ends_when_its_time_is_over(courier, handle):
+    handle.answers.extend([TIMED_OUT] * 50)
+    with pytest.raises(NotAcknowledged):
+        courier.carry(record(), "SUCCESS of x", 0.3)
+    assert courier.lost == 0  # it was said to the caller
+
+
+def test_always_retry_sends_the_same_bytes_again_until_kafka_has_them(courier, handle):
+    handle.answers.extend([TIMED_OUT] * 5)
+    assert courier.carry(record(b"same"), "SUCCESS of x", 0.1, ALWAYS) is not None
+    assert set(handle.produced) == {b"same"}
+    assert len(handle.produced) == 6
+
+
+def test_always_retry_stops_after_its_own_bound(courier, handle):
+    handle.answers.extend([TIMED_OUT] * 50)
+    with pytest.raises(NotAcknowledged):
+        courier.carry(record(), "SUCCESS of x", 0.1, Retries(most=2, base_ms=1, longest_ms=2))
+    assert len(handle.produced) == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [(KafkaError.MSG_SIZE_TOO_LARGE, TooLarge), (KafkaError.TOPIC_AUTHORIZATION_FAILED, Refused)],
+)
+def test_what_is_final_is_not_tried_again(courier, handle, code, error):
+    handle.answers.extend([code] * 50)
+    with pytest.raises(error):
+        courier.carry(record(), "SUCCESS of x", 0.3, ALWAYS)
+    assert len(handle.produced) == 1
+
+
+def test_a_topic_that_a_starting_broker_does_not_know_yet_is_asked_for_again(courier, handle):
+    handle.answers.append(KafkaError.UNKNOWN_TOPIC_OR_PART)
+    assert courier.carry(record(), "SUCCESS of x", 0.3) is not None
+    handle.answers.extend([KafkaError.UNKNOWN_TOPIC_OR_PART] * 50)
+    with pytest.raises(NoSuchTopic, match="pipeline init"):
+        courier.carry(record(), "SUCCESS of x", 0.3)
+
+
+def test_what_is_kept_elsewhere_counts_as_stored(courier, handle):
+    kept = []
+    courier.spare = lambda *args: kept.append(args) or True
+    handle.answers.extend([TIMED_OUT] * 50)
+    assert courier.carry(record(b"kept"), "SUCCESS of x", 0.1) is None
+    courier.queue(record(b"queued"), "SUCCESS of y")
+    until(lambda: len(kept) == 2)
+    assert [each[0].value for each in kept] == [b"kept", b"queued"]
+    assert courier.lost == 0
+
+
+def test_a_queued_record_that_kafka_did_not_take_is_named_and_counted(courier, handle, caplog):
+    handle.answers.append(TIMED_OUT)
+    with caplog.at_level(logging.ERROR):
+        courier.queue(record(), "SUCCESS of gone")
+        until(lambda: courier.lost == 1)
+    assert "SUCCESS of gone is lost" in caplog.text
+    assert len(handle.produced) == 1
+
+
+def test_queued_records_are_sent_again_in_the_background_in_their_order(courier, handle):
+    handle.answers.extend([TIMED_OUT] * 3)
+    for value in (b"1", b"2", b"3"):
+        courier.queue(record(value), f"SUCCESS of {value!r}", ALWAYS)
+    until(lambda: len(handle.produced) == 6)
+    assert handle.produced[3:] == [b"1", b"2", b"3"]
+    assert courier.lost == 0
+
+
+def test_queueing_on_a_full_queue_neither_blocks_nor_fails_nor_loses(courier, handle):
+    handle.answers.append(BufferError)
+    began = time.monotonic()
+    courier.queue(record(), "FAILURE of x")
+    assert time.monotonic() - began < 5
+    until(lambda: handle.produced == [b"v"])
+    assert courier.finish(5) == 0
+    assert courier.lost == 0
+
+
+def test_settling_waits_for_what_this_thread_queued(courier, handle):
+    handle.answers.extend([TIMED_OUT] * 3)
+    courier.queue(record(b"mine"), "SUCCESS of x", ALWAYS, remember=True)
+    courier.settle()
+    assert handle.produced[-1] == b"mine"
+    assert len(handle.produced) == 4
+    other = threading.Thread(target=courier.settle)  # has queued nothing
+    other.start()
+    other.join(5)
+    assert not other.is_alive()
+
+
+def test_settling_ends_when_the_record_is_given_up(courier, handle):
+    handle.answers.append(TIMED_OUT)
+    courier.queue(record(), "SUCCESS of x", remember=True)
+    courier.settle()
+    assert courier.lost == 1
