@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 from confluent_kafka import KafkaException, Producer
-from kombu.utils.compat import detect_environment
 
 from celery_kafka_backend import kafka, topics
 from celery_kafka_backend.changes import Partition
 from celery_kafka_backend.errors import NotAcknowledged, PublishError, Refused, SettingsError
+from celery_kafka_backend.producer import greenlets
 from celery_kafka_backend.settings import SETTING
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class Publisher:
         self._polling = threading.Lock()
         self._pid = 0
         self._producer: Any = None
-        self._patched = detect_environment() != "default"
+        self._patched = greenlets.patched()
         self._casts: deque[Record] = deque()
         self._counts: dict[str, int] = {}
         self.dropped = 0
@@ -243,7 +243,8 @@ class Publisher:
             PublishError: Kafka did not say, or there is no such topic.
         """
         try:
-            found = self._handle().list_topics(topic, timeout=timeout_s).topics[topic]
+            ask = partial(self._handle().list_topics, topic, timeout=timeout_s)
+            found = greenlets.aside(ask).topics[topic]
         except KafkaException as exc:
             raise kafka.translate(exc, f"asking Kafka at {self.settings.bootstrap_servers} about {topic}") from exc
         if found.error is not None:
@@ -337,6 +338,12 @@ class Publisher:
         if self._producer is None or self._pid != os.getpid():
             return 0
         self._send_casts(self._producer)
+        if self._patched:
+            deadline = time.monotonic() + timeout_s
+            while len(self._producer) and time.monotonic() < deadline:
+                self._producer.poll(0)
+                time.sleep(PATCHED_S)
+            return len(self._producer)
         return int(self._producer.flush(timeout_s))
 
     def _at_exit(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -106,6 +107,11 @@ class Fleet:
             *arguments,
             ready="ready.",
         )
+
+    @staticmethod
+    def node(name: str) -> str:
+        """Node name of the worker of that name."""
+        return f"{name}@{socket.gethostname()}"
 
     def pipeline(self) -> None:
         """Start the processors."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from celery import Celery, chord, group
 from celery.exceptions import Ignore, Reject
+from celery.result import allow_join_result
 
 app = Celery("fleet", broker=os.environ["FLEET_BROKER"], backend=os.environ["FLEET_BACKEND"])
 app.conf.update(
@@ -130,3 +131,17 @@ def listed(results):
 @app.task
 def note_error(failed_id):
     print(f"errback of {failed_id}", flush=True)
+
+
+@app.task
+def ask(numbers):
+    """A client inside a task: what it asks for runs in another worker."""
+    with allow_join_result():
+        return group(add.s(i, i) for i in numbers).apply_async().get(timeout=60)
+
+
+@app.task
+def ask_beside_others(numbers):
+    """Likewise; where tasks share a process they also share what `allow_join_result` switches."""
+    asked = group(add.s(i, i) for i in numbers).apply_async()
+    return asked.get(timeout=60, disable_sync_subtasks=False)
