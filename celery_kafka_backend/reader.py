@@ -243,8 +243,9 @@ class Ear:
         now = time.monotonic()
         if now >= self._reread_at and self._ids:
             return self._reread(now)
-        heard = self._subscribed().wait(timeout_s)
-        return self._reader.documents([one for one in dict.fromkeys(heard) if one in self._ids])
+        heard = {each: said for each, said in self._subscribed().wait(timeout_s).items() if each in self._ids}
+        told = {each: document for each, document in heard.items() if document}
+        return told | self._reader.documents([each for each in heard if each not in told])
 
     def _register(self, ids: Sequence[str]) -> dict[str, bytes]:
         return self._reader.live().register(self._client, ids, REGISTRATION_TTL_S)

@@ -168,8 +168,8 @@ class Subscription(ABC):
     """A client's ear: hears the ids of tasks whose document changed."""
 
     @abstractmethod
-    def wait(self, timeout_s: float) -> list[str]:
-        """Return ids heard within ``timeout_s``, [] if none.
+    def wait(self, timeout_s: float) -> dict[str, bytes]:
+        """Return the ids heard within ``timeout_s``, {} if none: each with its document, or b"" to read it.
 
         Raises:
             Unavailable: The connection broke: subscribe anew, then read everything again.

@@ -236,16 +236,16 @@ class MemorySubscription(Subscription):
         with view.lock:
             view.ears.setdefault(client, []).append(self._heard)
 
-    def wait(self, timeout_s: float) -> list[str]:
+    def wait(self, timeout_s: float) -> dict[str, bytes]:
         if not space(self._url).available:
             raise Unavailable(f"{self._url} is switched off")
         try:
-            ids = [self._heard.get(timeout=max(timeout_s, 0.0))]
+            heard = {self._heard.get(timeout=max(timeout_s, 0.0)): b""}
         except queue.Empty:
-            return []
+            return {}
         while not self._heard.empty():
-            ids.append(self._heard.get())
-        return ids
+            heard[self._heard.get()] = b""
+        return heard
 
     def fileno(self) -> int:
         return -1

@@ -41,21 +41,22 @@ class RedisSubscription(Subscription):
             self.close()
             raise
 
-    def wait(self, timeout_s: float) -> list[str]:
-        """Return the ids that were heard."""
+    def wait(self, timeout_s: float) -> dict[str, bytes]:
+        """Return the ids that were heard, with documents of up to 8 KB."""
         if self._closed:
             raise Unavailable(f"{self._url}: the subscription is closed")
-        ids = []
+        heard = {}
         try:
             with translated(self._url):
                 ready = self._connection.can_read(timeout=max(timeout_s, 0.0))
                 while ready:
-                    ids.append(self._connection.read_response()[2].decode())
+                    length, _, said = self._connection.read_response()[2].partition(b":")
+                    heard[said[: int(length)].decode()] = said[int(length) :]
                     ready = self._connection.can_read(timeout=0)
         except BaseException:
             self.close()
             raise
-        return ids
+        return heard
 
     def fileno(self) -> int:
         """Return the socket's descriptor; `wait` empties what it has buffered."""

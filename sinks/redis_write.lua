@@ -15,6 +15,8 @@
 -- Texts are compared by byte, because Lua's < follows the server's locale.
 -- The frequent cases come first and define no functions: a closure costs as much as a command.
 --
+-- A client is told "<length of the id>:<id><document>"; without the document if it is large or there is none: it reads.
+--
 -- Returns 1 if what is shown changed, else 0.
 
 local call, native, new, shows = redis.call, KEYS[1], ARGV[1], ARGV[2]
@@ -115,6 +117,10 @@ else
 end
 if ARGV[6] ~= '' then
   if shows == 'd' then call('PUBLISH', native, ARGV[3]) end
-  for _, client in ipairs(redis.pcall('SMEMBERS', KEYS[3])) do call('PUBLISH', ARGV[7] .. client, ARGV[6]) end
+  local clients = redis.pcall('SMEMBERS', KEYS[3])
+  if #clients > 0 then
+    local said = #ARGV[6] .. ':' .. ARGV[6] .. (shows == 'd' and #ARGV[3] <= 8192 and ARGV[3] or '')
+    for _, client in ipairs(clients) do call('PUBLISH', ARGV[7] .. client, said) end
+  end
 end
 return 1
