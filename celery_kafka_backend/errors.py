@@ -24,7 +24,7 @@ A driver's exceptions are translated into these in the one file that imports the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,3 +106,6 @@ class Rejected(StoreError):
 
 class ForeignLog(PipelineError):
     """Raised when a topic prefix already serves another app."""
+
+    exit_code: ClassVar[int] = 9
+    """Of a worker as of ``pipeline``."""

@@ -17,8 +17,8 @@ from celery import signals
 from celery import states as states_of
 from celery.app.task import get_actual_ignore_result
 
-from celery_kafka_backend import events, order
-from celery_kafka_backend.errors import StoreError
+from celery_kafka_backend import events, order, ownership
+from celery_kafka_backend.errors import PublishError, SettingsError, StoreError
 from celery_kafka_backend.producer import headers as names
 from celery_kafka_backend.producer.recorder import (
     MESSAGE_LIMIT,
@@ -43,6 +43,9 @@ _Handler = TypeVar("_Handler", bound="Callable[..., None]")
 
 CHILD_FLUSH_S: Final = 5.0
 """What a process of a worker waits at its end for what it queued; acknowledged results are not among it."""
+
+OWNER_S: Final = 5.0
+"""How long a worker that starts waits to hear whose log it is."""
 
 IDLE_AFTER_S: Final = 15.0
 """A view that has not moved past an acknowledged event for so long has no processor."""
@@ -275,6 +278,24 @@ def _note(recorder: Recorder, kind: str, task_id: str, request: Any, name: str |
 # -- processes -------------------------------------------------------------------------------
 
 
+def refuse_second_app(**_: Any) -> None:
+    """Refuse to be the second app's worker on a log: a worker is ready, and has not looked at a message yet.
+
+    Raises:
+        SystemExit: With `ForeignLog`'s exit code; nothing else would get through Celery's signals.
+    """
+    for recorder in recorders():
+        try:
+            found = ownership.read(recorder.settings, OWNER_S)
+        except (PublishError, SettingsError) as exc:  # a locked-down cluster may not let a worker ask
+            logger.info("not checked whose log it is: %s", exc)
+            continue
+        if found is not None and found.app != recorder.app_name:
+            error = ownership.foreign(recorder.settings, found, recorder.app_name)
+            logger.critical("%s", error)
+            raise SystemExit(error.exit_code)
+
+
 @_harmless
 def worker_ready(sender: Any = None, **_: Any) -> None:
     """This is a worker's parent: make its handle ready, and watch once whether anybody folds what it appends."""
@@ -335,6 +356,7 @@ _HANDLERS: Final = (
     (signals.task_unknown, unknown),
     (signals.task_prerun, prerun),
     (signals.task_postrun, postrun),
+    (signals.worker_ready, refuse_second_app),
     (signals.worker_ready, worker_ready),
     (signals.worker_process_init, child_init),
     (signals.worker_process_shutdown, child_shutdown),

@@ -18,6 +18,7 @@ from celery_kafka_backend.cli.output import duration
 from celery_kafka_backend.cli.records import last_records
 from celery_kafka_backend.cli.run import check_rights, check_topics, check_view
 from celery_kafka_backend.errors import CodecError, PipelineError
+from celery_kafka_backend.ownership import foreign
 from celery_kafka_backend.processors.materializer import view_name
 from celery_kafka_backend.settings import SETTING, mask
 from celery_kafka_backend.sinks.registry import open_view
@@ -199,7 +200,7 @@ def owner(pipeline: Pipeline, broker: Broker) -> Iterator[Finding]:
     app = str(pipeline.app.main or "")
     found = ownership.owner(broker)
     if found is not None and found.app != app:
-        raise ownership.foreign(broker, found, app)
+        raise foreign(pipeline.settings, found, app)
     latest = ownership.latest_worker(broker)
     if latest is not None and latest.app != app:
         yield Finding(

@@ -30,7 +30,7 @@ class Exit(IntEnum):
     TOPICS_WRONG = 6
     VIEW_UNUSABLE = 7
     PROCESSORS_CRASHED = 8
-    FOREIGN_LOG = 9
+    FOREIGN_LOG = ForeignLog.exit_code
     DIFFERENT = 10
     NOT_FOUND = 11
     KILLED = 12

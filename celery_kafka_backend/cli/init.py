@@ -26,8 +26,8 @@ from celery_kafka_backend.cli.exits import Exit, Stop
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from celery_kafka_backend.cli.ownership import Mark
     from celery_kafka_backend.cli.plan import Difference
+    from celery_kafka_backend.ownership import Mark
     from celery_kafka_backend.settings import Settings
     from celery_kafka_backend.topics import Topic
 

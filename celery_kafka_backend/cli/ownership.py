@@ -1,13 +1,8 @@
-"""One topic prefix serves one app: who owns it, and how a second app is refused.
+"""How an app claims a log (`celery_kafka_backend.ownership`), and how a second app is refused.
 
-The owner's name is kept in Kafka, as the metadata of an offset that the group ``<prefix>.app``
-commits for partition 0 of ``<prefix>.chords``. No record of ours is a better place: whatever stands
-in the chords' topic has to be a chord's record for every reader of every version, and the other
-topics forget. Kafka forgets such an offset too, a week (``offsets.retention.minutes``) after the last
-``init`` or ``run``; then the owner is whoever's workers wrote the latest events, if there are any.
-
-Only a *worker's* events count (header ``a`` and the event's role): a web application with another
-name that merely sends tasks is no second app. An app's name is what ``Celery("name")`` was given.
+Where nobody has claimed it, or Kafka has forgotten who did, the owner is whoever's workers wrote the
+latest events, if there are any. Only a *worker's* events count (header ``a`` and the event's role): a
+web application with another name that merely sends tasks is no second app.
 """
 
 from __future__ import annotations
@@ -15,12 +10,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-import msgspec
-from confluent_kafka import TopicPartition
-
-from celery_kafka_backend import codec, events, topics
+from celery_kafka_backend import codec, events, ownership, topics
 from celery_kafka_backend.cli.records import last_records
-from celery_kafka_backend.errors import CodecError, ForeignLog
+from celery_kafka_backend.errors import CodecError
+from celery_kafka_backend.ownership import Mark
 
 if TYPE_CHECKING:
     from confluent_kafka import Message
@@ -29,18 +22,6 @@ if TYPE_CHECKING:
 
 LOOK_BACK: Final = 20
 """Records per partition in which a worker's event is looked for."""
-
-
-class Mark(msgspec.Struct, frozen=True):
-    """Who owns a log.
-
-    Attributes:
-        app: The app's name.
-        at: When it was written, ms since 1970; 0 if it was found in the events instead.
-    """
-
-    app: str
-    at: int = 0
 
 
 def claim(broker: Broker, app: str, *, take_over: bool = False) -> Mark:
@@ -60,25 +41,13 @@ def claim(broker: Broker, app: str, *, take_over: bool = False) -> Mark:
     """
     found = owner(broker)
     if found is not None and found.app != app and not take_over:
-        raise foreign(broker, found, app)
+        raise ownership.foreign(broker.settings, found, app)
     _write(broker, app)
     # Two that claim at once: the last one wins, and both read who that is.
     written = _read(broker)
     if written is not None and written.app != app:
-        raise foreign(broker, written, app)
+        raise ownership.foreign(broker.settings, written, app)
     return found or Mark(app)
-
-
-def foreign(broker: Broker, found: Mark, app: str) -> ForeignLog:
-    """Return the error for a log that is another app's."""
-    prefix = broker.settings.topic_prefix
-    how = f"since {_date(found.at)}" if found.at else "its workers write the events"
-    return ForeignLog(
-        f"the topics {prefix}.* at {broker.settings.bootstrap_servers} belong to the app {found.app!r} ({how}), "
-        f"and this app is {app!r}\n"
-        "One prefix serves one app: set kafka_backend_settings['topic_prefix'] to another one. If it is the same app "
-        "under a new name: `celery -A proj pipeline init --take-over`"
-    )
 
 
 def owner(broker: Broker) -> Mark | None:
@@ -86,44 +55,27 @@ def owner(broker: Broker) -> Mark | None:
     return _read(broker) or latest_worker(broker)
 
 
-def _date(at_ms: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_ms / 1000))
-
-
-def _where(broker: Broker) -> tuple[str, str]:
-    prefix = broker.settings.topic_prefix
-    return topics.group_id(prefix, "app"), topics.chords(prefix)
-
-
 def _read(broker: Broker) -> Mark | None:
-    group, topic = _where(broker)
-    consumer = broker.member_of(group)
+    prefix = broker.settings.topic_prefix
+    consumer = broker.member_of(ownership.group(prefix))
     try:
         found = broker.ask(
             "asking whose log it is",
-            lambda: consumer.committed([TopicPartition(topic, 0)], timeout=broker.timeout_s),
+            lambda: consumer.committed([ownership.place(prefix)], timeout=broker.timeout_s),
         )[0]
     finally:
         consumer.close()
     if found.error is not None:
         raise broker.translated(found.error, "asking whose log it is")
-    if not found.metadata:
-        return None
-    try:
-        return msgspec.json.decode(found.metadata, type=Mark)
-    except msgspec.DecodeError:
-        return None
+    return ownership.mark_of(found)
 
 
 def _write(broker: Broker, app: str) -> None:
-    group, topic = _where(broker)
-    consumer = broker.member_of(group)
-    mark = msgspec.json.encode(Mark(app, time.time_ns() // 1_000_000)).decode()
+    prefix = broker.settings.topic_prefix
+    consumer = broker.member_of(ownership.group(prefix))
+    mark = ownership.place(prefix, Mark(app, time.time_ns() // 1_000_000))
     try:
-        answered = broker.ask(
-            "noting whose log it is",
-            lambda: consumer.commit(offsets=[TopicPartition(topic, 0, 0, mark)], asynchronous=False),
-        )
+        answered = broker.ask("noting whose log it is", lambda: consumer.commit(offsets=[mark], asynchronous=False))
     finally:
         consumer.close()
     for one in answered or ():

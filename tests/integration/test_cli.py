@@ -64,9 +64,9 @@ class Shell:
             "SETTINGS": json.dumps({"topic_prefix": self.prefix, **small, **settings}),
         }
 
-    def __call__(self, *arguments, name="proj", backend=None, within_s=60, **settings):
+    def __call__(self, *arguments, command="pipeline", name="proj", backend=None, within_s=60, **settings):
         done = subprocess.run(
-            [sys.executable, "-m", "celery", "-A", "proj", "pipeline", *arguments],
+            [sys.executable, "-m", "celery", "-A", "proj", command, *arguments],
             cwd=self.folder,
             env=self.environment(name, backend, **settings),
             capture_output=True,
@@ -228,10 +228,15 @@ def test_more_copies_than_brokers_is_refused_with_the_setting_and_the_way_out(sh
 # -- one prefix, one app -----------------------------------------------------------------------
 
 
-def test_a_second_app_on_a_prefix_is_refused_by_init_run_and_doctor(shell):
+def test_a_second_app_on_a_prefix_is_refused(shell):
     assert shell("init").returncode == 0
-    for command in ("init", "run", "doctor"):
-        done = shell(command, name="other")
+    for command, arguments in (
+        ("pipeline", ["init"]),
+        ("pipeline", ["run"]),
+        ("pipeline", ["doctor"]),
+        ("worker", ["-P", "solo"]),
+    ):
+        done = shell(*arguments, command=command, name="other")
         assert done.returncode == Exit.FOREIGN_LOG, done.said
         assert "'proj'" in done.said
         assert "'other'" in done.said
