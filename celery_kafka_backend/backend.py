@@ -264,7 +264,7 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         with _too_large_is_final():
             try:
                 if wait_s:
-                    courier.carry(record, what, wait_s, self._retries)
+                    courier.store(record, what, wait_s, self._retries)
                 else:
                     pipelined = self.settings.delivery == "pipelined" and self.recorder.role == events.CHILD
                     courier.queue(record, what, self._retries, remember=pipelined)
@@ -531,8 +531,6 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
                 f"{what} of {event.task} not stored in Kafka at {self.settings.bootstrap_servers}: {exc}",
                 task_id=event.task, state=what,
             ) from exc  # fmt: skip
-        if delivery is None:
-            return False
         partition = delivery.stored
         if self.reader.passed(partition.partition, partition.offset, timeout_s):
             return True
@@ -740,6 +738,7 @@ def _worker_ready(sender: Any = None, **_: Any) -> None:
     if isinstance(backend, KafkaBackend):
         try:
             configure.check_tasks(backend.app, backend.settings)
+            configure.check_spool(backend.settings)
         except ImproperlyConfigured as exc:
             raise _end_of_worker(exc) from None
 

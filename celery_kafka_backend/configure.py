@@ -6,7 +6,7 @@ import ssl
 from typing import TYPE_CHECKING, Any, Final
 
 from celery_kafka_backend import settings as settings_module
-from celery_kafka_backend.errors import SettingsError
+from celery_kafka_backend.errors import SettingsError, SpoolError
 from celery_kafka_backend.settings import SETTING, Settings
 from celery_kafka_backend.sinks.contract import StoreOptions
 from celery_kafka_backend.sinks.registry import check_scheme
@@ -64,6 +64,22 @@ def check_tasks(app: Celery, settings: Settings) -> None:
         if late:
             more = f" and {len(late) - 3} more" if len(late) > 3 else ""
             raise improperly_configured(_late(f"acks_late of {', '.join(late[:3])}{more}"))
+
+
+def check_spool(settings: Settings) -> None:
+    """Check that a worker on this host can spool.
+
+    Raises:
+        ImproperlyConfigured: It could not keep a record.
+    """
+    if settings.spool:
+        from celery_kafka_backend.producer.spool import spool_for  # noqa: PLC0415 - sqlite3, for who needs it
+
+        try:
+            spool_for(settings).check()
+        except SpoolError as exc:
+            problem = SettingsError(f"{SETTING}['spool']", str(exc), "name a folder that this worker may write")
+            raise improperly_configured(problem) from exc
 
 
 def _late(what: str) -> SettingsError:

@@ -12,6 +12,7 @@ The tree::
     │   ├── Refused          … and never will: rights, topic, configuration
     │   │   └── NoSuchTopic  … unless the broker has just started, and does not know it yet
     │   └── TooLarge         … and never will: the record is over the limit
+    ├── SpoolError           this host's spool cannot be used
     ├── StoreError           a view's store
     │   ├── Unavailable      … is away; the same call again may succeed
     │   └── Rejected         … will never take these records; the others were written
@@ -80,6 +81,10 @@ class NoSuchTopic(Refused):
 
 class TooLarge(PublishError):
     """Raised when the record is over the producer's, topic's or broker's limit."""
+
+
+class SpoolError(PipelineError):
+    """Raised when this host's spool cannot be used: it is full, the disk is, the folder is not writable."""
 
 
 class StoreError(PipelineError):

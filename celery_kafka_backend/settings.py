@@ -38,6 +38,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             done), ``pipelined`` (before the next task starts) or ``buffered`` (nobody looks).
         delivery_timeout_s: Bound on the wait for an acknowledgement.
         publish_timeout_s: Bound on what ``delay()`` of a chord waits for its declaration.
+        spool: Folder on this host where a worker keeps results while Kafka does not take them; "": there is none.
+        spool_after_s: With a spool: how long a result waits for Kafka before it goes there.
+        spool_max_bytes: How large the spool's file may become.
         record: Kinds of events to record; results are always recorded.
         record_ignored: Record the states of tasks with ``ignore_result`` (without payload).
         exclude: Names of tasks (``*`` at the end allowed) of which only results are recorded.
@@ -66,6 +69,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     delivery: Delivery = "acknowledged"
     delivery_timeout_s: float = 30.0
     publish_timeout_s: float = 10.0
+    spool: str = ""
+    spool_after_s: float = 1.0
+    spool_max_bytes: int = 1 << 30
     record: frozenset[str] = events.KINDS
     record_ignored: bool = True
     exclude: tuple[str, ...] = ()
@@ -289,7 +295,7 @@ def _check_names(settings: Settings) -> None:
 
 
 def _check_numbers(settings: Settings) -> None:
-    for name in ("delivery_timeout_s", "publish_timeout_s", "poll_interval_s"):
+    for name in ("delivery_timeout_s", "publish_timeout_s", "poll_interval_s", "spool_after_s"):
         if not 0 < getattr(settings, name) < 86_400:
             _refuse(name, f"{getattr(settings, name)} is no sensible time", "more than 0 and less than 86400 seconds")
     for name, least, most in (
@@ -300,6 +306,7 @@ def _check_numbers(settings: Settings) -> None:
         ("min_insync_replicas", 1, 32_767),
         ("retention_ms", 1, 1 << 53),
         ("history_limit", 0, _INT32),
+        ("spool_max_bytes", 1 << 20, 1 << 53),
     ):
         if not least <= getattr(settings, name) <= most:
             _refuse(name, f"{getattr(settings, name)} is out of range", f"from {least} to {most}")

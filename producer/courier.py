@@ -1,7 +1,7 @@
 """The way of a record that must not be lost into Kafka: waited for or queued, sent again as the same event, given up.
 
-Ready states and chords' parts pass here. What Kafka does not acknowledge is offered to `Courier.spare`, and
-counted and named in the log if that does not keep it.
+Ready states and chords' parts pass here. What Kafka does not acknowledge takes the detour over the spool of this
+host, if there is one; else it is counted and named in the log.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from celery.utils.time import get_exponential_backoff_interval
 
-from celery_kafka_backend.errors import NoSuchTopic, PublishError, Refused, TooLarge
+from celery_kafka_backend.errors import NoSuchTopic, NotAcknowledged, PublishError, Refused, SpoolError, TooLarge
 
 if TYPE_CHECKING:
+    from celery_kafka_backend.producer.detour import Detour
     from celery_kafka_backend.producer.publisher import Delivery, Publisher, Record
 
 logger = logging.getLogger(__name__)
@@ -83,14 +84,15 @@ class Courier:
         self._sending = False
         self._here = threading.local()
 
-    def spare(self, record: Record, what: str, why: PublishError) -> bool:  # noqa: ARG002 - the seam
-        """Take a record that Kafka did not acknowledge; return whether it is safe elsewhere."""
-        return False
+        self.detour: Detour | None = None
+        """Over the spool; only a worker that is told to has one."""
+        self._unsettled: set[_Queued] = set()
+        """With a detour: what is queued, and neither stored nor given up."""
 
     # -- somebody waits --------------------------------------------------------------------------
 
-    def carry(self, record: Record, what: str, wait_s: float, retries: Retries = ONCE) -> Delivery | None:
-        """Return once a record is acknowledged: its delivery, or None if it is safe elsewhere.
+    def carry(self, record: Record, what: str, wait_s: float, retries: Retries = ONCE) -> Delivery:
+        """Return once a record is acknowledged: its delivery.
 
         Args:
             record: What.
@@ -106,7 +108,21 @@ class Courier:
         """
         return self._insist(record, what, wait_s, retries, 0)
 
-    def _insist(self, record: Record, what: str, wait_s: float, retries: Retries, attempt: int) -> Delivery | None:
+    def store(self, record: Record, what: str, wait_s: float, retries: Retries = ONCE) -> None:
+        """Return once a record is acknowledged, or on this host's disk where there is a detour.
+
+        Arguments and errors are those of `carry`; a spool that cannot take the record is as none.
+        """
+        if self.detour is not None:
+            try:
+                self.detour.carry(record)
+            except SpoolError as exc:
+                logger.error("%s: %s; waiting for Kafka", what, exc)  # noqa: TRY400 - no bug of ours
+            else:
+                return
+        self._insist(record, what, wait_s, retries, 0)
+
+    def _insist(self, record: Record, what: str, wait_s: float, retries: Retries, attempt: int) -> Delivery:
         while True:
             try:
                 return self._within(record, wait_s)
@@ -114,8 +130,6 @@ class Courier:
                 raise
             except PublishError as exc:
                 if _final(exc) or attempt >= retries.most:
-                    if self.spare(record, what, exc):
-                        return None
                     raise
                 attempt += 1
                 self.sent_again += 1
@@ -156,6 +170,11 @@ class Courier:
             TooLarge: Final.
         """
         queued = _Queued(record, what, retries)
+        if self.detour is not None:
+            queued.retries = ONCE  # what the spool cannot take is retried in vain as well
+            if self.detour.away and self._spool(queued, None):
+                return
+            self._unsettled.add(queued)
         try:
             queued.delivery = self._publisher.publish(record, then=partial(self._answered, queued))
         except TooLarge:
@@ -172,11 +191,17 @@ class Courier:
             queued = mine.popleft()
             if queued.delivery is not None:
                 with suppress(PublishError):  # then the background has it, or has said so
-                    queued.delivery.wait(self._timeout_s + VERDICT_S)
+                    queued.delivery.wait(self._timeout_s + VERDICT_S if self.detour is None else self.detour.after_s)
+                if not queued.delivery.done and self._spool(queued, NotAcknowledged(f"{queued.what}: no answer")):
+                    continue
             queued.settled.wait()
 
     def finish(self, timeout_s: float) -> int:
-        """Wait until everything queued is answered or given up; return how many records are not."""
+        """Wait until everything queued is answered, spooled or given up; return how many records are not."""
+        if self.detour is not None:
+            self._publisher.flush(0 if self.detour.away else min(timeout_s, self.detour.after_s))
+            why = NotAcknowledged("this process ends")
+            return sum(not self._spool(queued, why) for queued in tuple(self._unsettled))
         deadline = time.monotonic() + timeout_s
         while True:
             left = self._publisher.flush(max(deadline - time.monotonic(), 0))
@@ -195,17 +220,35 @@ class Courier:
         return found
 
     def _answered(self, queued: _Queued, error: PublishError | None) -> None:
+        if self.detour is not None:
+            self.detour.answered(error)
         if error is None:
-            queued.settled.set()
-        else:
+            self._settle(queued)
+        elif not queued.settled.is_set():  # else it is in the spool
             self._refuse(queued, error, 1)
+
+    def _settle(self, queued: _Queued) -> None:
+        self._unsettled.discard(queued)
+        queued.settled.set()
+
+    def _spool(self, queued: _Queued, why: PublishError | None) -> bool:
+        """Have this host keep a record that Kafka has not acknowledged; whether it does."""
+        if self.detour is None or isinstance(why, TooLarge):
+            return False
+        try:
+            self.detour.take(queued.record, why, queued.delivery)
+        except SpoolError as exc:
+            logger.error("%s: %s", queued.what, exc)  # noqa: TRY400 - no bug of ours
+            return False
+        self._settle(queued)
+        return True
 
     def _refuse(self, queued: _Queued, error: PublishError, attempt: int) -> None:
         """Have a thread of our own send it again, one for all, so that they keep their order; or give it up."""
         if _final(error) or attempt > queued.retries.most or not self._keep(queued, attempt):
-            if not self.spare(queued.record, queued.what, error):
+            if not self._spool(queued, error):
                 self._give_up(queued, error)
-            queued.settled.set()
+            self._settle(queued)
 
     def _keep(self, queued: _Queued, attempt: int) -> bool:
         if self._pid != os.getpid():  # what is there belongs to the process that forked us: it sends it itself
@@ -233,7 +276,7 @@ class Courier:
             except PublishError as exc:
                 self._give_up(queued, exc)
             finally:
-                queued.settled.set()
+                self._settle(queued)
 
     def _give_up(self, queued: _Queued, error: PublishError) -> None:
         self.lost += 1

@@ -27,6 +27,7 @@ from celery_kafka_backend.errors import TooLarge
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.producer import headers as names
 from celery_kafka_backend.producer.courier import Courier
+from celery_kafka_backend.producer.detour import Detour
 from celery_kafka_backend.producer.publisher import Record, publisher_for
 
 if TYPE_CHECKING:
@@ -122,6 +123,15 @@ class Recorder:
     def in_worker(self, parent_pid: int, node: str) -> None:
         """Say that this process belongs to a worker. Backends are made after ``worker_init``, too late to hear it."""
         self.worker_pid, self.node = parent_pid, node
+        if self.settings.spool and self.courier.detour is None:
+            from celery_kafka_backend.producer.spool import spool_for  # noqa: PLC0415 - sqlite3, for who needs it
+
+            self.courier.detour = Detour(self.publisher, spool_for(self.settings))
+
+    def spooled(self, task_id: str) -> list[bytes]:
+        """Return the events of a task, encoded, that this host has stored and Kafka may not have yet; oldest first."""
+        detour = self.courier.detour
+        return [] if detour is None else [record.value or b"" for record in detour.spool.holding(task_id)]
 
     @property
     def role(self) -> str:

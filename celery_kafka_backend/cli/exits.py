@@ -48,7 +48,7 @@ MEANINGS: Final = {
     Exit.VIEW_UNUSABLE: "a view's store cannot be reached or used",
     Exit.PROCESSORS_CRASHED: "a processor crashed too often; the others were stopped",
     Exit.FOREIGN_LOG: "the topics belong to another app",
-    Exit.DIFFERENT: "verify found differences",
+    Exit.DIFFERENT: "verify found differences; spool: records are set aside",
     Exit.NOT_FOUND: "no event of that task is to be found",
     Exit.KILLED: "a processor did not stop in time and was killed; its last batch will be repeated",
     Exit.INTERRUPTED: "interrupted",

@@ -13,7 +13,9 @@ from confluent_kafka import KafkaError
 from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend.errors import NoSuchTopic, NotAcknowledged, Refused, TooLarge
 from celery_kafka_backend.producer.courier import Courier, Retries
+from celery_kafka_backend.producer.detour import Detour
 from celery_kafka_backend.producer.publisher import Publisher, Record
+from celery_kafka_backend.producer.spool import Spool
 
 OK = None
 TIMED_OUT = KafkaError._MSG_TIMED_OUT
@@ -125,15 +127,88 @@ def test_a_topic_that_a_starting_broker_does_not_know_yet_is_asked_for_again(cou
         courier.carry(record(), "SUCCESS of x", 0.3)
 
 
-def test_what_is_kept_elsewhere_counts_as_stored(courier, handle):
-    kept = []
-    courier.spare = lambda *args: kept.append(args) or True
-    handle.answers.extend([TIMED_OUT] * 50)
-    assert courier.carry(record(b"kept"), "SUCCESS of x", 0.1) is None
-    courier.queue(record(b"queued"), "SUCCESS of y")
-    until(lambda: len(kept) == 2)
-    assert [each[0].value for each in kept] == [b"kept", b"queued"]
+@pytest.fixture
+def spool(courier, tmp_path):
+    found = Spool(tmp_path / "s.spool", 1 << 20)
+    courier.detour = Detour(courier._publisher, found)
+    return found
+
+
+def spooled(spool):
+    return [one.record.value for one in spool.oldest()]
+
+
+def test_what_kafka_does_not_take_is_spooled_and_the_next_need_not_wait(courier, handle, spool):
+    handle.answers.extend([TIMED_OUT] * 3)
+    courier.store(record(b"1"), "SUCCESS of x", 5)
+    assert courier.detour.away
+    courier.store(record(b"2"), "SUCCESS of y", 5)
+    courier.queue(record(b"3"), "SUCCESS of z")
+    assert spooled(spool) == [b"1", b"2", b"3"]
     assert courier.lost == 0
+
+
+def test_one_spooled_record_at_a_time_is_sent_as_well_and_its_answer_ends_the_detour(courier, handle, spool):
+    handle.answers.append(TIMED_OUT)
+    courier.store(record(b"1"), "SUCCESS of x", 5)
+    until(lambda: not courier.detour.away)
+    assert handle.produced == [b"1", b"1"]
+    courier.store(record(b"2"), "SUCCESS of y", 5)
+    assert spooled(spool) == [b"1"]
+    assert handle.produced == [b"1", b"1", b"2"]
+
+
+def test_a_queued_record_that_kafka_does_not_take_is_spooled(courier, handle, spool):
+    handle.answers.extend([TIMED_OUT] * 2)
+    courier.queue(record(b"queued"), "SUCCESS of y", ALWAYS)
+    until(lambda: spooled(spool))
+    assert spooled(spool) == [b"queued"]
+    assert courier.lost == 0
+
+
+def test_what_is_queued_without_an_answer_is_spooled_when_the_next_task_or_the_end_comes(courier, handle, spool):
+    handle.poll = lambda timeout: time.sleep(min(timeout, 0.001))  # Kafka says nothing
+    courier.detour.after_s = 0.05
+    courier.queue(record(b"1"), "SUCCESS of x", remember=True)
+    courier.settle()
+    assert spooled(spool) == [b"1"]
+    courier.detour._away = False  # as if it had not noticed yet
+    courier.queue(record(b"2"), "SUCCESS of y")
+    assert spooled(spool) == [b"1"]
+    assert courier.finish(0.05) == 0
+    assert spooled(spool) == [b"1", b"2"]
+
+
+def test_a_spool_that_cannot_take_a_record_is_as_none(courier, handle, spool, tmp_path, caplog):
+    spool.path = tmp_path / "s.spool" / "not a folder" / "x"
+    (tmp_path / "s.spool").write_text("")
+    handle.answers.extend([TIMED_OUT] * 2)
+    courier.store(record(b"1"), "SUCCESS of x", 5)
+    assert handle.produced == [b"1"] * 3
+    assert "cannot be used" in caplog.text
+    handle.answers.extend([TIMED_OUT] * 100)
+    with pytest.raises(NotAcknowledged):
+        courier.store(record(b"2"), "SUCCESS of y", 0.1)
+
+
+def test_too_large_is_final_with_a_spool_as_well(courier, handle, spool):
+    handle.answers.append(KafkaError.MSG_SIZE_TOO_LARGE)
+    with pytest.raises(TooLarge):
+        courier.store(record(), "SUCCESS of x", 5)
+    assert spool.empty()
+
+
+def test_what_is_not_a_result_is_never_spooled(courier, handle, spool):
+    handle.answers.extend([TIMED_OUT] * 50)
+    with pytest.raises(NotAcknowledged):
+        courier.carry(record(), "declaring chord x", 0.1)
+    assert spool.empty()
+
+
+def test_a_new_process_knows_from_the_spool_that_kafka_is_away(courier, handle, spool):
+    spool.append(record(b"1"))
+    courier.store(record(b"2"), "SUCCESS of x", 5)
+    assert spooled(spool) == [b"1", b"2"]
 
 
 def test_a_queued_record_that_kafka_did_not_take_is_named_and_counted(courier, handle, caplog):
