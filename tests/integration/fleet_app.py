@@ -145,3 +145,25 @@ def ask_beside_others(numbers):
     """Likewise; where tasks share a process they also share what `allow_join_result` switches."""
     asked = group(add.s(i, i) for i in numbers).apply_async()
     return asked.get(timeout=60, disable_sync_subtasks=False)
+
+
+@app.task
+def whoami():
+    return os.getpid()
+
+
+@app.task(acks_late=True)
+def nap_late(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+@app.task(acks_late=True)
+def long_once(path):
+    """Take a minute, but only the first time."""
+    marker = Path(path)
+    if marker.exists():
+        return "second life"
+    marker.write_text("started")
+    time.sleep(60)
+    return "first life"
