@@ -18,6 +18,8 @@ from celery.app import trace
 from celery.backends.asynchronous import AsyncBackendMixin, BaseResultConsumer
 from celery.backends.base import BaseKeyValueStoreBackend
 from celery.exceptions import BackendStoreError, ImproperlyConfigured
+from celery.result import GroupResult
+from celery.utils.functional import _regen
 from celery.utils.log import get_logger
 from kombu.exceptions import EncodeError, OperationalError
 from kombu.serialization import dumps
@@ -30,6 +32,7 @@ from celery_kafka_backend.order import Rank
 from celery_kafka_backend.producer import headers as names
 from celery_kafka_backend.producer import signals
 from celery_kafka_backend.producer.courier import ONCE, Retries
+from celery_kafka_backend.producer.members import members
 from celery_kafka_backend.producer.recorder import (
     MESSAGE_LIMIT,
     current_request,
@@ -45,7 +48,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from celery import Celery
-    from celery.result import GroupResult
 
     from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.events import Event
@@ -599,6 +601,7 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
             parent=field(request, "id"),
             priority=delivery_info.get("priority"),
             stamps=_stamps(request),
+            group_result=self._shape(header_result_args[1]),
             at=clock.wall_ms(),
             host=self.recorder.host,
             pid=self.recorder.pid,
@@ -606,6 +609,16 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         if self.settings.chord_key:
             record = chord_records.sign(record, self.settings.chord_key)
         self._declare(record, "declaring")
+
+    def _shape(self, results: Any) -> bytes | None:
+        """Return how the header is nested, encoded as the body is; None if it is flat.
+
+        A generator is not unrolled to find out: Celery does not either, and its results come out flat.
+        """
+        if isinstance(results, _regen) or not any(isinstance(one, GroupResult) for one in results):
+            return None
+        shape = _nesting(self.app.GroupResult(None, results))
+        return bytes(ensure_bytes(dumps(shape, serializer=self.app.conf.task_serializer)[2]))
 
     def set_chord_size(self, group_id: str, chord_size: int) -> None:
         """Say how many parts a chord has; acknowledged before its last header task is sent.
@@ -660,8 +673,9 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         task_id = field(request, "id")
         if getattr(self._here, "parted", None) == task_id:
             return
-        # A task of a failed chain, or a chord's body failed by the chord processor.
-        self._send_part(request, state, result, self._identity(task_id, state, request), stored=True)
+        # Of a failed chain, or a chord's body failed by the chord processor: any canvas, none of which ever ran.
+        for member in members(request):
+            self._send_part(member, state, result, self._identity(member.id, state, member), stored=True)
 
     def _send_part(self, request: Any, state: str, result: Any, who: Identity, stored: bool) -> None:
         group_id, task_id, chord = field(request, "group"), field(request, "id"), field(request, "chord")
@@ -703,6 +717,7 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
             stamps=_stamps(request),
             at=who.wall,
             worker=field(request, "hostname") or "",
+            told=tuple(field(request, "told") or ()),
         )
         with _too_large_is_final():
             encoded_part = self.recorder.chord_record(group_id, *chord_records.encode(record))
@@ -746,6 +761,12 @@ def _worker_ready(sender: Any = None, **_: Any) -> None:
 def _generation(chord: Any) -> int | None:
     found = (chord.get("options") or {}).get(names.GENERATION) if isinstance(chord, dict) else None
     return found if isinstance(found, int) else None
+
+
+def _nesting(result: Any) -> list[Any]:
+    """Return a result as ``as_tuple()`` does, without its parents: a chain would repeat them in every member."""
+    children = [_nesting(child) for child in result.results] if isinstance(result, GroupResult) else None
+    return [[result.id, None], children]
 
 
 def _stamps(request: Any) -> dict[str, Any] | None:

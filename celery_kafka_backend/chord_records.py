@@ -156,6 +156,8 @@ class Part(_Record, frozen=True, omit_defaults=True, kw_only=True, tag=PART):
         stamps: The member's stamps: ``{"stamped_headers": […], header: …}``, JSON-able.
         at: Wall clock of the process that says so.
         worker: Node name of the worker.
+        told: Of a member that is the body of a failed chord: fingerprints of the errbacks that have
+            heard of that failure, here and further in. They do not hear of it again.
     """
 
     task: str
@@ -174,6 +176,7 @@ class Part(_Record, frozen=True, omit_defaults=True, kw_only=True, tag=PART):
     stamps: dict[str, Any] | None = None
     at: int = 0
     worker: str = ""
+    told: tuple[str, ...] = ()
 
     @property
     def succeeded(self) -> bool:

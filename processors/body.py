@@ -14,12 +14,14 @@ from celery._state import _task_stack
 from celery.app.task import Context
 from celery.canvas import Signature, maybe_signature
 from celery.exceptions import BackendStoreError, ChordError
+from celery.utils.functional import maybe_list
 from kombu.exceptions import OperationalError
 from kombu.serialization import loads, prepare_accept_content
 
 from celery_kafka_backend.chord_records import FAILURE, SUCCESS, Decided, Declared, Part
 from celery_kafka_backend.errors import PublishError
 from celery_kafka_backend.producer import headers
+from celery_kafka_backend.producer.members import errbacks, fingerprint, last_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -52,7 +54,7 @@ def carry_out(app: Celery, declared: Declared, decided: Decided, parts: Sequence
         try:
             args = () if declared.immutable and decided.outcome == SUCCESS else (join(app, declared, decided, parts),)
         except ChordError as exc:
-            return _fail(app, callback, decided, exc)
+            return _fail(app, callback, decided, exc, _told(decided, parts))
         except Exception as exc:
             logger.exception("Chord %r: cannot join its results", declared.group)
             return _fail(app, callback, decided, _chord_error(f"Join error: {exc!r}", exc))
@@ -65,6 +67,11 @@ def carry_out(app: Celery, declared: Declared, decided: Decided, parts: Sequence
             logger.exception("Chord %r: cannot send its callback", declared.group)
             return _fail(app, callback, decided, _chord_error(f"Callback error: {exc!r}", exc))
     return SUCCESS
+
+
+def _told(decided: Decided, parts: Sequence[Part | None]) -> Sequence[str]:
+    failed = next((part for part in parts if part is not None and part.task == decided.failed), None)
+    return failed.told if failed is not None else ()
 
 
 def give_up(app: Celery, declared: Declared, decided: Decided, why: str) -> str:
@@ -219,24 +226,66 @@ def _within(app: Celery, declared: Declared, last: Part | None) -> Iterator[None
         task.pop_request()
 
 
-def _fail(app: Celery, callback: Signature, decided: Decided, error: ChordError) -> str:
+def _fail(app: Celery, callback: Signature, decided: Decided, error: ChordError, told: Sequence[str] = ()) -> str:
     """Do what Celery does for a failed chord: errbacks, body FAILURE, the rest of its chain."""
     backend = app.backend
-    recorder = getattr(backend, "recorder", None)
-    if recorder is not None:
-        # There is no request for a body that was never sent; its failure belongs to its run all the same.
-        recorder.hint_run(decided.body_task_id, decided.body_run)
-    try:
-        outer = callback.options.get("chord")
-        if outer and callback.options.get("group_id"):
-            # Celery forgets this one: the body of a failed chord is a member of the chord around it.
-            member = Context(callback.options, id=decided.body_task_id, group=callback.options["group_id"], chord=outer)
-            backend.on_chord_part_return(member, "FAILURE", error)
+    ended = innermost(callback)
+    with _of_run(backend, ended, decided.body_run):
+        _tell_outer(app, ended, error, told)
+        _without(ended, set(told))
         try:
             raise error
         except ChordError as exc:
-            backend.chord_error_from_stack(callback, exc)
-    finally:
-        if recorder is not None:
-            recorder.hint_run(decided.body_task_id, None)
+            backend.chord_error_from_stack(ended, exc)
     return FAILURE
+
+
+@contextmanager
+def _of_run(backend: Any, callback: Signature, run: int) -> Iterator[None]:
+    """Let what is stored for a body belong to its run: it was never sent, so there is no request that says so."""
+    recorder = getattr(backend, "recorder", None)
+    if recorder is None:
+        yield
+        return
+    ids = [callback.id, *(task["options"].get("task_id") for task in last_tasks(callback))]
+    for task_id in ids:
+        recorder.hint_run(task_id, run)
+    try:
+        yield
+    finally:
+        for task_id in ids:
+            recorder.hint_run(task_id, None)
+
+
+def innermost(callback: Signature) -> Signature:
+    """Return whose end a body's end is: the body of a chord, for a chord; with what hears of both.
+
+    Celery stores the failure of such a body under the id of its header, where nobody looks.
+    """
+    while callback.get("subtask_type") == "chord" and callback.body is not None:
+        outer, callback = callback.options, callback.body
+        for errback in maybe_list(outer.get("link_error")) or ():
+            callback.append_to_list_option("link_error", errback)
+        if outer.get("chain"):
+            callback.options.setdefault("chain", outer["chain"])
+    return callback
+
+
+def _tell_outer(app: Celery, callback: Signature, error: ChordError, told: Sequence[str]) -> None:
+    """Send the parts of a body that is a member of another chord. Celery forgets them, and that chord hangs."""
+    heard = sorted({*told, *map(fingerprint, errbacks(callback))})
+    for task in last_tasks(callback):
+        options = task.get("options") or {}
+        if options.get("chord") and options.get("group_id"):
+            member = Context(options, id=options.get("task_id"), group=options["group_id"], told=heard)
+            app.backend.on_chord_part_return(member, "FAILURE", error)
+
+
+def _without(callback: Any, told: set[str]) -> None:
+    """Take away the errbacks that have heard of it: ``chord.link_error`` adds one to every chord in the header, too."""
+    options = callback.get("options") or {}
+    if told and options.get("link_error"):
+        options["link_error"] = [one for one in maybe_list(options["link_error"]) if fingerprint(one) not in told]
+    if callback.get("subtask_type") == "group":
+        for task in callback["kwargs"]["tasks"]:
+            _without(task, told)

@@ -510,7 +510,8 @@ class ChordProcessor:
     def _was_sent(self, reader: _Reader, declared: Declared, decided: Decided, since_ms: int) -> bool:
         """Look for events of the body's first messages in that run."""
         if decided.outcome == FAILURE:
-            ids, kinds = [decided.body_task_id], frozenset({events.FAILURE})
+            failed = body.innermost(body.signature(self.app, declared)).id
+            ids, kinds = [failed] if failed else [], frozenset({events.FAILURE})
         else:
             # Every kind counts: what is said of a task before it is sent is of another run.
             ids, kinds = body.first_ids(body.signature(self.app, declared)), events.KINDS

@@ -167,3 +167,20 @@ def long_once(path):
     marker.write_text("started")
     time.sleep(60)
     return "first life"
+
+
+@app.task(bind=True)
+def replaced_by(self, canvas):
+    raise self.replace(app.signature(canvas))
+
+
+@app.task(bind=True)
+def adds_to_chord(self, canvas, value):
+    self.add_to_chord(app.signature(canvas))
+    return value
+
+
+@app.task
+def note(text):
+    print(f"noted {text}", flush=True)
+    return text

@@ -114,6 +114,13 @@ def test_an_unknown_field_is_accepted():
     assert records.decode(key, value[:-1] + b',"new":[1]}') == Sized(**HERE, size=2)
 
 
+def test_a_part_that_told_no_errbacks_is_as_the_first_writers_of_version_1_wrote_it():
+    part = Part(**HERE, task="t-1", id="e-1", key=1)
+    assert b"told" not in records.encode(part)[1]
+    told = msgspec.structs.replace(part, told=("a", "b"))
+    assert records.decode(*records.encode(told)) == told
+
+
 def test_a_newer_version_is_told_apart_from_rubbish():
     key, value = records.encode(Sized(**HERE, size=2))
     with pytest.raises(UnknownVersion):

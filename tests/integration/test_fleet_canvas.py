@@ -1,0 +1,109 @@
+"""Chords of any canvas through the whole fleet: nested, extended, failed inside one another."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from celery import chain, chord, group
+from celery.exceptions import ChordError
+from celery.result import AsyncResult
+
+pytestmark = [pytest.mark.kafka, pytest.mark.redis]
+
+SOON = 40
+
+
+def test_results_keep_the_shape_of_the_header(fleet):
+    tasks = fleet.app
+    tail = chain(tasks.add.s(1, 1), group(tasks.add.s(1), tasks.add.s(2)))
+    assert chord([tail, tasks.add.s(5, 5)])(tasks.listed.s()).get(timeout=SOON) == [[3, 4], 10]
+
+
+def test_a_group_inside_the_header_is_part_of_it(fleet):
+    tasks = fleet.app
+    header = [tasks.add.s(1, 1), group(tasks.add.s(2, 2), tasks.add.s(3, 3))]
+    assert sorted(chord(header)(tasks.listed.s()).get(timeout=SOON)) == [2, 4, 6]
+
+
+def test_a_chord_of_chords(fleet):
+    tasks = fleet.app
+    inner = [chord([tasks.add.s(i, 0), tasks.add.s(i, 1)], tasks.total.s()) for i in range(3)]
+    assert chord(inner)(tasks.listed.s()).get(timeout=SOON) == [1, 3, 5]
+
+
+def test_chords_in_a_chain_and_a_chord_as_body(fleet):
+    tasks = fleet.app
+    steps = (
+        chord([tasks.add.s(1, 1), tasks.add.s(2, 2)], tasks.total.s())
+        | group(tasks.add.s(1), tasks.add.s(2))
+        | tasks.total.s()
+    )
+    assert steps.delay().get(timeout=SOON) == 15
+    body = chord([tasks.total.s(), tasks.total.s()], tasks.listed.s())
+    assert chord([tasks.add.s(1, 1), tasks.add.s(2, 2)])(body).get(timeout=SOON) == [6, 6]
+
+
+def test_a_generator_is_a_header(fleet):
+    tasks = fleet.app
+    assert chord(tasks.add.s(i, i) for i in range(5))(tasks.listed.s()).get(timeout=SOON) == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("by", ["task", "chain", "group", "chord"])
+def test_a_member_may_be_replaced(fleet, by):
+    tasks = fleet.app
+    canvas, expected = {
+        "task": (tasks.add.si(1, 2), 3),
+        "chain": (tasks.add.si(1, 2) | tasks.add.s(3), 6),
+        "group": (group(tasks.add.si(1, 2), tasks.add.si(3, 4)), [3, 7]),
+        "chord": (chord([tasks.add.si(1, 2), tasks.add.si(3, 4)], tasks.total.s()), 10),
+    }[by]
+    header = [tasks.replaced_by.s(canvas), tasks.add.s(0, 1)]
+    assert chord(header)(tasks.listed.s()).get(timeout=SOON) == [expected, 1]
+
+
+def test_a_member_may_add_another(fleet):
+    tasks = fleet.app
+    header = [tasks.adds_to_chord.s(tasks.add.si(20, 2), 1), tasks.add.s(0, 2)]
+    assert chord(header)(tasks.listed.s()).get(timeout=SOON) == [1, 22, 2]
+
+
+@pytest.mark.parametrize("kind", ["task", "chain", "group", "chord"])
+def test_a_failed_chord_fails_the_chord_around_it_and_errbacks_hear_once(fleet, kind):
+    """On Celery's Redis backend the outer chord waits for ever: nobody tells it."""
+    tasks = fleet.app
+    body = {
+        "task": tasks.listed.s(),
+        "chain": tasks.listed.s() | tasks.listed.s(),
+        "group": group(tasks.listed.s(), tasks.listed.s()),
+        "chord": chord([tasks.listed.s(), tasks.listed.s()], tasks.listed.s()),
+    }[kind]
+    inner = chord([tasks.fail.s("inside"), tasks.add.s(1, 1)], body)
+    outer = chord([inner, tasks.add.s(2, 2)], tasks.listed.s())
+    told = f"told-{kind}"
+    outer.link_error(tasks.note.si(told))
+    result = outer.delay()
+    with pytest.raises(ChordError, match="inside"):
+        AsyncResult(result.id, app=tasks.app).get(timeout=SOON)  # without its parents, whose error comes first
+    expected = 2 if kind == "group" else 1  # every task of a group has its own
+    deadline = time.monotonic() + SOON
+    while fleet.log("worker").count(f"noted {told}") < expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert tasks.note.delay("nothing behind it").get(timeout=SOON)
+    assert fleet.log("worker").count(f"noted {told}") == expected
+
+
+def test_the_body_of_a_failed_chord_may_be_a_chord(fleet):
+    """On Celery's Redis backend its state stays PENDING: the failure goes to the id of the body's header."""
+    tasks = fleet.app
+    body = chord([tasks.listed.s(), tasks.listed.s()], tasks.listed.s())
+    result = chord([tasks.fail.s("first of all"), tasks.add.s(1, 1)])(body)
+    with pytest.raises(ChordError, match="first of all"):
+        AsyncResult(result.id, app=tasks.app).get(timeout=SOON)  # without its parents, whose error comes first
+
+
+def test_a_failed_chain_in_the_header_fails_every_member_that_it_would_have_had(fleet):
+    tasks = fleet.app
+    header = [chain(tasks.fail.s("early"), group(tasks.add.s(1), tasks.add.s(2))), tasks.add.s(2, 2)]
+    with pytest.raises(ChordError, match="early"):
+        chord(header)(tasks.listed.s()).get(timeout=SOON)
