@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_VENV := .demo/venv
 DEMO_READY := $(DEMO_VENV)/.ready
+CONFORMANCE_VENV := .conformance/venv
+CONFORMANCE_READY := $(CONFORMANCE_VENV)/.ready
 
 # Nothing may hang for ever: Ctrl-C first, so that pytest can stop the servers, and a kill a minute later.
 BOUNDED := timeout --foreground --signal=INT --kill-after=60
@@ -17,7 +19,7 @@ SOURCES := $(wildcard $(foreach folder,celery_kafka_backend producer processors 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help preflight services venv test test-quick lint format demo recycle bench clean
+.PHONY: help preflight services venv test test-quick lint format demo recycle bench conformance clean
 
 help:  ## this text
 	@echo "Start here:"
@@ -76,9 +78,18 @@ $(DEMO_READY): pyproject.toml $(SOURCES)
 recycle: $(READY)  ## a thousand children that live for one task each: nothing lost, nothing leaked
 	RECYCLED_CHILDREN=1000 $(BOUNDED) 1800 $(PYTEST) tests/integration/test_worker_life.py -k child_per_task $(ARGS)
 
+conformance: $(CONFORMANCE_READY)  ## Celery's own integration tests, on its Redis backend and on ours (40 minutes per round)
+	$(CONFORMANCE_VENV)/bin/python -m tests.conformance $(ARGS)
+
+# An environment of its own: Celery pins what its tests run with.
+$(CONFORMANCE_READY): pyproject.toml tests/conformance/requirements.txt
+	$(PYTHON) -m venv $(CONFORMANCE_VENV)
+	$(BOUNDED) 1800 $(CONFORMANCE_VENV)/bin/python -m pip install --quiet --editable '.[redis,processor]' -r tests/conformance/requirements.txt
+	@touch $@
+
 bench: $(READY)  ## measure; ARGS='--help' tells what
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean:  ## remove what make made here (not the cache of servers)
-	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .demo .conformance build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
