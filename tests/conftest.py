@@ -29,13 +29,16 @@ GRACE_S = 5.0  # a process that has just been told to end may need a moment
 
 
 def pytest_configure() -> None:
-    """Mark everything that we start: children inherit the environment, and orphans keep it."""
-    os.environ[MARK] = secrets.token_hex(8)
+    """Mark everything that we start: children inherit the environment, pytest-xdist's workers too, and orphans keep it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ[MARK] = secrets.token_hex(8)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail the run if it leaves a process behind; by now every fixture is torn down."""
+    """Fail the run if it leaves a process behind; by now every fixture is torn down, and xdist's workers are gone."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
     deadline = time.monotonic() + GRACE_S
     while (left := processes.started_by_us(MARK, os.environ[MARK])) and time.monotonic() < deadline:
         time.sleep(0.1)

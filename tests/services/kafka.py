@@ -177,7 +177,9 @@ def _write_properties(folder: Path, node_id: int, listen: tuple[int, int, int], 
 
 def _format(java: Sequence[str], configs: Sequence[Path]) -> None:
     """Prepare the data folders, at once: each costs the start of a JVM."""
-    cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
+    # Never with a "-" in front, which one in 64 would have: the tool takes it for an option.
+    first, *rest = uuid.uuid4().bytes
+    cluster_id = base64.urlsafe_b64encode(bytes([first & 0x7F, *rest])).rstrip(b"=").decode()
     tool = [*java, "kafka.tools.StorageTool", "format", "--cluster-id", cluster_id, "--config"]
 
     def run(config: Path) -> None:
