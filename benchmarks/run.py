@@ -30,9 +30,10 @@ BENCHES = {
     "worker_rate": "tasks per second of a worker, against Celery's Redis backend",
     "storage": "bytes per task in Kafka and Redis, against Celery's Redis backend",
     "catch_up": "how long the view lags after a ten-minute outage",
+    "process_model": "a producer per child against one publisher process per host (only with --long or by name)",
     "memory": "resident memory of a materializer from 1 to 5 million events (only with --long or by name)",
 }
-LONG = frozenset({"memory"})
+LONG = frozenset({"memory", "process_model"})
 RUNS = 5
 
 
@@ -91,7 +92,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="benches:\n" + "\n".join(f"  {name:<12} {what}" for name, what in BENCHES.items()),
+        epilog="benches:\n" + "\n".join(f"  {name:<13} {what}" for name, what in BENCHES.items()),
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="benches to run; all but the long ones if none")
     parser.add_argument("--quick", action="store_true", help="one run of small sizes, to see that they work")
