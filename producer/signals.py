@@ -19,6 +19,7 @@ from celery.app.task import get_actual_ignore_result
 
 from celery_kafka_backend import events, order, ownership
 from celery_kafka_backend.errors import PublishError, SettingsError, StoreError
+from celery_kafka_backend.producer import greenlets
 from celery_kafka_backend.producer import headers as names
 from celery_kafka_backend.producer.drain import Drainer
 from celery_kafka_backend.producer.recorder import (
@@ -297,6 +298,25 @@ def refuse_second_app(**_: Any) -> None:
             raise SystemExit(error.exit_code)
 
 
+def refuse_unpatched_pool(sender: Any = None, **_: Any) -> None:
+    """Refuse a pool of greenlets in a process whose threads are none: each wait for Kafka would stop them all.
+
+    Raises:
+        SystemExit: With the exit code of a wrong configuration.
+    """
+    pool = getattr(sender, "pool", None)
+    if getattr(pool, "is_green", False) and not greenlets.patched():
+        name = type(pool).__module__.rpartition(".")[2]
+        logger.critical(
+            "worker_pool = %r, but nothing is monkey-patched: Celery does that only if the pool is named on the command "
+            "line. Start the worker with -P %s",
+            name, name,
+        )  # fmt: skip
+        from celery_kafka_backend.misconfigured import EXIT_CODE  # noqa: PLC0415 - see there
+
+        raise SystemExit(EXIT_CODE)
+
+
 @_harmless
 def worker_ready(sender: Any = None, **_: Any) -> None:
     """This is a worker's parent: make its handle ready, and watch once whether anybody folds what it appends."""
@@ -359,6 +379,7 @@ _HANDLERS: Final = (
     (signals.task_unknown, unknown),
     (signals.task_prerun, prerun),
     (signals.task_postrun, postrun),
+    (signals.worker_ready, refuse_unpatched_pool),
     (signals.worker_ready, refuse_second_app),
     (signals.worker_ready, worker_ready),
     (signals.worker_process_init, child_init),

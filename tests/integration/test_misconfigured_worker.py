@@ -46,3 +46,27 @@ def test_a_wrong_setting_ends_the_worker_with_one_line(backend, settings, words)
     assert SECRET not in said
     for word in words:
         assert word in said
+
+
+@pytest.mark.kafka
+@pytest.mark.redis
+@pytest.mark.parametrize("pool", ["gevent", "eventlet"])
+def test_a_pool_of_greenlets_without_monkey_patching_is_refused(kafka, redis_url, pool):
+    done = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "fleet_app", "worker", "-c", "1"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parent),
+            "FLEET_BROKER": redis_url,
+            "FLEET_BACKEND": f"kafka://{kafka.bootstrap}/?view={redis_url}",
+            "FLEET_CONF": f'{{"worker_pool": "{pool}"}}',
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 3, said
+    assert "Traceback" not in said
+    assert f"Start the worker with -P {pool}" in said
