@@ -190,6 +190,7 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         self._here = threading.local()
         self.recorder.positions = self._positions
         signals.connect()
+        signals.catch_up()
         celery_signals.worker_ready.connect(_worker_ready, weak=False, dispatch_uid="celery-kafka-backend.check-tasks")
 
     @cached_property

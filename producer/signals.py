@@ -13,8 +13,10 @@ import time
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
+from billiard.process import current_process
 from celery import signals
 from celery import states as states_of
+from celery.app import trace
 from celery.app.task import get_actual_ignore_result
 
 from celery_kafka_backend import events, order, ownership
@@ -355,6 +357,15 @@ def child_init(**_: Any) -> None:
         recorder.in_worker(os.getppid(), recorder.node)
         recorder.clock.renew_lock()
         recorder.publisher.warm_up()
+
+
+def catch_up() -> None:
+    """Do what `child_init` missed: a child that was spawned makes its first backend after that signal."""
+    if trace._localized and current_process()._name != "MainProcess":  # noqa: SLF001 - nothing public says so
+        for recorder in recorders():
+            if not recorder.worker_pid:
+                recorder.in_worker(os.getppid(), str(trace._localized[1]))  # noqa: SLF001
+                recorder.publisher.warm_up()
 
 
 @_harmless

@@ -113,6 +113,18 @@ def test_a_child_that_grew_too_large_is_replaced_after_its_result(worker, tasks)
     assert len({one.get(timeout=SOON) for one in sent}) == 8
 
 
+def test_children_that_are_spawned_rather_than_forked_know_what_they_are(fleet, worker, tasks, monkeypatch):
+    monkeypatch.setitem(fleet.environment, "FLEET_CONF", '{"worker_pool_start_method": "spawn"}')
+    spawning = worker("--max-tasks-per-child=5")
+    sent = [spawning.send(tasks.add, i, i) for i in range(20)]
+    assert [one.get(timeout=SOON) for one in sent] == [2 * i for i in range(20)]
+    for one in sent:
+        found = [codec.decode(value) for value in fleet.app.app.backend.reader.history(one.id)]
+        (success,) = [event for event in found if event.kind == events.SUCCESS]
+        assert success.role == events.CHILD
+        assert success.pid != spawning.process.pid
+
+
 def test_an_autoscaled_pool_loses_nothing_while_it_grows_and_shrinks(worker, tasks, fleet, monkeypatch):
     monkeypatch.setitem(fleet.environment, "AUTOSCALE_KEEPALIVE", "0.5")
     scaled = worker("--autoscale=6,1")
