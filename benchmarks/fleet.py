@@ -37,15 +37,18 @@ class Fleet(NamedTuple):
 
 
 @contextlib.contextmanager
-def fleet(stage: Stage, backend: str, server: RedisServer, cluster: KafkaCluster) -> Iterator[Fleet]:
-    """Start a worker of two children, its broker a database of ``server``, its results in another."""
+def fleet(stage: Stage, backend: str, server: RedisServer, cluster: KafkaCluster, **more: object) -> Iterator[Fleet]:
+    """Start a worker of two children, its broker a database of ``server``, its results in another.
+
+    ``more`` are settings of ours.
+    """
     broker, view = server.clean_database(), server.clean_database()
     with contextlib.ExitStack() as stack:
         env = {"BENCH_BROKER": broker, "BENCH_BACKEND": view, "BENCH_SETTINGS": ""}
         materializer, topic = None, ""
         if backend == OURS:
             settings = stage.settings(cluster, view)
-            overrides = stage.overrides(cluster, settings.topic_prefix)
+            overrides = {**stage.overrides(cluster, settings.topic_prefix), **more}
             url = f"kafka://{cluster.bootstrap}/?view={view}"
             env |= {"BENCH_BACKEND": url, "BENCH_SETTINGS": json.dumps(overrides)}
             materializer = stack.enter_context(

@@ -20,10 +20,12 @@ from confluent_kafka import Consumer
 
 from celery_kafka_backend import codec, topics
 from celery_kafka_backend import settings as settings_module
+from celery_kafka_backend.board import Board
 from celery_kafka_backend.changes import Batch, Logged, Partition
 from celery_kafka_backend.kafka import consumer_config
 from celery_kafka_backend.processors import materializer as materializer_module
 from celery_kafka_backend.processors.fold import fold
+from celery_kafka_backend.processors.metering import TEXT_BYTES, VIEW, Place
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions
 from celery_kafka_backend.sinks.registry import open_sink
 
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
 def main() -> None:
     given = json.loads(sys.argv[1])
     settings = settings_module.parse(given["backend"], given["overrides"])
-    measure = {"materializer": _materializer, "memory": _memory, "ceiling": _ceiling}[given["mode"]]
-    if given["mode"] != "materializer":  # which does this itself
+    measure = {"materializer": _materializer, "metered": _metered, "memory": _memory, "ceiling": _ceiling}[
+        given["mode"]
+    ]
+    if given["mode"] not in ("materializer", "metered"):  # which does this itself
         gc.freeze()
         gc.set_threshold(100_000, 50, 100)
     print(json.dumps(measure(settings, given["events"])))
@@ -75,7 +79,12 @@ class _Assigned(logging.Handler):
             self.at = time.monotonic()
 
 
-def _materializer(settings: Settings, count: int) -> dict[str, Any]:
+def _metered(settings: Settings, count: int) -> dict[str, Any]:
+    """As `pipeline run --metrics-port` starts it."""
+    return _materializer(settings, count, Place(Board(1, VIEW.size, TEXT_BYTES), 0))
+
+
+def _materializer(settings: Settings, count: int, place: Place | None = None) -> dict[str, Any]:
     assigned = _Assigned()
     materializer_module.logger.addHandler(assigned)
     materializer_module.logger.setLevel(logging.INFO)
@@ -84,7 +93,7 @@ def _materializer(settings: Settings, count: int) -> dict[str, Any]:
     materializer_module.open_sink = lambda *_: sink
     before = _cpu_s()
     # The body of a process as `pipeline run` starts it; it returns when the last commit is acknowledged.
-    materializer_module.materialize(settings, url, options)
+    materializer_module.materialize(settings, url, options, place)
     return {
         "seconds": time.monotonic() - assigned.at,
         "events": sink.events,

@@ -43,7 +43,7 @@ def _measure(stage: Stage, prefix: str, name: str, count: int, peer_events: int)
             ("faust_child", "folded", peer_events),
             ("fold_child", "ceiling", count),
         ):
-            report = _once(stage, prefix, module, mode, events)
+            report = once(stage, prefix, module, mode, events)
             say(f"fold {name}, run {number + 1} of {stage.runs}, {mode}: {report['rate']:,.0f} events/s")
             found.setdefault(mode, []).append(report)
     for report in found["materializer"]:
@@ -52,7 +52,7 @@ def _measure(stage: Stage, prefix: str, name: str, count: int, peer_events: int)
     return found
 
 
-def _once(stage: Stage, prefix: str, module: str, mode: str, events: int) -> dict[str, Any]:
+def once(stage: Stage, prefix: str, module: str, mode: str, events: int) -> dict[str, Any]:
     cluster = stage.kafka(1)
     with stage.redis() as server:
         arguments = {

@@ -29,6 +29,7 @@ BENCHES = {
     "round_trip": "delay().get(), against Celery's Redis backend",
     "worker_rate": "tasks per second of a worker, against Celery's Redis backend",
     "storage": "bytes per task in Kafka and Redis, against Celery's Redis backend",
+    "metrics_cost": "a fold and a worker with metrics, against the same without",
     "catch_up": "how long the view lags after a ten-minute outage",
     "process_model": "a producer per child against one publisher process per host (only with --long or by name)",
     "memory": "resident memory of a materializer from 1 to 5 million events (only with --long or by name)",

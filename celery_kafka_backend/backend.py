@@ -182,6 +182,8 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         self.settings = _settings(self.app, url)
         self.url = url or self.app.conf.result_backend
         self.recorder: Recorder = recorder_for(self.app, self.settings)
+        if self.settings.metrics_port is not None and _in_worker():
+            _measure(self.recorder)
         failure = self.app.conf.get("result_failure_expires")
         self.failure_expires = self.expires if failure is None else self.prepare_expires(failure, type=float)
         self.result_consumer = self.ResultConsumer(
@@ -738,7 +740,7 @@ def _settings(app: Celery, url: str | None) -> Settings:
     try:
         return configure.settings_of(app, url)
     except ImproperlyConfigured as exc:
-        if not getattr(trace, "_localized", None):
+        if not _in_worker():
             raise
         raise _end_of_worker(exc) from None
 
@@ -757,6 +759,19 @@ def _worker_ready(sender: Any = None, **_: Any) -> None:
             configure.check_spool(backend.settings)
         except ImproperlyConfigured as exc:
             raise _end_of_worker(exc) from None
+
+
+def _measure(recorder: Recorder) -> None:
+    from celery_kafka_backend.producer import metering  # noqa: PLC0415 - only where metrics are wanted
+
+    try:
+        metering.measure(recorder)
+    except SettingsError as exc:
+        raise _end_of_worker(configure.improperly_configured(exc)) from None
+
+
+def _in_worker() -> bool:
+    return bool(getattr(trace, "_localized", None))
 
 
 def _generation(chord: Any) -> int | None:

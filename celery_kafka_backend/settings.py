@@ -57,6 +57,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         history: Which views keep every event, by URL scheme; default: each store's own.
         history_limit: Events kept per task where history is bounded (Redis).
         poll_interval_s: Longest pause between two reads of a waiter on a view without push.
+        metrics_port: Where a worker serves its metrics and health; 0: any free port; None: not at all.
+        metrics_address: Likewise, the address to listen on.
+        health_timeout_s: How long the loop of a processor may stand still before /healthz says so.
         client: librdkafka options under their own names, for every connection.
         producer: … for producers only.
         consumer: … for consumers only.
@@ -87,6 +90,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     history: dict[str, bool] = {}
     history_limit: int = 200
     poll_interval_s: float = 0.5
+    metrics_port: int | None = None
+    metrics_address: str = "127.0.0.1"
+    health_timeout_s: float = 60.0
     client: dict[str, Any] = {}
     producer: dict[str, Any] = {}
     consumer: dict[str, Any] = {}
@@ -135,6 +141,7 @@ _REMEDIES: Final = {
     "sample": "a dictionary {task name: share between 0 and 1}",
     "history": "a dictionary {URL scheme: True or False}",
     "view_options": "a dictionary {URL scheme: {option: value}}",
+    "metrics_port": "a port from 1 to 65535, 0 for any that is free, or None for no metrics",
 }
 _UNSHOWN: Final = frozenset({"client", "producer", "consumer", "view_options", "chord_key"})
 """Settings whose values hold secrets: no message ever shows them."""
@@ -295,7 +302,7 @@ def _check_names(settings: Settings) -> None:
 
 
 def _check_numbers(settings: Settings) -> None:
-    for name in ("delivery_timeout_s", "publish_timeout_s", "poll_interval_s", "spool_after_s"):
+    for name in ("delivery_timeout_s", "publish_timeout_s", "poll_interval_s", "spool_after_s", "health_timeout_s"):
         if not 0 < getattr(settings, name) < 86_400:
             _refuse(name, f"{getattr(settings, name)} is no sensible time", "more than 0 and less than 86400 seconds")
     for name, least, most in (
@@ -310,6 +317,10 @@ def _check_numbers(settings: Settings) -> None:
     ):
         if not least <= getattr(settings, name) <= most:
             _refuse(name, f"{getattr(settings, name)} is out of range", f"from {least} to {most}")
+    if not settings.metrics_address:
+        _refuse("metrics_address", "no address", "127.0.0.1, or 0.0.0.0 for every interface")
+    if settings.metrics_port is not None and not 0 <= settings.metrics_port <= 65_535:
+        _refuse("metrics_port", f"{settings.metrics_port} is out of range", _REMEDIES["metrics_port"])
     if settings.min_insync_replicas > settings.replication_factor:
         _refuse(
             "min_insync_replicas",

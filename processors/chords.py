@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from celery_kafka_backend.chord_records import Record
     from celery_kafka_backend.processors.decision import Action
+    from celery_kafka_backend.processors.metering import ChordMeter
     from celery_kafka_backend.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class Statistics(msgspec.Struct):
         dead_letters: Records given up.
         rebuilt: Times that a partition was read from its start.
         chords: Chords held, finished ones included.
+        open: … of which so many are declared and not decided.
     """
 
     decided: int = 0
@@ -111,6 +113,7 @@ class Statistics(msgspec.Struct):
     dead_letters: int = 0
     rebuilt: int = 0
     chords: int = 0
+    open: int = 0
 
 
 class _Held:
@@ -156,6 +159,9 @@ class ChordProcessor:
         self._topic = topics.chords(settings.topic_prefix)
         self._events_topic = topics.task_events(settings.topic_prefix)
         self._stopping = False
+        self.meter: ChordMeter | None = None
+        """Who is told what happens; set before `run`."""
+        self._held_up: dict[str, str] = {}
         self._held: dict[int, _Held] = {}
         self._assignments = 0
         self._slice = max(1, min(chord_records.CHUNK, settings.max_message_bytes // (2 * CHOICE_BYTES)))
@@ -202,6 +208,8 @@ class ChordProcessor:
             logger.info("%s: deciding chords of %s as %s", self.group, self._topic, self.owner)
             while not self._stopping:
                 self._turn()
+                if self.meter is not None:
+                    self.meter.turned(self)
         finally:
             self._close()
         logger.info("%s: stopped", self.group)
@@ -246,6 +254,7 @@ class ChordProcessor:
             self._commit_at = now + COMMIT_S
             self._commit()
             self.statistics.chords = sum(len(held.ledger) for held in self._held.values())
+            self.statistics.open = sum(held.ledger.undecided() for held in self._held.values())
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_S
             for held in self._held.values():
@@ -411,6 +420,12 @@ class ChordProcessor:
     # -- sending, in a thread --------------------------------------------------------------------
 
     def _carry_out(self, held: _Held, fire: Fire) -> None:
+        try:
+            self._insist(held, fire)
+        finally:
+            self._held_up.pop(fire.decided.group, None)
+
+    def _insist(self, held: _Held, fire: Fire) -> None:
         """Try until it is done or is no longer ours to do."""
         attempt = 0
         decided = fire.decided
@@ -426,6 +441,7 @@ class ChordProcessor:
             except (*body.TRANSIENT, KafkaAway, KafkaException) as exc:
                 attempt += 1
                 self.statistics.retries += 1
+                self._held_up[decided.group] = str(exc)
                 level = logging.WARNING if attempt in (1, 10) or attempt % 100 == 0 else logging.DEBUG
                 logger.log(level, "chord %s: its body waits, attempt %d: %r", decided.group, attempt, exc)
                 self._pause(held, min(BACKOFF_FIRST_S * 2 ** min(attempt - 1, 10), BACKOFF_MAX_S))
@@ -436,6 +452,23 @@ class ChordProcessor:
                 if fired is not None:
                     self._append_fired(held, fired)
                 return
+
+    def partitions(self) -> int:
+        """Return how many partitions we have."""
+        return len(self._held)
+
+    def wrong(self) -> list[str]:
+        """Return why chords cannot be decided or sent now; [] if they can, or if there is nothing for us to do."""
+        found = [] if self._consumer.memberid() else [f"not in its consumer group for {self._topic} (yet)"]
+        for held in self._held.values():
+            if held.broken:
+                found.append(f"partition {held.partition} is read again: {held.broken}")
+            elif not held.caught_up:
+                found.append(f"partition {held.partition} is being read: {held.position} of {held.end}")
+        waiting = list(self._held_up.items())
+        if waiting:
+            found.append(f"{len(waiting)} bodies wait, that of chord {waiting[0][0]}: {waiting[0][1]}")
+        return found
 
     def _is_wanted(self, held: _Held, decided: Decided) -> bool:
         return held.open and not self._stopping and not held.broken and held.ledger.is_open(decided)
@@ -460,6 +493,9 @@ class ChordProcessor:
             outcome = self.give_up(declared, decided, str(lost_at))
         else:
             outcome = self.send(declared, decided, parts)
+            last = parts[decided.last] if parts else None
+            if self.meter is not None and last is not None:
+                self.meter.sent((self._clock() - last.at) / 1000)
         if not found:
             self.statistics.failed += outcome == FAILURE
             self.statistics.sent += outcome != FAILURE

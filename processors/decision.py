@@ -225,6 +225,13 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._chords)
 
+    def undecided(self) -> int:
+        """Return how many chords are declared and not decided."""
+        return sum(
+            chord.body_task_id is not None and chord.first is None and chord.fired_at is None
+            for chord in self._chords.values()
+        )
+
     # -- what the log says -----------------------------------------------------------------------
 
     def apply(self, record: Record | Gone, offset: int, at_ms: int) -> None:

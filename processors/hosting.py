@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from celery import Celery
 
+    from celery_kafka_backend.processors.metering import Place
     from celery_kafka_backend.settings import Settings
     from celery_kafka_backend.sinks.contract import StoreOptions
 
@@ -25,20 +26,21 @@ def log_to_stderr(level: str) -> None:
     logging.basicConfig(level=level.upper(), format=LOG_FORMAT)
 
 
-def fold_view(level: str, settings: Settings, url: str, options: StoreOptions) -> None:
+def fold_view(level: str, settings: Settings, url: str, options: StoreOptions, place: Place | None = None) -> None:
     """Feed one view until SIGTERM."""
     from celery_kafka_backend.processors.materializer import materialize  # noqa: PLC0415 - in the child, not before
 
     log_to_stderr(level)
-    materialize(settings, url, options)
+    materialize(settings, url, options, place)
 
 
-def decide_chords(level: str, reference: str) -> None:
+def decide_chords(level: str, reference: str, place: Place | None = None) -> None:
     """Decide chords and send their bodies until SIGTERM.
 
     Args:
         level: Log level.
         reference: The app, as ``celery -A`` takes it; "" for Celery's default app.
+        place: Where to write metrics, if anywhere.
     """
     from celery_kafka_backend.configure import settings_of  # noqa: PLC0415 - as above
     from celery_kafka_backend.processors.chords import ChordProcessor  # noqa: PLC0415
@@ -46,6 +48,10 @@ def decide_chords(level: str, reference: str) -> None:
     log_to_stderr(level)
     app = load_app(reference)
     processor = ChordProcessor(app, settings_of(app))
+    if place is not None:
+        from celery_kafka_backend.processors.metering import ChordMeter  # noqa: PLC0415 - only where metrics are wanted
+
+        processor.meter = ChordMeter(place)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: processor.stop())
     processor.run()

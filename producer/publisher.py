@@ -137,12 +137,12 @@ class Publisher:
 
     Args:
         settings: The user's.
-        make: What makes a producer handle; for tests.
+        make: What makes a producer handle; for tests, and for metrics, which count what it does.
     """
 
     def __init__(self, settings: Settings, make: Callable[[dict[str, Any]], Any] = Producer) -> None:
         self.settings = settings
-        self._make = make
+        self.make = make
         self._lock = threading.Lock()
         self._polling = threading.Lock()
         self._pid = 0
@@ -181,7 +181,7 @@ class Publisher:
 
     def _new(self) -> Any:
         try:
-            return self._make(kafka.producer_config(self.settings))
+            return self.make(kafka.producer_config(self.settings))
         except (KafkaException, TypeError, ValueError) as exc:
             why = exc.args[0].str() if isinstance(exc, KafkaException) else str(exc)
             raise SettingsError(
@@ -240,6 +240,10 @@ class Publisher:
             "Kafka at %s: %d events dropped (queue full), %d not delivered, that nobody waited for",
             self.settings.bootstrap_servers, dropped, failed,
         )  # fmt: skip
+
+    def waiting(self) -> int:
+        """Return how many records are taken that are not yet librdkafka's."""
+        return len(self._casts)
 
     def warm_up(self) -> None:
         """Make the handle ready before it is needed: a new one's first answer takes 60 ms, more from a cold broker."""

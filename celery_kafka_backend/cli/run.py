@@ -42,6 +42,8 @@ _LEVELS: Final = ("debug", "info", "warning", "error")
 @click.option("--no-chords", is_flag=True, help="Only views: chords are decided elsewhere.")
 @click.option("--chords-only", is_flag=True, help="No views: only decide chords.")
 @click.option("--loglevel", "-l", type=click.Choice(_LEVELS, case_sensitive=False), default="info", help="Log level.")
+@click.option("--metrics-port", type=click.IntRange(0, 65535), help="Serve metrics and health here; 0: any free port.")
+@click.option("--metrics-address", default="127.0.0.1", help="… on this address.")
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=10.0, help="Seconds that Kafka may take to answer.")
 @click.pass_context
 def command(
@@ -51,6 +53,8 @@ def command(
     no_chords: bool,
     chords_only: bool,
     loglevel: str,
+    metrics_port: int | None,
+    metrics_address: str,
     timeout: float,
 ) -> Exit:
     r"""Run the processors: one or more per view, and one that decides chords.
@@ -78,6 +82,8 @@ def command(
     specs = processes_for(pipeline, urls, processes, loglevel, chords=not no_chords)
     hosting.log_to_stderr(loglevel)
     click.echo(banner(pipeline, urls, processes, chords=not no_chords))
+    if metrics_port is not None:
+        specs = monitored(pipeline, urls, specs, metrics_address, metrics_port)
     return _ENDS.get(Supervisor(specs).run(), Exit.UNEXPECTED)
 
 
@@ -101,6 +107,28 @@ def processes_for(
             SETTING, f"something in it cannot be handed to another process: {exc}", "give callables as dotted paths"
         ) from exc
     return specs
+
+
+def monitored(
+    pipeline: Pipeline, urls: Sequence[str], specs: Sequence[ProcessSpec], address: str, port: int
+) -> list[ProcessSpec]:
+    """Serve metrics and health; return the processes, each with its place on the board.
+
+    Raises:
+        SettingsError: The address or port cannot be had, or the extra is not installed.
+    """
+    # Only where metrics are wanted:
+    from celery_kafka_backend.monitor import Endpoint  # noqa: PLC0415
+    from celery_kafka_backend.processors.monitoring import ProcessorsSource, Role, ViewProbe  # noqa: PLC0415
+
+    views = [view_name(url) for url in urls]
+    roles = [Role(spec.name, next((v for v in views if spec.name.startswith(f"{v}/")), "")) for spec in specs]
+    probes = [ViewProbe(url, pipeline.options(url)) for url in urls]
+    source = ProcessorsSource(roles, probes, pipeline.settings.health_timeout_s)
+    endpoint = Endpoint(source, address, port, ("--metrics-address", "--metrics-port"))
+    endpoint.start()
+    click.echo(f"Metrics and health: {endpoint.url}/metrics, /healthz, /readyz")
+    return [spec._replace(args=(*spec.args, source.place(number))) for number, spec in enumerate(specs)]
 
 
 def banner(pipeline: Pipeline, urls: Sequence[str], processes: int, *, chords: bool) -> str:

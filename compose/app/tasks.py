@@ -20,7 +20,13 @@ app.conf.update(
     task_track_started=True,
     result_extended=True,
     # For one broker only: in production leave the defaults, three copies of which two must have each event.
-    kafka_backend_settings={"replication_factor": 1, "min_insync_replicas": 1},
+    kafka_backend_settings={
+        "replication_factor": 1,
+        "min_insync_replicas": 1,
+        # Of the worker; the processors' are an option of `pipeline run`.
+        "metrics_port": 9808,
+        "metrics_address": "0.0.0.0",  # noqa: S104 - of a container, which publishes it to this machine only
+    },
 )
 
 

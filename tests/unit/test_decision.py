@@ -60,6 +60,18 @@ def test_it_waits_for_declared_sized_and_every_part():
     assert decided.last == 1
 
 
+def test_a_chord_is_open_from_its_declaration_to_its_decision():
+    log = Log()
+    log.add(part("a", 0), Sized(**HERE, size=1))
+    assert log.ledger.undecided() == 0, "a part of nothing that is known"
+    decided = decided_of(log.add(DECLARED))
+    assert log.ledger.undecided() == 1
+    log.add(decided)
+    assert log.ledger.undecided() == 0
+    log.add(Fired(**HERE, owner="me", body_task_id="b"))
+    assert log.ledger.undecided() == 0
+
+
 def test_it_asks_once():
     log = Log()
     assert len(log.add(DECLARED, Sized(**HERE, size=1), part("a", 0))) == 1
