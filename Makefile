@@ -19,7 +19,7 @@ SOURCES := $(wildcard $(foreach folder,celery_kafka_backend producer processors 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help preflight services venv test test-quick lint format demo recycle bench conformance clean
+.PHONY: help preflight services venv test test-quick delivery-table lint format demo recycle bench conformance clean
 
 help:  ## this text
 	@echo "Start here:"
@@ -28,7 +28,7 @@ help:  ## this text
 	@echo "  make demo          see it work, with nothing to install first"
 	@echo
 	@echo "All targets:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python, SERVICES=auto|native|docker how servers are started,"
 	@echo "REQUIRE_SERVICES=all fails instead of skipping, ARGS='-k chord -x' is passed to pytest."
@@ -52,6 +52,9 @@ test: preflight $(READY) services lint  ## everything that CI checks
 
 test-quick: $(READY)  ## the tests that need no server
 	$(BOUNDED) 300 $(PYTEST) -n 2 $(QUICK_TESTS) -m "not kafka and not redis" $(ARGS)
+
+delivery-table: $(READY)  ## docs/delivery.md at its real times: Kafka away for 5 s and 60 s
+	DELIVERY_TIMEOUT_S=30 $(BOUNDED) 3600 $(PYTEST) tests/integration/test_delivery_table.py $(ARGS)
 
 lint: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -17,7 +18,7 @@ from celery import signals as celery_signals
 from celery.app import trace
 from celery.backends.asynchronous import AsyncBackendMixin, BaseResultConsumer
 from celery.backends.base import BaseKeyValueStoreBackend
-from celery.exceptions import BackendStoreError, ImproperlyConfigured
+from celery.exceptions import BackendStoreError, ImproperlyConfigured, Reject
 from celery.result import GroupResult
 from celery.utils.functional import _regen
 from celery.utils.log import get_logger
@@ -190,7 +191,9 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
             self, self.app, self.accept, self._pending_results, self._pending_messages
         )
         self._here = threading.local()
+        self._extended = bool(self.app.conf.find_value_for_key("extended", "result"))
         self.recorder.positions = self._positions
+        self.recorder.result_retries = self._retries
         signals.connect()
         signals.catch_up()
         celery_signals.worker_ready.connect(_worker_ready, weak=False, dispatch_uid="celery-kafka-backend.check-tasks")
@@ -254,8 +257,10 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         """
         encoded = self.encode_result(result, state)
         event = self._state_event(task_id, result, encoded, state, traceback, request)
-        with _too_large_is_final():
+        try:
             record = self.recorder.record(event)
+        except TooLarge as exc:
+            raise _final(exc) from exc
         if state in states.READY_STATES:
             self._store(record, f"{state} of {task_id}", task_id, state, request)
         else:
@@ -266,41 +271,54 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         """See what must not be lost into Kafka, as far as ``delivery`` says."""
         wait_s = self._wait_s(task_id, request)
         courier = self.recorder.courier
-        with _too_large_is_final():
-            try:
-                if wait_s:
-                    courier.store(record, what, wait_s, self._retries)
-                else:
-                    pipelined = self.settings.delivery == "pipelined" and self.recorder.role == events.CHILD
-                    courier.queue(record, what, self._retries, remember=pipelined)
-            except TooLarge:
-                raise
-            except PublishError as exc:
-                self._here.unstored = task_id
-                raise BackendStoreError(
-                    f"{what} not stored in Kafka at {self.settings.bootstrap_servers}: {exc}",
-                    task_id=task_id, state=state,
-                ) from exc  # fmt: skip
+        try:
+            if wait_s:
+                courier.store(record, what, wait_s, self._retries)
+            else:
+                pipelined = self.settings.delivery == "pipelined" and self.recorder.role == events.CHILD
+                courier.queue(record, what, remember=pipelined)
+        except TooLarge as exc:
+            raise _final(exc) from exc
+        except PublishError as exc:
+            self._here.unstored = task_id
+            if isinstance(exc, NotAcknowledged) and self._comes_back(request):
+                logger.error(  # noqa: TRY400 - no traceback to a user
+                    "%s not stored in Kafka at %s: %s; its message goes back to the broker (reject_on_worker_lost)",
+                    what, self.settings.bootstrap_servers, exc,
+                )  # fmt: skip
+                raise Reject(exc, requeue=True) from exc
+            raise BackendStoreError(
+                f"{what} not stored in Kafka at {self.settings.bootstrap_servers}: {exc}",
+                task_id=task_id, state=state,
+            ) from exc  # fmt: skip
 
-    @property
+    @cached_property
     def _retries(self) -> Retries:
         if not self.always_retry:
             return ONCE
         return Retries(self.max_retries, self.base_sleep_between_retries_ms, self.max_sleep_between_retries_ms)
 
     def _wait_s(self, task_id: str, request: Any) -> float:
-        if self.recorder.role == events.PARENT:
-            return 0.0  # it runs an event loop: it queues and goes on
-        if self.settings.delivery == "buffered" or (
-            # The message is acknowledged when the task ends: its result has to be in Kafka by then.
-            self.settings.delivery == "pipelined" and not self._acks_late(request)
-        ):
+        delivery = self.settings.delivery
+        if delivery == "buffered" or self.recorder.role == events.PARENT:
+            return 0.0  # the parent runs an event loop: it queues and goes on
+        # Where the message is acknowledged when the task ends, its result has to be in Kafka by then.
+        if delivery == "pipelined" and not self._acks_late(request):
             return 0.0
         if getattr(self._here, "unstored", None) == task_id:
             # Celery makes a FAILURE of a result that was not stored: Kafka had its time already.
             return 0.0
         self._here.unstored = None
         return self.settings.delivery_timeout_s
+
+    def _comes_back(self, request: Any) -> bool:
+        """Whether a task whose result cannot be stored is to run again, as if its child had died.
+
+        Only a prefork child can say so: Celery's other pools lose a `Reject` from here.
+        """
+        task = self.app.tasks.get(field(request, "task") or "")
+        in_child = bool(self.recorder.worker_pid) and self.recorder.worker_pid != self.recorder.pid
+        return bool(in_child and task is not None and task.acks_late and task.reject_on_worker_lost)
 
     def _acks_late(self, request: Any) -> bool:
         task = self.app.tasks.get(field(request, "task") or "")
@@ -310,8 +328,7 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         own = request if field(request, "id") == task_id else None
         planned = self._planned(task_id)
         who = planned.who if planned else self._identity(task_id, state, request)
-        meta = self._get_result_meta(result=encoded, state=state, traceback=traceback, request=own)
-        meta["task_id"] = bytes_to_str(task_id)
+        meta = self._meta(task_id, encoded, state, traceback, own)
         name = field(own, "task")
         if "args" in meta:
             meta["args"], meta["kwargs"] = self.recorder.redacted(name or "", meta["args"], meta["kwargs"])
@@ -330,6 +347,27 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
             **self._documents(meta),
             **more,
         )
+
+    def _meta(self, task_id: str, encoded: Any, state: str, traceback: Any, request: Any) -> dict[str, Any]:
+        """Return the native document, as Celery's own method makes it.
+
+        For the plainest and most frequent case without that method, a third of what storing a result costs: it looks
+        up a setting (7 us) and converts time zones (8 us). A test compares the two.
+        """
+        if state == states.SUCCESS and request is not None and not (
+            self._extended or request.group or request.parent_id
+        ):  # fmt: skip
+            meta = {
+                "status": state,
+                "result": encoded,
+                "traceback": traceback,
+                "children": self.current_task_children(request),
+                "date_done": datetime.now(self.app.timezone).isoformat(),
+            }
+        else:
+            meta = self._get_result_meta(result=encoded, state=state, traceback=traceback, request=request)
+        meta["task_id"] = bytes_to_str(task_id)
+        return meta
 
     def _identity(self, task_id: str, state: str, request: Any) -> Identity:
         rank = _RANKS.get(state, Rank.UNREADY)
@@ -375,9 +413,15 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
 
     def _documents(self, meta: dict[str, Any]) -> dict[str, Any]:
         """Return the native document as an event carries it: embedded JSON, or opaque with its parts."""
-        document = ensure_bytes(self.encode(meta))
-        if not self.compression and self.content_type == "application/json" and codec.is_json_document(document):
-            return {"doc": msgspec.Raw(document)}
+        if not self.compression and self.content_type == "application/json":
+            try:
+                document = ensure_bytes(self.encoder(meta))
+            except Exception:  # noqa: BLE001 - whatever a serializer raises: kombu's way to it translates that
+                document = ensure_bytes(self.encode(meta))
+            if codec.is_json_document(document):
+                return {"doc": msgspec.Raw(document)}
+        else:
+            document = ensure_bytes(self.encode(meta))
         return {"opaque": self._opaque(document, meta)}
 
     def _opaque(self, document: bytes, meta: dict[str, Any]) -> Opaque:
@@ -527,10 +571,11 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         """Append an event and wait, bounded, until the primary view has folded it."""
         timeout_s = self.settings.delivery_timeout_s
         try:
-            with _too_large_is_final():
-                delivery = self.recorder.courier.carry(
-                    self.recorder.record(event), f"{what} of {event.task}", timeout_s, self._retries
-                )
+            delivery = self.recorder.courier.carry(
+                self.recorder.record(event), f"{what} of {event.task}", timeout_s, self._retries
+            )
+        except TooLarge as exc:
+            raise _final(exc) from exc
         except PublishError as exc:
             raise BackendStoreError(
                 f"{what} of {event.task} not stored in Kafka at {self.settings.bootstrap_servers}: {exc}",
@@ -658,18 +703,15 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         self._declare(record, "extending")
 
     def _declare(self, record: chord_records.Record, doing: str) -> None:
-        with _too_large_is_final():
+        try:
             encoded = self.recorder.chord_record(record.group, *chord_records.encode(record))
-            try:
-                self.recorder.courier.carry(
-                    encoded, f"{doing} chord {record.group}", self.settings.publish_timeout_s, ONCE
-                )
-            except TooLarge:
-                raise
-            except PublishError as exc:
-                raise OperationalError(
-                    f"{doing} chord {record.group} in Kafka at {self.settings.bootstrap_servers}: {exc}"
-                ) from exc
+            self.recorder.courier.carry(encoded, f"{doing} chord {record.group}", self.settings.publish_timeout_s)
+        except TooLarge as exc:
+            raise _final(exc) from exc
+        except PublishError as exc:
+            raise OperationalError(
+                f"{doing} chord {record.group} in Kafka at {self.settings.bootstrap_servers}: {exc}"
+            ) from exc
 
     def on_chord_part_return(self, request: Any, state: str, result: Any, **_: Any) -> None:
         """Send a member's outcome, unless `_ending` has already done so."""
@@ -722,18 +764,16 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
             worker=field(request, "hostname") or "",
             told=tuple(field(request, "told") or ()),
         )
-        with _too_large_is_final():
+        try:
             encoded_part = self.recorder.chord_record(group_id, *chord_records.encode(record))
+        except TooLarge as exc:
+            raise _final(exc) from exc
         self._store(encoded_part, f"part of chord {group_id} by {task_id}", task_id, state, request)
 
 
-@contextmanager
-def _too_large_is_final() -> Iterator[None]:
+def _final(exc: TooLarge) -> EncodeError:
     """Celery makes a FAILURE of an `EncodeError`, and tries nothing again."""
-    try:
-        yield
-    except TooLarge as exc:
-        raise EncodeError(str(exc)) from exc
+    return EncodeError(str(exc))
 
 
 def _settings(app: Celery, url: str | None) -> Settings:

@@ -111,6 +111,9 @@ def producer_config(settings: Settings) -> dict[str, Any]:
             "delivery.timeout.ms": int(settings.delivery_timeout_s * 1000),
             # librdkafka cannot tell a slow broker from a dead one within less.
             "request.timeout.ms": min(10_000, int(settings.delivery_timeout_s * 1000)),
+            # How long an unknown topic may be one that is being made; with librdkafka's 30 s a result timed out first, and
+            # the log did not say why.
+            "topic.metadata.propagation.max.ms": min(5_000, int(settings.delivery_timeout_s * 500)),
             "queue.buffering.max.messages": 100_000,
             "retry.backoff.ms": 50,
         },

@@ -1,7 +1,7 @@
 """The way of a record that must not be lost into Kafka: waited for or queued, sent again as the same event, given up.
 
 Ready states and chords' parts pass here. What Kafka does not acknowledge takes the detour over the spool of this
-host, if there is one; else it is counted and named in the log.
+host, if there is one; else who waits is told, and where nobody waits it is sent again as long as the process lives.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import os
 import threading
 import time
 from collections import deque
-from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from celery.utils.time import get_exponential_backoff_interval
 
 from celery_kafka_backend.errors import NoSuchTopic, NotAcknowledged, PublishError, Refused, SpoolError, TooLarge
+from celery_kafka_backend.kafka import translate
 
 if TYPE_CHECKING:
+    from confluent_kafka import KafkaError, Message
+
     from celery_kafka_backend.producer.detour import Detour
     from celery_kafka_backend.producer.publisher import Delivery, Publisher, Record
 
@@ -29,8 +30,8 @@ VERDICT_S: Final = 1.5
 """librdkafka gives a record up within a second after its time is over; until then it may still send it."""
 AGAIN_S: Final = 0.2
 """Pause before a record is sent again within the same wait: a new handle, a broker that has just started."""
-KEPT: Final = 10_000
-"""Queued records that Kafka did not take, to be sent again; beyond, the next is given up."""
+KEPT_BYTES: Final = 64 << 20
+"""Queued records that Kafka did not take, kept to be sent again; beyond, the next is given up."""
 
 
 class Retries(NamedTuple):
@@ -48,20 +49,29 @@ class Retries(NamedTuple):
 
 
 ONCE: Final = Retries()
+_MANY: Final = 100_000  # no clock takes infinity
+FOREVER: Final = Retries(float("inf"), 100)
+"""Where nobody waits there is no reason to give up while the process lives."""
 
 
 class _Queued:
-    """A record that nobody waits for yet, until it is stored or given up."""
+    """A record that nobody waits for, or not yet, until it is stored or given up."""
 
-    __slots__ = ("attempt", "delivery", "record", "retries", "settled", "what")
+    __slots__ = ("_courier", "done", "record", "settled", "spooled", "what")
 
-    def __init__(self, record: Record, what: str, retries: Retries) -> None:
+    def __init__(self, courier: Courier, record: Record, what: str) -> None:
+        self._courier = courier
         self.record = record
         self.what = what
-        self.retries = retries
-        self.attempt = 0
-        self.delivery: Delivery | None = None
-        self.settled = threading.Event()
+        self.done = False
+        """Whether Kafka has answered."""
+        self.spooled = False
+        self.settled: threading.Event | None = None
+
+    def answered(self, error: KafkaError | None, _: Message) -> None:
+        self.done = True
+        why = None if error is None else translate(error, f"publishing to {self.record.topic}")
+        self._courier.answered(self, why)
 
 
 class Courier:
@@ -79,11 +89,11 @@ class Courier:
         self.sent_again = 0
         """Records sent again after Kafka did not acknowledge them."""
         self._refused: deque[_Queued] = deque()
+        self._kept_bytes = 0
         self._guard = threading.Lock()
         self._pid = 0
         self._sending = False
         self._here = threading.local()
-
         self.detour: Detour | None = None
         """Over the spool; only a worker that is told to has one."""
         self._unsettled: set[_Queued] = set()
@@ -102,27 +112,11 @@ class Courier:
 
         Raises:
             TooLarge: Final.
-            Refused: Kafka will not take it, and it is nowhere else.
+            Refused: Kafka will not take it.
             NotAcknowledged: It is in nobody's hands: librdkafka has given it up too, unless ``wait_s`` is shorter than
                 ``delivery_timeout_s``. A broker that was frozen with it in its socket may still append it.
         """
-        return self._insist(record, what, wait_s, retries, 0)
-
-    def store(self, record: Record, what: str, wait_s: float, retries: Retries = ONCE) -> None:
-        """Return once a record is acknowledged, or on this host's disk where there is a detour.
-
-        Arguments and errors are those of `carry`; a spool that cannot take the record is as none.
-        """
-        if self.detour is not None:
-            try:
-                self.detour.carry(record)
-            except SpoolError as exc:
-                logger.error("%s: %s; waiting for Kafka", what, exc)  # noqa: TRY400 - no bug of ours
-            else:
-                return
-        self._insist(record, what, wait_s, retries, 0)
-
-    def _insist(self, record: Record, what: str, wait_s: float, retries: Retries, attempt: int) -> Delivery:
+        attempt = 0
         while True:
             try:
                 return self._within(record, wait_s)
@@ -136,6 +130,20 @@ class Courier:
                 logger.warning("%s: %s; trying again", what, exc)
             pause_ms = get_exponential_backoff_interval(retries.base_ms, attempt, retries.longest_ms, full_jitter=True)
             time.sleep(pause_ms / 1000)
+
+    def store(self, record: Record, what: str, wait_s: float, retries: Retries = ONCE) -> None:
+        """Return once a record is acknowledged, or on this host's disk where there is a detour.
+
+        Arguments and errors are those of `carry`; a spool that cannot take the record is as none.
+        """
+        if self.detour is not None:
+            try:
+                self.detour.carry(record)
+            except SpoolError as exc:
+                logger.error("%s: %s; waiting for Kafka", what, exc)  # noqa: TRY400 - no bug of ours
+            else:
+                return
+        self.carry(record, what, wait_s, retries)
 
     def _within(self, record: Record, wait_s: float) -> Delivery:
         """Send a record until it is acknowledged or the time is over, again after errors that pass."""
@@ -157,44 +165,45 @@ class Courier:
 
     # -- nobody waits ----------------------------------------------------------------------------
 
-    def queue(self, record: Record, what: str, retries: Retries = ONCE, *, remember: bool = False) -> None:
-        """Queue a record and return at once; if Kafka does not take it, go on in the background.
+    def queue(self, record: Record, what: str, *, remember: bool = False) -> None:
+        """Queue a record and return at once; if Kafka does not take it, send it again in the background.
 
         Args:
             record: What.
             what: Its name in the log.
-            retries: How often, and how soon, to try again.
             remember: `settle` on this thread waits for it.
 
         Raises:
             TooLarge: Final.
         """
-        queued = _Queued(record, what, retries)
+        queued = _Queued(self, record, what)
         if self.detour is not None:
-            queued.retries = ONCE  # what the spool cannot take is retried in vain as well
             if self.detour.away and self._spool(queued, None):
                 return
             self._unsettled.add(queued)
+        if remember:
+            queued.settled = threading.Event()
+            self._mine.append(queued)
         try:
-            queued.delivery = self._publisher.publish(record, then=partial(self._answered, queued))
+            self._publisher.send(record, queued.answered)
         except TooLarge:
+            self._end(queued)
             raise
         except PublishError as exc:
-            self._refuse(queued, exc, 0)
-        if remember:
-            self._mine.append(queued)
+            self._refuse(queued, exc)
 
-    def settle(self) -> None:
-        """Wait until what this thread queued, and wanted remembered, is stored, or given up and said so."""
+    def settle(self, retries: Retries = ONCE) -> None:
+        """Wait until what this thread queued, and wanted remembered, is stored or given up; as long as `carry` would."""
         mine = self._mine
+        bound_s = (1 + min(retries.most, _MANY)) * (self._timeout_s + VERDICT_S)
+        if self.detour is not None:
+            bound_s = self.detour.after_s
         while mine:
             queued = mine.popleft()
-            if queued.delivery is not None:
-                with suppress(PublishError):  # then the background has it, or has said so
-                    queued.delivery.wait(self._timeout_s + VERDICT_S if self.detour is None else self.detour.after_s)
-                if not queued.delivery.done and self._spool(queued, NotAcknowledged(f"{queued.what}: no answer")):
-                    continue
-            queued.settled.wait()
+            assert queued.settled is not None
+            self._publisher.serve(queued.settled, bound_s)
+            if not queued.settled.is_set() and not self._spool(queued, NotAcknowledged(f"{queued.what}: no answer")):
+                logger.error("%s is not in Kafka yet, and the next task starts; it is sent again", queued.what)
 
     def finish(self, timeout_s: float) -> int:
         """Wait until everything queued is answered, spooled or given up; return how many records are not."""
@@ -206,8 +215,12 @@ class Courier:
         while True:
             left = self._publisher.flush(max(deadline - time.monotonic(), 0))
             behind = self._sending and self._pid == os.getpid()
-            if not (left or behind) or time.monotonic() >= deadline:
-                return left + (len(self._refused) + 1 if behind else 0)
+            if not (left or behind):
+                return 0
+            if time.monotonic() >= deadline:
+                for queued in list(self._refused) if behind else ():
+                    logger.error("%s is lost: this process ends before Kafka has it", queued.what)
+                return left + (len(self._refused) if behind else 0)
             time.sleep(AGAIN_S / 10)
 
     @property
@@ -219,45 +232,50 @@ class Courier:
         found: deque[_Queued] = here.queued
         return found
 
-    def _answered(self, queued: _Queued, error: PublishError | None) -> None:
+    def answered(self, queued: _Queued, error: PublishError | None) -> None:
+        """Hear what became of a queued record, from whichever thread polls."""
         if self.detour is not None:
             self.detour.answered(error)
         if error is None:
-            self._settle(queued)
-        elif not queued.settled.is_set():  # else it is in the spool
-            self._refuse(queued, error, 1)
+            self._end(queued)
+        elif not queued.spooled:
+            self._refuse(queued, error)
 
-    def _settle(self, queued: _Queued) -> None:
-        self._unsettled.discard(queued)
-        queued.settled.set()
+    def _refuse(self, queued: _Queued, error: PublishError) -> None:
+        """Spool it; or have a thread of our own send it again, one for all, so that they keep their order; or give up."""
+        if self._spool(queued, error):
+            return
+        if _final(error) or not self._keep(queued):
+            self._give_up(queued, error)
 
     def _spool(self, queued: _Queued, why: PublishError | None) -> bool:
         """Have this host keep a record that Kafka has not acknowledged; whether it does."""
         if self.detour is None or isinstance(why, TooLarge):
             return False
         try:
-            self.detour.take(queued.record, why, queued.delivery)
+            self.detour.take(queued.record, why, None if why is None else queued)
         except SpoolError as exc:
             logger.error("%s: %s", queued.what, exc)  # noqa: TRY400 - no bug of ours
             return False
-        self._settle(queued)
+        queued.spooled = True
+        self._end(queued)
         return True
 
-    def _refuse(self, queued: _Queued, error: PublishError, attempt: int) -> None:
-        """Have a thread of our own send it again, one for all, so that they keep their order; or give it up."""
-        if _final(error) or attempt > queued.retries.most or not self._keep(queued, attempt):
-            if not self._spool(queued, error):
-                self._give_up(queued, error)
-            self._settle(queued)
+    def _end(self, queued: _Queued) -> None:
+        self._unsettled.discard(queued)
+        if queued.settled is not None:
+            queued.settled.set()
 
-    def _keep(self, queued: _Queued, attempt: int) -> bool:
+    def _keep(self, queued: _Queued) -> bool:
         if self._pid != os.getpid():  # what is there belongs to the process that forked us: it sends it itself
             self._guard, self._sending, self._pid = threading.Lock(), False, os.getpid()
             self._refused.clear()
+            self._kept_bytes = 0
+        size = len(queued.record.value or b"")
         with self._guard:
-            if len(self._refused) >= KEPT:
+            if self._kept_bytes + size > KEPT_BYTES:
                 return False
-            queued.attempt = attempt
+            self._kept_bytes += size
             self._refused.append(queued)
             if not self._sending:
                 self._sending = True
@@ -270,17 +288,21 @@ class Courier:
                 if not self._refused:
                     self._sending = False
                     return
-                queued = self._refused.popleft()
+                queued = self._refused[0]
             try:
-                self._insist(queued.record, queued.what, self._timeout_s, queued.retries, queued.attempt)
+                self.carry(queued.record, queued.what, self._timeout_s, FOREVER)
             except PublishError as exc:
                 self._give_up(queued, exc)
             finally:
-                self._settle(queued)
+                self._end(queued)
+                with self._guard:
+                    self._refused.popleft()
+                    self._kept_bytes -= len(queued.record.value or b"")
 
     def _give_up(self, queued: _Queued, error: PublishError) -> None:
         self.lost += 1
         logger.error("%s is lost: %s", queued.what, error)
+        self._end(queued)
 
 
 def _final(error: PublishError) -> bool:

@@ -10,15 +10,24 @@ from __future__ import annotations
 import logging
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from celery_kafka_backend.errors import PublishError, SpoolError, TooLarge
 
 if TYPE_CHECKING:
-    from celery_kafka_backend.producer.publisher import Delivery, Publisher, Record
+    from celery_kafka_backend.producer.publisher import Publisher, Record
     from celery_kafka_backend.producer.spool import Spool
 
 logger = logging.getLogger(__name__)
+
+
+class Sent(Protocol):
+    """A record on its way to Kafka."""
+
+    @property
+    def done(self) -> bool:
+        """Whether Kafka has answered."""
+        ...
 
 
 class Detour:
@@ -37,7 +46,7 @@ class Detour:
         self._publisher = publisher
         self._pid = 0
         self._away = False
-        self._probe: Delivery | None = None
+        self._probe: Sent | None = None
 
     @property
     def away(self) -> bool:
@@ -75,7 +84,7 @@ class Detour:
                 return
         self.take(record, why, delivery)
 
-    def take(self, record: Record, why: PublishError | None = None, delivery: Delivery | None = None) -> None:
+    def take(self, record: Record, why: PublishError | None = None, delivery: Sent | None = None) -> None:
         """Spool a record.
 
         Args:

@@ -21,7 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException, Producer
 
 from celery_kafka_backend import kafka, topics
 from celery_kafka_backend.changes import Partition
@@ -32,7 +32,7 @@ from celery_kafka_backend.settings import SETTING
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from confluent_kafka import KafkaError, Message
+    from confluent_kafka import Message
 
     from celery_kafka_backend.settings import Settings
 
@@ -159,6 +159,8 @@ class Publisher:
         self._report_at = 0.0
 
     def _handle(self) -> Any:
+        if self._producer is None and self._pid == os.getpid():
+            self._pid = 0  # retired: a new one, as for a new process
         if self._pid != os.getpid():
             if self._lock.locked() and self._pid:  # held by a thread that did not survive the fork
                 self._lock = threading.Lock()
@@ -189,7 +191,7 @@ class Publisher:
             ) from exc
 
     def _poll(self, producer: Any, pid: int) -> None:
-        while self._pid == pid and self._producer is producer:
+        while self._pid == pid and (self._producer is producer or len(producer)):  # a retired one has answers yet
             self._pause()
             self._send_casts(producer)
             if self._polling.acquire(blocking=False):
@@ -208,8 +210,8 @@ class Publisher:
             self._wanted.wait(CAST_S)
             self._wanted.clear()
 
-    def _serve(self, producer: Any, done: threading.Event, timeout_s: float) -> None:
-        """Wait for an answer. One waiter at a time polls for all, itself: another thread's wake-up costs 0.2 ms."""
+    def serve(self, done: threading.Event, timeout_s: float) -> None:
+        """Wait for an answer, or the time. One waiter at a time polls for all, itself: another thread's wake-up costs 0.2 ms."""
         if self._patched:  # a call that blocks in C would stop every greenlet: one greenlet polls for all
             self._waiting += 1
             self._wanted.set()
@@ -218,6 +220,7 @@ class Publisher:
             finally:
                 self._waiting -= 1
             return
+        producer = self._handle()
         deadline = time.monotonic() + timeout_s
         while not done.is_set() and (left := deadline - time.monotonic()) > 0:
             if not self._polling.acquire(blocking=False):
@@ -290,29 +293,48 @@ class Publisher:
             NotAcknowledged: The queue stayed full, or Kafka did not say how many partitions there are.
             Refused: There is no such topic, or no right to see it.
         """
+        delivery = Delivery(record.topic, self.serve, then)
+        self.send(record, delivery._answered, wait_s)  # noqa: SLF001 - the same module
+        return delivery
+
+    def send(self, record: Record, answered: Callable[[KafkaError | None, Message], None], wait_s: float = 0.0) -> None:
+        """Queue a record; ``answered`` is called with its fate by whichever thread polls, and must not block.
+
+        Raises:
+            PublishError: As `publish`.
+        """
         producer = self._handle()
-        partition = self._partition(record, wait_s)
-        self._send_casts(producer)
-        delivery = Delivery(record.topic, partial(self._serve, producer), then)
-        deadline = time.monotonic() + wait_s
+        partition = self._partition(record, wait_s) if record.group else -1
+        if self._casts:
+            self._send_casts(producer)
+        deadline = time.monotonic() + wait_s if wait_s else 0.0
         while True:
             try:
                 producer.produce(
-                    record.topic, value=record.value, key=record.key, headers=list(record.headers), partition=partition,
-                    on_delivery=delivery._answered,  # noqa: SLF001 - the same module
+                    record.topic, value=record.value, key=record.key, partition=partition,
+                    headers=list(record.headers), on_delivery=answered,
                 )  # fmt: skip
             except BufferError:
                 if time.monotonic() >= deadline:
                     raise NotAcknowledged(f"the queue to Kafka at {self.settings.bootstrap_servers} is full") from None
                 time.sleep(0.01)
             except KafkaException as exc:
+                self._retire_if_fatal(producer, exc)
                 raise kafka.translate(exc, f"publishing to {record.topic}") from exc
             else:
-                return delivery
+                return
+
+    def _retire_if_fatal(self, producer: Any, exc: KafkaException) -> None:
+        """Let go of a handle that takes nothing any more, so that the next record gets a new one.
+
+        librdkafka calls an idempotent producer's error fatal when it can no longer promise the order, or was refused
+        its producer id; it stays so, even after the right has been granted.
+        """
+        if exc.args[0].code() == KafkaError._FATAL and self._producer is producer:  # noqa: SLF001
+            logger.error("Kafka at %s: %s; starting anew", self.settings.bootstrap_servers, exc.args[0].str())
+            self._producer = None
 
     def _partition(self, record: Record, wait_s: float) -> int:
-        if not record.group:
-            return -1
         count = self._counts.get(record.topic)
         if count is None:
             if not wait_s:  # asking would block
@@ -348,8 +370,11 @@ class Publisher:
                     record.topic, value=record.value, key=record.key, headers=list(record.headers),
                     on_delivery=self._cast_answered,
                 )  # fmt: skip
-            except (BufferError, KafkaException):
+            except BufferError:
                 self.dropped += 1
+            except KafkaException as exc:
+                self.dropped += 1
+                self._retire_if_fatal(producer, exc)
 
     def _cast_answered(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:

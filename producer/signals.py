@@ -236,7 +236,7 @@ def prerun(task_id: str | None = None, task: Any = None, **_: Any) -> None:
     if request.is_eager:
         return
     if recorder.settings.delivery == "pipelined":
-        recorder.courier.settle()
+        recorder.courier.settle(recorder.result_retries)
     recorder.retries.taken = None
     recorder.clock.observe(field(request, names.HLC))
     recorder.clock.observe(field(request, names.RECEIVED_HLC))

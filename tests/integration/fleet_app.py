@@ -184,3 +184,25 @@ def adds_to_chord(self, canvas, value):
 def note(text):
     print(f"noted {text}", flush=True)
     return text
+
+
+def _journaled(path, size):
+    with Path(path).open("a") as journal:
+        journal.write(f"{os.getpid()}\n")
+    time.sleep(1)
+    return "x" * size if size >= 0 else os.urandom(-size // 2).hex()
+
+
+@app.task
+def journaled_early(path, size):
+    return _journaled(path, size)
+
+
+@app.task(acks_late=True)
+def journaled_late(path, size):
+    return _journaled(path, size)
+
+
+@app.task(acks_late=True, reject_on_worker_lost=True)
+def journaled_late_again(path, size):
+    return _journaled(path, size)

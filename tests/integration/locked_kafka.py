@@ -53,7 +53,7 @@ def start() -> LockedKafka:
     libs = kafka.jars()
     folder = scratch.folder("kafka-locked")
     port, controller, locked = ports.free(3)
-    config = kafka._write_properties(folder / "1", 1, (port, controller), f"1@{ports.HOST}:{controller}", 1)
+    config = kafka._write_properties(folder / "1", 1, (port, port, controller), f"1@{ports.HOST}:{controller}", 1)
     with config.open("a") as properties:
         properties.write(
             f"listeners=PLAINTEXT://{ports.HOST}:{port},LOCKED://{ports.HOST}:{locked},CONTROLLER://{ports.HOST}:{controller}\n"

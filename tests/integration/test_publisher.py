@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -10,7 +12,7 @@ from confluent_kafka import Consumer, Producer
 
 from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend.errors import NotAcknowledged, SettingsError, TooLarge
-from celery_kafka_backend.producer.publisher import Publisher, Record
+from celery_kafka_backend.producer.publisher import CAST_S, Publisher, Record
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +127,29 @@ def test_an_option_that_librdkafka_does_not_know_is_named(publisher):
     made = publisher("127.0.0.1:9", client={"no.such.option": "1"})
     with pytest.raises(SettingsError, match=r"no\.such\.option"):
         made.publish(Record("t", b"k", b"v"))
+
+
+def test_what_was_dropped_is_counted_and_said_once_per_interval(publisher, caplog):
+    made = publisher("127.0.0.1:9", producer={"queue.buffering.max.messages": 1})
+    for _ in range(5):
+        made.cast(Record("t", b"k", b"v"))
+        made.flush(0)
+        time.sleep(2 * CAST_S)  # the poller has looked, and would have said it again
+    assert made.dropped == 4
+    assert caplog.text.count("events dropped (queue full)") == 1
+
+
+def test_a_short_script_without_kafka_ends_with_a_word(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from celery import Celery\n"
+        "app = Celery('s', broker='memory://', backend='kafka://127.0.0.1:9/?view=redis://127.0.0.1:9/0')\n"
+        "@app.task\n"
+        "def add(x): ...\n"
+        "app.backend\n"
+        "for n in range(3): add.delay(n)\n"
+        "print('sent')\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "sent\n"), done.stderr
+    assert "3 events had not reached Kafka at 127.0.0.1:9 when this process ended" in done.stderr

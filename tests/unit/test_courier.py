@@ -8,7 +8,7 @@ import time
 from collections import deque
 
 import pytest
-from confluent_kafka import KafkaError
+from confluent_kafka import KafkaError, KafkaException
 
 from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend.errors import NoSuchTopic, NotAcknowledged, Refused, TooLarge
@@ -43,10 +43,13 @@ class Handle:
 
     def produce(self, topic, value=None, key=None, headers=None, partition=-1, on_delivery=None):
         answer = self.answers.popleft() if self.answers else OK
-        if answer is BufferError:
-            raise BufferError
+        if answer is BufferError or isinstance(answer, KafkaException):
+            raise answer
         self.produced.append(value)
         self._due.append((on_delivery, None if answer is OK else KafkaError(answer)))
+
+    def __len__(self):
+        return len(self._due)
 
     def poll(self, timeout):
         time.sleep(min(timeout, 0.001))
@@ -99,6 +102,15 @@ def test_always_retry_sends_the_same_bytes_again_until_kafka_has_them(courier, h
     assert courier.carry(record(b"same"), "SUCCESS of x", 0.1, ALWAYS) is not None
     assert set(handle.produced) == {b"same"}
     assert len(handle.produced) == 6
+
+
+def test_a_handle_that_is_finished_for_good_is_replaced(courier, handle):
+    made = []
+    courier._publisher._make = lambda _config: made.append(Handle()) or made[-1]
+    assert courier.carry(record(b"first"), "SUCCESS of x", 5).stored.offset == 7
+    made[0].answers.append(KafkaException(KafkaError(KafkaError._FATAL)))
+    assert courier.carry(record(b"second"), "SUCCESS of y", 5).stored.offset == 7
+    assert [each.produced for each in made] == [[b"first"], [b"second"]]
 
 
 def test_always_retry_stops_after_its_own_bound(courier, handle):
@@ -160,7 +172,7 @@ def test_one_spooled_record_at_a_time_is_sent_as_well_and_its_answer_ends_the_de
 
 def test_a_queued_record_that_kafka_does_not_take_is_spooled(courier, handle, spool):
     handle.answers.extend([TIMED_OUT] * 2)
-    courier.queue(record(b"queued"), "SUCCESS of y", ALWAYS)
+    courier.queue(record(b"queued"), "SUCCESS of y")
     until(lambda: spooled(spool))
     assert spooled(spool) == [b"queued"]
     assert courier.lost == 0
@@ -212,7 +224,7 @@ def test_a_new_process_knows_from_the_spool_that_kafka_is_away(courier, handle, 
 
 
 def test_a_queued_record_that_kafka_did_not_take_is_named_and_counted(courier, handle, caplog):
-    handle.answers.append(TIMED_OUT)
+    handle.answers.append(KafkaError.TOPIC_AUTHORIZATION_FAILED)
     with caplog.at_level(logging.ERROR):
         courier.queue(record(), "SUCCESS of gone")
         until(lambda: courier.lost == 1)
@@ -223,7 +235,7 @@ def test_a_queued_record_that_kafka_did_not_take_is_named_and_counted(courier, h
 def test_queued_records_are_sent_again_in_the_background_in_their_order(courier, handle):
     handle.answers.extend([TIMED_OUT] * 3)
     for value in (b"1", b"2", b"3"):
-        courier.queue(record(value), f"SUCCESS of {value!r}", ALWAYS)
+        courier.queue(record(value), f"SUCCESS of {value!r}")
     until(lambda: len(handle.produced) == 6)
     assert handle.produced[3:] == [b"1", b"2", b"3"]
     assert courier.lost == 0
@@ -241,8 +253,8 @@ def test_queueing_on_a_full_queue_neither_blocks_nor_fails_nor_loses(courier, ha
 
 def test_settling_waits_for_what_this_thread_queued(courier, handle):
     handle.answers.extend([TIMED_OUT] * 3)
-    courier.queue(record(b"mine"), "SUCCESS of x", ALWAYS, remember=True)
-    courier.settle()
+    courier.queue(record(b"mine"), "SUCCESS of x", remember=True)
+    courier.settle(ALWAYS)
     assert handle.produced[-1] == b"mine"
     assert len(handle.produced) == 4
     other = threading.Thread(target=courier.settle)  # has queued nothing
@@ -252,7 +264,19 @@ def test_settling_waits_for_what_this_thread_queued(courier, handle):
 
 
 def test_settling_ends_when_the_record_is_given_up(courier, handle):
-    handle.answers.append(TIMED_OUT)
+    handle.answers.append(KafkaError.TOPIC_AUTHORIZATION_FAILED)
     courier.queue(record(), "SUCCESS of x", remember=True)
     courier.settle()
     assert courier.lost == 1
+
+
+def test_settling_without_always_retry_ends_and_the_record_is_still_sent_again(courier, handle, caplog):
+    handle.answers.extend([TIMED_OUT] * 100_000)
+    courier.queue(record(), "SUCCESS of slow", remember=True)
+    courier.settle()
+    assert "SUCCESS of slow is not in Kafka yet" in caplog.text
+    sent = len(handle.produced)
+    handle.answers.clear()
+    until(lambda: len(handle.produced) > sent)
+    assert courier.finish(5) == 0
+    assert courier.lost == 0

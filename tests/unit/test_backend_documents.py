@@ -1,0 +1,46 @@
+"""The short way to the plainest document gives what Celery's own method gives."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from uuid import uuid4
+
+import pytest
+from celery import Celery, states
+from celery.app.task import Context
+
+ZONES = [{}, {"timezone": "Asia/Kolkata"}, {"timezone": "Europe/Berlin", "enable_utc": False}]
+
+
+def backend_of(conf):
+    app = Celery("documents", broker="memory://", backend="kafka://127.0.0.1:9/?view=memory://x", set_as_current=False)
+    app.conf.update(conf)
+    return app.backend
+
+
+@pytest.mark.parametrize("conf", [*ZONES, {"result_extended": True}])
+@pytest.mark.parametrize("more", [{}, {"group": "g"}, {"parent_id": "p"}])
+@pytest.mark.parametrize("state", [states.SUCCESS, states.FAILURE, states.STARTED])
+def test_a_document_is_what_celery_s_own_backends_write(conf, more, state):
+    backend = backend_of(conf)
+    request = Context({"id": "t", "task": "x", "hostname": "w", "retries": 1, **more})
+    ours = backend._meta("t", {"n": 1}, state, None, request)
+    theirs = backend._get_result_meta(result={"n": 1}, state=state, traceback=None, request=request)
+    assert list(ours) == [*theirs, "task_id"]
+    when, expected = ours.pop("date_done"), theirs.pop("date_done")
+    assert ours == {**theirs, "task_id": "t"}
+    if state in states.READY_STATES:
+        when, expected = datetime.fromisoformat(when), datetime.fromisoformat(expected)
+        assert abs(when - expected) < timedelta(minutes=1)
+        assert when.utcoffset() == expected.utcoffset()
+    else:
+        assert when is expected is None
+
+
+def test_children_are_listed_as_celery_lists_them():
+    backend = backend_of({})
+    child = backend.app.AsyncResult(str(uuid4()))
+    request = Context({"id": "t"})
+    request.children.append(child)
+    ours = backend._meta("t", 1, states.SUCCESS, None, request)
+    assert ours["children"] == backend.current_task_children(request) == [child.as_tuple()]
