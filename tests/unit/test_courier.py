@@ -106,7 +106,7 @@ def test_always_retry_sends_the_same_bytes_again_until_kafka_has_them(courier, h
 
 def test_a_handle_that_is_finished_for_good_is_replaced(courier, handle):
     made = []
-    courier._publisher._make = lambda _config: made.append(Handle()) or made[-1]
+    courier._publisher.make = lambda _config: made.append(Handle()) or made[-1]
     assert courier.carry(record(b"first"), "SUCCESS of x", 5).stored.offset == 7
     made[0].answers.append(KafkaException(KafkaError(KafkaError._FATAL)))
     assert courier.carry(record(b"second"), "SUCCESS of y", 5).stored.offset == 7
