@@ -206,3 +206,20 @@ def journaled_late(path, size):
 @app.task(acks_late=True, reject_on_worker_lost=True)
 def journaled_late_again(path, size):
     return _journaled(path, size)
+
+
+@app.task
+def odd():
+    return object()
+
+
+@app.task(bind=True)
+def about_me(self, _results):
+    request = self.request
+    return {
+        "priority": request.delivery_info.get("priority"),
+        "mine": (request.headers or {}).get("mine"),
+        "stamps": {name: request.stamps[name] for name in request.stamped_headers or ()},
+        "root": request.root_id,
+        "parent": request.parent_id,
+    }
