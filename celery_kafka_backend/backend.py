@@ -42,6 +42,7 @@ from celery_kafka_backend.producer.recorder import (
     plain,
     recorder_for,
 )
+from celery_kafka_backend.producer.stubs import without_bodies
 from celery_kafka_backend.reader import Ear, Reader
 from celery_kafka_backend.settings import mask
 
@@ -634,7 +635,9 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         generation = (field(request, names.HLC) if held else None) or clock.tick()
         body.options[names.GENERATION] = generation
         self.recorder.generations.keep(group_id, generation)
-        content_type, content_encoding, encoded = dumps(dict(body), serializer=self.app.conf.task_serializer)
+        content_type, content_encoding, encoded = dumps(
+            without_bodies(dict(body)), serializer=self.app.conf.task_serializer
+        )
         delivery_info = field(request, "delivery_info") or {}
         record = chord_records.Declared(
             group=group_id,

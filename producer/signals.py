@@ -34,6 +34,7 @@ from celery_kafka_backend.producer.recorder import (
     plain,
     recorders,
 )
+from celery_kafka_backend.producer.stubs import is_declared, stub, without_bodies
 from celery_kafka_backend.settings import mask
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _recorder() -> Recorder | None:
 
 @_harmless
 def before_publish(headers: dict[str, Any] | None = None, body: Any = None, **_: Any) -> None:
-    """Put run and HLC into the message, and replace an embedded chord body by a stub."""
+    """Put run and HLC into the message, and replace embedded chord bodies by stubs."""
     recorder = _recorder()
     if recorder is None or not headers or "id" not in headers:
         return
@@ -103,9 +104,11 @@ def before_publish(headers: dict[str, Any] | None = None, body: Any = None, **_:
     headers[names.SENT_AT] = clock.wall_ms()
     headers[names.TASK] = task_id
     if isinstance(body, tuple) and len(body) == 3 and isinstance(body[2], dict):
-        chord = body[2].get("chord")
-        if isinstance(chord, dict) and names.GENERATION in (chord.get("options") or {}):
-            body[2]["chord"] = stub(chord)
+        embed = body[2]
+        if is_declared(embed.get("chord")):
+            embed["chord"] = stub(embed["chord"])
+        if embed.get("chain"):
+            embed["chain"] = without_bodies(embed["chain"])
 
 
 def _run(recorder: Recorder, task_id: str, headers: dict[str, Any], request: Any) -> int:
@@ -126,20 +129,6 @@ def _run(recorder: Recorder, task_id: str, headers: dict[str, Any], request: Any
         run = forgotten + 1
         clock.observe(order.run_start_ms(run))
     return run
-
-
-def stub(chord: dict[str, Any]) -> dict[str, Any]:
-    """Return what a member carries of its chord's body: a valid signature without arguments."""
-    options = chord.get("options") or {}
-    kept = {name: options[name] for name in ("task_id", "root_id", names.GENERATION) if name in options}
-    return {
-        "task": chord.get("task"),
-        "args": [],
-        "kwargs": {},
-        "options": kept,
-        "subtask_type": None,
-        "immutable": bool(chord.get("immutable")),
-    }
 
 
 @_harmless
