@@ -19,7 +19,12 @@ THREADS = 8
 
 def main() -> None:
     given = json.loads(sys.argv[1])
-    print(json.dumps({"sequential": _sequential, "steady": _steady, "batch": _batch}[given["mode"]](given)), flush=True)
+    print(
+        json.dumps(
+            {"sequential": _sequential, "steady": _steady, "batch": _batch, "spans": _spans}[given["mode"]](given)
+        ),
+        flush=True,
+    )
 
 
 def _warm_up(count: int = WARM_UP) -> None:
@@ -76,6 +81,12 @@ def _batch(given: dict[str, Any]) -> dict[str, Any]:
     ends = sorted(end for _, end in spans)
     after = [end for end in ends if end >= sent]
     return {"rate": (len(after) - 1) / (after[-1] - after[0]), "counted": len(after)}
+
+
+def _spans(given: dict[str, Any]) -> dict[str, Any]:
+    """All at once, with no result read before: when each task began and ended, as they themselves saw it."""
+    results = [wait.delay(given["seconds"]) for _ in range(given["tasks"])]
+    return {"spans": ResultSet(results).join_native(timeout=TIMEOUT_S + 10 * given["seconds"] * given["tasks"])}
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ import json
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
+from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend import topics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from benchmarks.stage import Child, Stage
+    from celery_kafka_backend.settings import Settings
     from tests.services.kafka import KafkaCluster
     from tests.services.redis import RedisServer
 
@@ -28,12 +30,14 @@ class Fleet(NamedTuple):
         worker: The worker's main process.
         materializer: Ours; None for Celery's Redis backend.
         topic: The log; "" likewise.
+        settings: Ours; None likewise.
     """
 
     env: dict[str, str]
     worker: Child
     materializer: Child | None
     topic: str
+    settings: Settings | None
 
 
 @contextlib.contextmanager
@@ -45,11 +49,12 @@ def fleet(stage: Stage, backend: str, server: RedisServer, cluster: KafkaCluster
     broker, view = server.clean_database(), server.clean_database()
     with contextlib.ExitStack() as stack:
         env = {"BENCH_BROKER": broker, "BENCH_BACKEND": view, "BENCH_SETTINGS": ""}
-        materializer, topic = None, ""
+        materializer, topic, parsed = None, "", None
         if backend == OURS:
             settings = stage.settings(cluster, view)
             overrides = {**stage.overrides(cluster, settings.topic_prefix), **more}
             url = f"kafka://{cluster.bootstrap}/?view={view}"
+            parsed = settings_module.parse(url, overrides)
             env |= {"BENCH_BACKEND": url, "BENCH_SETTINGS": json.dumps(overrides)}
             materializer = stack.enter_context(
                 stage.child("materializer_child", {"backend": url, "overrides": overrides})
@@ -57,4 +62,4 @@ def fleet(stage: Stage, backend: str, server: RedisServer, cluster: KafkaCluster
             topic = topics.task_events(settings.topic_prefix)
         command = [sys.executable, "-m", "celery", "-A", "benchmarks.celery_app", "worker", "-l", "WARNING"]
         command += ["-P", "prefork", "-c", str(CHILDREN), "-n", f"{backend}@bench"]
-        yield Fleet(env, stack.enter_context(stage.program(command, env)), materializer, topic)
+        yield Fleet(env, stack.enter_context(stage.program(command, env)), materializer, topic, parsed)

@@ -30,6 +30,7 @@ BENCHES = {
     "worker_rate": "tasks per second of a worker, against Celery's Redis backend",
     "store_result": "what storing a result costs, against Celery's Redis backend and a bare produce",
     "delay": "what recording adds to delay() while Kafka is unreachable",
+    "spool": "tasks per second of a worker with a spool, Kafka there and away",
     "storage": "bytes per task in Kafka and Redis, against Celery's Redis backend",
     "metrics_cost": "a fold and a worker with metrics, against the same without",
     "catch_up": "how long the view lags after a ten-minute outage",

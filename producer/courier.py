@@ -99,6 +99,11 @@ class Courier:
         self._unsettled: set[_Queued] = set()
         """With a detour: what is queued, and neither stored nor given up."""
 
+    def use(self, detour: Detour) -> None:
+        """Go round a Kafka that does not answer. What a parent has queued is not this process's to spool."""
+        self.detour = detour
+        self._unsettled = set()
+
     # -- somebody waits --------------------------------------------------------------------------
 
     def carry(self, record: Record, what: str, wait_s: float, retries: Retries = ONCE) -> Delivery:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from celery_kafka_backend.codec import HEADER_GROUP
 from celery_kafka_backend.errors import NotAcknowledged, PublishError, SpoolError, TooLarge
 from celery_kafka_backend.producer.courier import VERDICT_S
+from celery_kafka_backend.producer.salvage import adopt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ def drain(
         SpoolError: The spool cannot be used.
     """
     for file in spool.retired():
-        count, whole = spool.adopt(file)
+        count, whole = adopt(spool, file)
         logger.warning("%d records taken over from %s%s", count, file, "" if whole else "; the rest cannot be read")
     sent = aside = after = 0
     why: PublishError | None = None

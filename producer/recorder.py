@@ -126,10 +126,10 @@ class Recorder:
     def in_worker(self, parent_pid: int, node: str) -> None:
         """Say that this process belongs to a worker. Backends are made after ``worker_init``, too late to hear it."""
         self.worker_pid, self.node = parent_pid, node
-        if self.settings.spool and self.courier.detour is None:
+        if self.settings.spool:
             from celery_kafka_backend.producer.spool import spool_for  # noqa: PLC0415 - sqlite3, for who needs it
 
-            self.courier.detour = Detour(self.publisher, spool_for(self.settings))
+            self.courier.use(Detour(self.publisher, spool_for(self.settings)))
 
     def spooled(self, task_id: str) -> list[bytes]:
         """Return the events of a task, encoded, that this host has stored and Kafka may not have yet; oldest first."""

@@ -23,7 +23,6 @@ from celery_kafka_backend import events, order, ownership
 from celery_kafka_backend.errors import PublishError, SettingsError, StoreError
 from celery_kafka_backend.producer import greenlets
 from celery_kafka_backend.producer import headers as names
-from celery_kafka_backend.producer.drain import Drainer
 from celery_kafka_backend.producer.recorder import (
     MESSAGE_LIMIT,
     body_id,
@@ -315,6 +314,8 @@ def worker_ready(sender: Any = None, **_: Any) -> None:
         recorder.in_worker(os.getpid(), str(getattr(sender, "hostname", "")))
         recorder.publisher.warm_up()
         if recorder.courier.detour is not None:
+            from celery_kafka_backend.producer.drain import Drainer  # noqa: PLC0415 - sqlite3, for who needs it
+
             Drainer(recorder.courier.detour, recorder.publisher).start()
         threading.Thread(target=_watch, args=(recorder,), name="celery-kafka-watch", daemon=True).start()
 

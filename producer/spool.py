@@ -22,10 +22,9 @@ import tempfile
 import threading
 import time
 import zlib
-from contextlib import closing, contextmanager, suppress
-from itertools import islice
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
@@ -82,6 +81,10 @@ class Spooled(NamedTuple):
 
     seq: int
     record: Record
+
+
+Row: TypeAlias = tuple[int, int, "str | None", bytes, int]
+"""At, pid, task, record, sum: a line of the table without its place."""
 
 
 class State(NamedTuple):
@@ -153,7 +156,7 @@ class Spool:
                 "SELECT seq, record, sum FROM spool WHERE task = ? ORDER BY seq", (task_id,)
             ).fetchall()
         )
-        return [record for _, blob, total in rows if (record := _record(blob, total)) is not None]
+        return [record for _, blob, total in rows if (record := record_of(blob, total)) is not None]
 
     # -- whoever drains ----------------------------------------------------------------------
 
@@ -233,37 +236,14 @@ class Spool:
         with self._turn():
             self._move_aside()
 
-    def adopt(self, file: Path) -> tuple[int, bool]:
-        """Take every readable record of a retired file, and put the file away.
+    def insert(self, rows: Sequence[Row]) -> None:
+        """Take rows of another file, as they are."""
 
-        Returns:
-            How many, and whether these are all; if not, the file is kept beside, its name ending in ``.read``.
-        """
-        taken, whole, last = 0, True, 0
-        for order in ("ASC", "DESC"):  # from both ends, up to what cannot be read
-            stop = last
-            try:
-                for rows in _salvaged(file, order):
-                    fresh = [row for row in rows if not stop or row[0] > stop]
-                    good = [row[1:6] for row in fresh if _record(row[4], row[5]) is not None]
-                    whole = whole and len(good) == len(fresh)
-                    self._run(functools.partial(_insert_all, rows=good))
-                    taken += len(good)
-                    if order == "ASC":
-                        last = rows[-1][0]
-                    elif len(fresh) < len(rows):
-                        break
-            except sqlite3.Error:
-                whole = False
-                continue
-            break
-        journal = Path(f"{file}-journal")
-        if whole:
-            file.unlink(missing_ok=True)
-        else:
-            file.rename(f"{file}.read")
-        journal.unlink(missing_ok=True)
-        return taken, whole
+        def work(connection: sqlite3.Connection) -> None:
+            with _transaction(connection):
+                connection.executemany(_INSERT, rows)
+
+        self._run(work)
 
     # -- whoever looks -----------------------------------------------------------------------
 
@@ -398,13 +378,13 @@ _DELETE: Final = "DELETE FROM spool WHERE seq = ?"
 _INSERT: Final = "INSERT INTO spool (at, pid, task, record, sum) VALUES (?, ?, ?, ?, ?)"
 
 
-def _row(record: Record) -> tuple[int, int, str | None, bytes, int]:
+def _row(record: Record) -> Row:
     blob = msgspec.msgpack.encode(record)
     task = None if record.group else record.key.decode(errors="replace")
     return time.time_ns() // 1_000_000, os.getpid(), task, blob, zlib.crc32(blob)
 
 
-def _record(blob: bytes, total: int) -> Record | None:
+def record_of(blob: object, total: object) -> Record | None:
     """Return a row's record, None if it is damaged."""
     if not isinstance(blob, bytes) or zlib.crc32(blob) != total:
         return None
@@ -418,7 +398,7 @@ def _oldest(connection: sqlite3.Connection, after: int, most: int, most_bytes: i
     for seq, blob, total in connection.execute(
         "SELECT seq, record, sum FROM spool WHERE seq > ? AND aside IS NULL ORDER BY seq LIMIT ?", (after, most)
     ):
-        record = _record(blob, total)
+        record = record_of(blob, total)
         if record is None:
             damaged.append(seq)
             continue
@@ -427,34 +407,6 @@ def _oldest(connection: sqlite3.Connection, after: int, most: int, most_bytes: i
         if most_bytes <= 0:
             break
     return found, damaged
-
-
-def _insert_all(connection: sqlite3.Connection, rows: Sequence[tuple[object, ...]]) -> None:
-    with _transaction(connection):
-        connection.executemany(_INSERT, rows)
-
-
-def _salvaged(file: Path, order: str) -> Iterator[list[tuple[int, int, int, str | None, bytes, int]]]:
-    """Yield the rows up to the first that cannot be read.
-
-    Raises:
-        sqlite3.DatabaseError: There is one.
-    """
-    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
-        connection.execute("PRAGMA writable_schema = ON")  # or SQLite would not look into a file that was cut off
-        cursor = connection.execute(f"SELECT seq, at, pid, task, record, sum FROM spool ORDER BY seq {order}")  # noqa: S608 - ASC or DESC
-        end: sqlite3.DatabaseError | None = None
-        while end is None:
-            rows: list[tuple[int, int, int, str | None, bytes, int]] = []
-            try:
-                rows.extend(row for row in islice(cursor, _CHUNK))
-            except sqlite3.DatabaseError as exc:
-                end = exc
-            if not rows:
-                break
-            yield rows
-        if end is not None:
-            raise end
 
 
 def _connected(path: Path) -> sqlite3.Connection:

@@ -16,6 +16,7 @@ from celery_kafka_backend.cli.output import duration, size, when
 from celery_kafka_backend.producer.courier import VERDICT_S
 from celery_kafka_backend.producer.drain import drain
 from celery_kafka_backend.producer.publisher import publisher_for
+from celery_kafka_backend.producer.salvage import adopt
 from celery_kafka_backend.producer.spool import Spool, spool_for
 
 if TYPE_CHECKING:
@@ -134,5 +135,5 @@ def _take_over(spool: Spool, file: Path) -> None:
     other = Spool(file, spool.state().limit)
     other.retire()
     for retired in other.retired():
-        count, whole = spool.adopt(retired)
+        count, whole = adopt(spool, retired)
         click.echo(f"{count} records taken over from {file}{'' if whole else '; the rest cannot be read'}")

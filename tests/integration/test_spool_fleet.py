@@ -54,12 +54,13 @@ def away():
 class Spooling:
     """A fleet with a spool."""
 
-    def __init__(self, away, redis_server, folder, **conf):
+    def __init__(self, away, redis_server, folder, more=None, **conf):
         settings = {
             "spool": str(folder / "spool"),
             "spool_after_s": 0.5,
             "delivery_timeout_s": 10.0,
             "publish_timeout_s": 3.0,
+            **(more or {}),
         }
         self.fleet = Fleet(
             away.bootstrap, redis_server.clean_database(), redis_server.clean_database(), folder, settings, conf
@@ -257,6 +258,42 @@ def test_status_as_json_says_the_same(spooling):
     assert found["records"] == 0
     assert found["path"] == str(spooling.spool.path)
     assert found["limit"] == 1 << 30
+
+
+def test_a_damaged_file_costs_what_cannot_be_read_and_nothing_else(spooling, away):
+    away.proxy.cut()
+    during = spooling.send(40)
+    spooling.spooled(40)
+    half = spooling.spool.path.stat().st_size // 2 // 4096 * 4096
+    with spooling.spool.path.open("r+b") as file:
+        file.truncate(half)
+    after = spooling.send(20, 100)
+    spooling.until(lambda: spooling.spool.retired() and spooling.spool.state().records >= 20, "never noticed")
+    away.proxy.heal()
+    spooling.drained()
+    spooling.proves(after, list(range(1100, 1120)))
+    found = spooling.successes()
+    assert 10 < sum(one.id in found for one in during) < 40
+    assert len(list(spooling.spool.path.parent.glob("*.read"))) == 1
+
+
+def test_with_a_full_spool_the_worker_waits_for_kafka_and_loses_nothing(away, redis_server, tmp_path):
+    made = Spooling(
+        away, redis_server, tmp_path, {"spool_max_bytes": 1 << 20, "delivery_timeout_s": 2.0},
+        result_backend_always_retry=True,
+    )  # fmt: skip
+    try:
+        made.start()
+        assert made.send(1)[0].get(timeout=PATIENCE_S) == 1000
+        away.proxy.cut()
+        results = [made.fleet.app.big.delay(150_000) for _ in range(10)]
+        made.until(lambda: "is full: spool_max_bytes = 1048576" in made.fleet.log("worker"), "never full")
+        assert 3 <= made.spool.state().records < 10
+        away.proxy.heal()
+        assert [len(one.get(timeout=PATIENCE_S)) for one in results] == [150_000] * 10
+        made.drained()
+    finally:
+        made.fleet.stop()
 
 
 def test_a_worker_whose_spool_cannot_be_written_does_not_start(away, redis_server, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import subprocess
 import sys
 
@@ -18,9 +19,12 @@ from celery_kafka_backend.cli.exits import MEANINGS, Exit, Stop, code_of
 from celery_kafka_backend.cli.history import outcome, wait_s
 from celery_kafka_backend.errors import ForeignLog, NotAcknowledged, SettingsError, Unavailable
 from celery_kafka_backend.events import Event
+from celery_kafka_backend.producer.publisher import Record
+from celery_kafka_backend.producer.spool import Spool, spool_for
+from celery_kafka_backend.settings import parse
 
 SECRET = "hunter2"
-COMMANDS = ("run", "init", "status", "doctor", "history", "replay", "verify", "size")
+COMMANDS = ("run", "init", "status", "doctor", "history", "replay", "verify", "size", "spool")
 
 
 def invoke(*arguments, backend=f"kafka://127.0.0.1:1/?view=redis://:{SECRET}@127.0.0.1:1/0", settings=None):
@@ -186,3 +190,40 @@ def test_a_retry_says_why_and_when_it_is_due():
         id="e", kind="retry", task="t", at=1, hlc=1, exception="builtins.ValueError", message="no\nluck", due=1_000
     )
     assert outcome(event).startswith("ValueError: no luck; again at ")
+
+
+def test_a_spool_that_is_not_configured_says_how():
+    done = invoke("spool", "status")
+    assert done.exit_code == Exit.CONFIGURATION
+    assert "kafka_backend_settings['spool']" in done.output
+
+
+def test_the_spool_s_status_tells_what_is_there_and_what_is_not_drained(tmp_path):
+    settings = {"spool": str(tmp_path)}
+    spool = spool_for(parse("kafka://127.0.0.1:1/?view=memory://", settings))
+    assert "empty" in invoke("spool", "status", settings=settings).output
+    for number in range(3):
+        spool.append(Record("events", b"task-%d" % number, b"v"))
+    done = invoke("spool", "status", settings=settings)
+    assert done.exit_code == Exit.OK
+    assert "3 records, the oldest from" in done.output
+    assert f"3 spooled by pid {os.getpid()}" in done.output
+    spool.set_aside(spool.oldest()[0].seq, "too large")
+    (tmp_path / "celery-00000000.spool").write_bytes(b"")
+    done = invoke("spool", "status", settings=settings)
+    assert done.exit_code == Exit.DIFFERENT
+    assert "1 set aside: too large" in done.output
+    assert "of other servers or another prefix: " in done.output
+
+
+def test_a_drain_keeps_what_kafka_does_not_take_and_takes_other_files_over(tmp_path):
+    settings = {"spool": str(tmp_path / "here"), "publish_timeout_s": 1}
+    spool = spool_for(parse("kafka://127.0.0.1:1/?view=memory://", settings))
+    other = Spool(tmp_path / "elsewhere" / "other.spool", 1 << 20)
+    other.append(Record("events", b"task", b"v"))
+    done = invoke("spool", "drain", "--timeout", "1", "--from", str(other.path), settings=settings)
+    assert done.exit_code == Exit.KAFKA_UNREACHABLE
+    assert "1 records taken over" in done.output
+    assert "1 records left" in done.output
+    assert len(spool.holding("task")) == 1
+    assert not other.path.exists()

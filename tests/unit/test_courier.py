@@ -142,7 +142,7 @@ def test_a_topic_that_a_starting_broker_does_not_know_yet_is_asked_for_again(cou
 @pytest.fixture
 def spool(courier, tmp_path):
     found = Spool(tmp_path / "s.spool", 1 << 20)
-    courier.detour = Detour(courier._publisher, found)
+    courier.use(Detour(courier._publisher, found))
     return found
 
 
