@@ -158,6 +158,8 @@ class Materializer:
         """Who is told what happens; set before `run`."""
         self.paused = ""
         """What we wait for, and why; "" if we do not."""
+        # librdkafka keeps a pause beyond the assignment: a partition that leaves and comes back is paused still.
+        self._still: set[Partition] = set()
         # One per topic, in the one group: with both topics in one subscription, the assignor balances
         # their sum, and gave the first of two processes all events and the second all chords (seen).
         self._consumers: dict[str, Consumer] = {}
@@ -517,7 +519,9 @@ class Materializer:
                 time.sleep(slice_s)
             for consumer in self._consumers.values():
                 # Each time anew: a rebalance may have brought partitions.
-                consumer.pause(consumer.assignment())
+                assigned = consumer.assignment()
+                consumer.pause(assigned)
+                self._still.update(Partition(at.topic, at.partition) for at in assigned)
                 message = consumer.poll(slice_s / len(self._consumers))
                 if message is not None:
                     # Of a partition that came with this very poll: it is ahead of the batch in hand.
@@ -526,8 +530,9 @@ class Materializer:
     def _resume(self) -> None:
         self.paused = ""
         self._ends.clear()
-        for consumer in self._consumers.values():
-            consumer.resume(consumer.assignment())
+        for topic, consumer in self._consumers.items():
+            consumer.resume([TopicPartition(*at) for at in self._still if at.topic == topic])
+        self._still.clear()
 
     def _complain(self, error: KafkaError) -> None:
         """Log what librdkafka tells us, each thing once per report interval; it retries by itself."""

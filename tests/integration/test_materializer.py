@@ -509,6 +509,42 @@ def test_a_kill_at_any_point_loses_nothing(
 
 
 @pytest.mark.kafka
+def test_a_partition_that_leaves_during_a_pause_and_comes_back_after_it_is_read(log: Log) -> None:
+    away = threading.Event()
+
+    def fault(_batch: Batch) -> None:
+        if away.is_set():
+            raise Unavailable("not now")
+
+    url, group = memory(), f"{log.prefix}.shared"
+    view = open_view(url, options(log.prefix))
+    with running(log, Wrapped(url, log.prefix, fault), group) as work:
+        log.run_tasks(20)
+        until(lambda: caught_up(view, log))
+        away.set()
+        log.run_tasks(20)
+        until(lambda: work.statistics.retries)
+        other = Consumer(
+            {
+                "bootstrap.servers": log.bootstrap,
+                "group.id": group,
+                "partition.assignment.strategy": "cooperative-sticky",
+                "enable.auto.commit": False,
+                "log_level": 3,
+            }
+        )
+        other.subscribe([log.topic])
+        until(lambda: other.poll(0.1) or other.assignment())
+        before = work.statistics.batches
+        away.clear()
+        until(lambda: work.statistics.batches > before)
+        other.close()
+        log.run_tasks(20)
+        until(lambda: caught_up(view, log))
+    assert_same(view, log.expected())
+
+
+@pytest.mark.kafka
 def test_a_stop_repeats_nothing_and_loses_nothing(log: Log, process: Callable[..., Process], tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/view.db"
     wrote: list[str] = []
