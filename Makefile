@@ -19,7 +19,7 @@ SOURCES := $(wildcard $(foreach folder,celery_kafka_backend producer processors 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help preflight services venv test test-quick delivery-table lint format demo recycle bench conformance clean
+.PHONY: help preflight services venv test test-quick delivery-table lint format demo recycle bench conformance faults clean
 
 help:  ## this text
 	@echo "Start here:"
@@ -92,6 +92,9 @@ $(CONFORMANCE_READY): pyproject.toml tests/conformance/requirements.txt
 
 bench: $(READY)  ## measure; ARGS='--help' tells what
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+faults: $(READY)  ## kill, freeze, cut and slow everything, by a seed; ARGS='--seed 7 --rounds 20', '--help' tells more
+	$(BIN)/python -m tests.faults $(ARGS)
 
 clean:  ## remove what make made here (not the cache of servers)
 	rm -rf $(VENV) .demo .conformance build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

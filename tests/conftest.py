@@ -16,6 +16,7 @@ import pytest
 from tests.services import processes
 from tests.services.catalogue import SERVICES
 from tests.services.errors import ServiceError
+from tests.services.required import absent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,10 +54,7 @@ def _running(name: str) -> Iterator[Server]:
     try:
         server = SERVICES[name].started()
     except ServiceError as error:
-        required = os.environ.get("REQUIRE_SERVICES", "").split(",")
-        if "all" in required or name in required:
-            pytest.fail(f"{name} is required (REQUIRE_SERVICES): {error}", pytrace=False)
-        pytest.skip(f"{name}: {error}")
+        absent(name, error)
     yield server
     server.stop()
 
