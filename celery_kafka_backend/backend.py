@@ -7,7 +7,7 @@ Chords: declaration, size and parts → Kafka; the chord processor decides and s
 from __future__ import annotations
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -195,6 +195,8 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         self._extended = bool(self.app.conf.find_value_for_key("extended", "result"))
         self.recorder.positions = self._positions
         self.recorder.result_retries = self._retries
+        if _in_worker():
+            _open(self.recorder)
         signals.connect()
         signals.catch_up()
         celery_signals.worker_ready.connect(_worker_ready, weak=False, dispatch_uid="celery-kafka-backend.check-tasks")
@@ -786,6 +788,19 @@ def _settings(app: Celery, url: str | None) -> Settings:
         if not _in_worker():
             raise
         raise _end_of_worker(exc) from None
+
+
+def _in_worker() -> bool:
+    return bool(getattr(trace, "_localized", None))
+
+
+def _open(recorder: Recorder) -> None:
+    """Make the worker's connection: it is to end at once if a setting is wrong, not to fail every task."""
+    with suppress(NotAcknowledged):  # no token yet: said in the log, and asked for again
+        try:
+            recorder.publisher.open()
+        except SettingsError as exc:
+            raise _end_of_worker(configure.improperly_configured(exc)) from None
 
 
 def _end_of_worker(exc: ImproperlyConfigured) -> SystemExit:

@@ -14,19 +14,28 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from confluent_kafka import KafkaError, KafkaException
-from kombu.utils.imports import symbol_by_name
 
+from celery_kafka_backend.complaints import named
 from celery_kafka_backend.errors import NoSuchTopic, NotAcknowledged, PublishError, Refused, TooLarge
+from celery_kafka_backend.rights import lacking
+from celery_kafka_backend.topics import DEAD_LETTER_ROOM
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from celery_kafka_backend.rights import Right
     from celery_kafka_backend.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 SESSION_TIMEOUT_MS: Final = 8_000
 """A dead processor's partitions move within 10 s; a stop-the-world of half of it is survived."""
+
+FETCH_BYTES: Final = 50 << 20
+RECEIVE_BYTES: Final = 100_000_000
+"""librdkafka's defaults."""
+RESPONSE_ROOM: Final = 1 << 20
+"""What a response may add to its records."""
 
 _CALLABLES: Final = ("oauth_cb", "error_cb", "stats_cb", "throttle_cb", "on_delivery", "logger")
 _TOO_LARGE: Final = {KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE}
@@ -92,8 +101,8 @@ def _common(settings: Settings, *extra: Mapping[str, Any]) -> dict[str, Any]:
     for options in (settings.client, *extra):
         config.update(options)
     for name in _CALLABLES:
-        if isinstance(config.get(name), str):
-            config[name] = symbol_by_name(config[name])
+        if name in config:
+            config[name] = named(config, name)
     return config
 
 
@@ -128,8 +137,11 @@ def consumer_config(settings: Settings, group: str | None) -> dict[str, Any]:
     Args:
         settings: The user's.
         group: Consumer group to join; None for a reader that assigns partitions itself (Kafka
-            needs a name all the same; no offset is ever committed under it).
+            needs a name all the same; no offset is ever committed under it). librdkafka looks for
+            the group's coordinator all the same: whoever has no right to the group, as a worker,
+            is told so once, by a message with GROUP_AUTHORIZATION_FAILED, and reads on.
     """
+    largest = settings.max_message_bytes + DEAD_LETTER_ROOM
     return _common(
         settings,
         {
@@ -141,7 +153,11 @@ def consumer_config(settings: Settings, group: str | None) -> dict[str, Any]:
             "fetch.min.bytes": 1,
             # A fetch error must not put a waiting client to sleep for half a second.
             "fetch.error.backoff.ms": 50,
-            "fetch.message.max.bytes": max(1 << 20, settings.max_message_bytes),
+            # A record as large as the topic allows, with a dead letter's room, must fit everywhere on its way in.
+            "fetch.message.max.bytes": max(1 << 20, largest),
+            "message.max.bytes": largest,
+            "fetch.max.bytes": max(FETCH_BYTES, largest),
+            "receive.message.max.bytes": max(RECEIVE_BYTES, 2 * largest + RESPONSE_ROOM),
             # Both bound the memory of a consumer that falls behind; the first alone does not.
             "queued.min.messages": 20_000,
             "queued.max.messages.kbytes": 32_768,
@@ -158,6 +174,24 @@ def consumer_config(settings: Settings, group: str | None) -> dict[str, Any]:
             "enable.partition.eof": False,
         },
     )
+
+
+DENIED: Final = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+}
+
+
+def refusal(
+    settings: Settings, error: KafkaError | KafkaException | None, what: str, needed: Sequence[Right]
+) -> PublishError:
+    """Return our error as `translate` does; where a right is missing it is named, with what grants it."""
+    found = error.args[0] if isinstance(error, KafkaException) else error
+    if isinstance(found, KafkaError) and found.code() in DENIED:
+        problem, remedy = lacking(settings, needed)
+        return Refused(f"{what}: {found.str()} ({found.name()}); {problem}; {remedy}")
+    return translate(error, what)
 
 
 def translate(error: KafkaError | KafkaException | None, what: str = "") -> PublishError:

@@ -16,6 +16,7 @@ import msgspec
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from celery_kafka_backend import kafka, topics
+from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import ForeignLog
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def read(settings: Settings, timeout_s: float) -> Mark | None:
         PublishError: Kafka did not answer in time, or refused: it takes the right to read the group.
     """
     what = "asking whose log it is"
-    consumer = Consumer(kafka.consumer_config(settings, group(settings.topic_prefix)))
+    consumer = Complaints(settings).handle(Consumer, kafka.consumer_config(settings, group(settings.topic_prefix)))
     try:
         (found,) = consumer.committed([place(settings.topic_prefix)], timeout=timeout_s)
     except KafkaException as exc:

@@ -347,6 +347,13 @@ def _check_options(where: str, options: Mapping[str, Any], fixed: Mapping[str, t
 _INT32: Final = (1 << 31) - 1
 
 _SECRET: Final = re.compile(r"pass|pwd|secret|token|credential|apikey|api_key", re.IGNORECASE)
+
+
+def is_secret(name: str) -> bool:
+    """Whether an option or a parameter of this name may hold a secret."""
+    return _SECRET.search(name) is not None or name.endswith((".pem", ".key", "oauthbearer.config"))
+
+
 _HOST: Final = re.compile(r"(?:[^:,;\[\]]*|\[[^\]]*\])(?::\d*)?")
 
 

@@ -122,38 +122,3 @@ def murmur2(data: bytes) -> int:
         h = (h ^ int.from_bytes(data[whole:], "little")) * m & mask
     h = (h ^ h >> 13) * m & mask
     return h ^ h >> 15
-
-
-class Right(NamedTuple):
-    """One access right that a role needs."""
-
-    role: str
-    resource: str
-    name: str
-    operation: str
-
-
-def rights(prefix: str) -> list[Right]:
-    """Return the least rights of each role, for ACLs."""
-    log, chord, dead = task_events(prefix), chords(prefix), dead_letters(prefix)
-    return [
-        Right("client", "topic", log, "Write"),
-        Right("client", "topic", log, "Describe"),
-        Right("client", "topic", chord, "Write"),
-        Right("client", "topic", chord, "Describe"),
-        Right("worker", "topic", log, "Write"),
-        Right("worker", "topic", log, "Read"),
-        Right("worker", "topic", log, "Describe"),
-        Right("worker", "topic", chord, "Write"),
-        Right("worker", "topic", chord, "Describe"),
-        Right("processor", "topic", log, "Read"),
-        # The chord processor publishes bodies, and a chord's failure is its body's FAILURE.
-        Right("processor", "topic", log, "Write"),
-        Right("processor", "topic", log, "Describe"),
-        Right("processor", "topic", chord, "Read"),
-        Right("processor", "topic", chord, "Write"),
-        Right("processor", "topic", chord, "Describe"),
-        Right("processor", "topic", dead, "Write"),
-        Right("processor", "topic", dead, "Describe"),
-        Right("processor", "group", f"{prefix}.*", "Read"),
-    ]

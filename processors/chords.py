@@ -25,6 +25,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
@@ -33,6 +34,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 
 from celery_kafka_backend import chord_records, codec, events, topics
 from celery_kafka_backend.chord_records import FAILURE, Decided, Declared, Fired, Part
+from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import CodecError, PipelineError, PublishError, UnknownVersion
 from celery_kafka_backend.kafka import consumer_config, producer_config, translate
 from celery_kafka_backend.order import system_wall_ms
@@ -155,6 +157,7 @@ class ChordProcessor:
         self.owner = owner or f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
         self.group = topics.group_id(settings.topic_prefix, "chords")
         self.statistics = Statistics()
+        self._new = Complaints(settings).handle
         self._clock = clock
         self._topic = topics.chords(settings.topic_prefix)
         self._events_topic = topics.task_events(settings.topic_prefix)
@@ -166,8 +169,9 @@ class ChordProcessor:
         self._assignments = 0
         self._slice = max(1, min(chord_records.CHUNK, settings.max_message_bytes // (2 * CHOICE_BYTES)))
         self._letters = DeadLetters(
-            producer_config(settings), topics.dead_letters(settings.topic_prefix), by=self.group, wall_ms=clock
-        )
+            producer_config(settings), topics.dead_letters(settings.topic_prefix), by=self.group, wall_ms=clock,
+            make=partial(self._new, Producer),
+        )  # fmt: skip
         self._given_up: list[tuple[_Held, bytes]] = []
         self._letters_wait = False
         self._unsure: list[tuple[float, _Held, Fired]] = []
@@ -195,11 +199,12 @@ class ChordProcessor:
             PublishError: librdkafka's producer gave up for good; start again as a new process.
             KafkaException: Likewise its consumer.
         """
-        self._producer = Producer(producer_config(self.settings))
+        self._producer = self._new(Producer, producer_config(self.settings))
         self._senders = ThreadPoolExecutor(SENDERS, "chord-body", initializer=self.app.set_current)
-        self._consumer = Consumer(
+        self._consumer = self._new(
+            Consumer,
             consumer_config(self.settings, self.group)
-            | {"enable.partition.eof": True, "partition.assignment.strategy": "cooperative-sticky"}
+            | {"enable.partition.eof": True, "partition.assignment.strategy": "cooperative-sticky"},
         )
         try:
             self._consumer.subscribe(
@@ -662,7 +667,9 @@ class _Reader:
     """Reads records by where they are, for one thread. In no consumer group."""
 
     def __init__(self, settings: Settings) -> None:
-        self._consumer = Consumer(consumer_config(settings, None) | {"enable.partition.eof": True})
+        self._consumer = Complaints(settings).handle(
+            Consumer, consumer_config(settings, None) | {"enable.partition.eof": True}
+        )
         self.end = 0
         """Where the partition ended when something was not found."""
 

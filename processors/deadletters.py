@@ -60,6 +60,7 @@ class DeadLetters:
         topic: Where they go.
         by: Who gives records up.
         wall_ms: The wall clock, ms since 1970.
+        make: What makes the producer.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class DeadLetters:
         *,
         by: str = "",
         wall_ms: Callable[[], int] = system_wall_ms,
+        make: Callable[[dict[str, Any]], Any] = Producer,
     ) -> None:
+        self._make = make
         self._config = dict(producer_config)
         self._topic = topic
         self._by = by
@@ -105,7 +108,7 @@ class DeadLetters:
         if not self._pending:
             return
         if self._producer is None:
-            self._producer = Producer(self._config)
+            self._producer = self._make(self._config)
         self._error = None
         for number, letter in list(self._pending.items()):
             if not letter.in_flight:

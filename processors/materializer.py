@@ -25,26 +25,29 @@ import signal
 import threading
 import time
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from celery_kafka_backend import topics as names
 from celery_kafka_backend.changes import Batch, Partition
+from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import PublishError, Rejected, Unavailable
-from celery_kafka_backend.kafka import consumer_config, producer_config, translate
+from celery_kafka_backend.kafka import consumer_config, producer_config, refusal, translate
 from celery_kafka_backend.processors import intake
 from celery_kafka_backend.processors.backoff import backoff_s
 from celery_kafka_backend.processors.deadletters import DeadLetters
 from celery_kafka_backend.processors.fold import fold
+from celery_kafka_backend.rights import PROCESSOR, Right
 from celery_kafka_backend.sinks.registry import open_sink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from confluent_kafka import KafkaError, Message
+    from confluent_kafka import Message
 
     from celery_kafka_backend.processors.metering import Place, ViewMeter
     from celery_kafka_backend.settings import Settings
@@ -212,7 +215,7 @@ class Materializer:
     def _join(self, topic: str) -> None:
         config = consumer_config(self._settings, self.group)
         config["on_commit"] = lambda error, results: self._on_commit(topic, error, results)
-        consumer = self._consumers[topic] = Consumer(config)
+        consumer = self._consumers[topic] = Complaints(self._settings).handle(Consumer, config)
         consumer.subscribe([topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
 
     def _loop(self) -> None:
@@ -542,7 +545,12 @@ class Materializer:
         now = self._clock()
         if now - self._complained.get(text, -REPORT_S) >= REPORT_S:
             self._complained[text] = now
-            logger.warning("%s: %s", self.group, translate(error))
+            logger.warning("%s", refusal(self._settings, error, self.group, self._needed(error)))
+
+    def _needed(self, error: KafkaError) -> list[Right]:
+        if error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
+            return [Right(PROCESSOR, "group", self.group, "Read")]
+        return [Right(PROCESSOR, "topic", topic, "Read") for topic in self._topics]
 
     def _report(self) -> None:
         then, before = self._reported
@@ -609,7 +617,8 @@ def materializer(settings: Settings, url: str, options: StoreOptions) -> Materia
     group = names.group_id(settings.topic_prefix, view_name(url))
     # A record as large as the log allows must fit with its reason and position beside it.
     roomy = {**producer_config(settings), "message.max.bytes": settings.max_message_bytes + names.DEAD_LETTER_ROOM}
-    letters = DeadLetters(roomy, names.dead_letters(settings.topic_prefix), by=group)
+    make = partial(Complaints(settings).handle, Producer)
+    letters = DeadLetters(roomy, names.dead_letters(settings.topic_prefix), by=group, make=make)
     return Materializer(settings, open_sink(url, options), group=group, dead_letters=letters)
 
 

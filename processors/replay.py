@@ -22,6 +22,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from celery_kafka_backend import topics as names
 from celery_kafka_backend.changes import Batch, Partition
+from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import Rejected, Unavailable
 from celery_kafka_backend.kafka import consumer_config, translate
 from celery_kafka_backend.order import system_wall_ms
@@ -111,7 +112,7 @@ def replay(
     """
     done = Replayed()
     target = _Target(sink, patience_s)
-    consumer = Consumer({**consumer_config(settings, None), "enable.partition.eof": True})
+    consumer = Complaints(settings).handle(Consumer, {**consumer_config(settings, None), "enable.partition.eof": True})
     try:
         target.open()
         spans = _spans(consumer, settings, from_, until, partitions, done)

@@ -29,7 +29,7 @@ import time
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from celery_kafka_backend.errors import SettingsError
+from celery_kafka_backend.errors import PipelineError, SettingsError
 from celery_kafka_backend.processors.backoff import backoff_s
 
 if TYPE_CHECKING:
@@ -209,6 +209,9 @@ def _live(parent: int, name: str, target: Callable[..., object], args: tuple[Any
     except SettingsError as exc:
         logger.error("%s: %s", name, exc)  # noqa: TRY400 - the message names setting and remedy; no traceback helps
         sys.exit(MISCONFIGURED)
+    except PipelineError as exc:
+        logger.error("%s: %s", name, exc)  # noqa: TRY400 - as above; it is started again
+        sys.exit(1)
 
 
 def _mind_parent(parent: int) -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from celery.utils.time import get_exponential_backoff_interval
 
 from celery_kafka_backend.errors import NoSuchTopic, NotAcknowledged, PublishError, Refused, SpoolError, TooLarge
-from celery_kafka_backend.kafka import translate
 
 if TYPE_CHECKING:
     from confluent_kafka import KafkaError, Message
@@ -70,8 +69,8 @@ class _Queued:
 
     def answered(self, error: KafkaError | None, _: Message) -> None:
         self.done = True
-        why = None if error is None else translate(error, f"publishing to {self.record.topic}")
-        self._courier.answered(self, why)
+        publisher = self._courier._publisher  # noqa: SLF001 - the same module
+        self._courier.answered(self, None if error is None else publisher.explained(self.record.topic, error))
 
 
 class Courier:

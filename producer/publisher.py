@@ -25,9 +25,10 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 
 from celery_kafka_backend import kafka, topics
 from celery_kafka_backend.changes import Partition
-from celery_kafka_backend.errors import NotAcknowledged, PublishError, Refused, SettingsError
+from celery_kafka_backend.complaints import Complaints, NoToken
+from celery_kafka_backend.errors import NotAcknowledged, PublishError, Refused
 from celery_kafka_backend.producer import greenlets
-from celery_kafka_backend.settings import SETTING
+from celery_kafka_backend.rights import WORKER, Right
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,6 +50,9 @@ PATCHED_S: Final = 0.005
 """Pause between two looks where a blocking call into librdkafka is not possible, or another thread's."""
 CASTS: Final = 10_000
 """Such records that may wait; more are dropped and counted."""
+
+NO_TOKEN_S: Final = 10.0
+"""After an ``oauth_cb`` that gave no token it is not asked again for so long."""
 
 _REPORT_EVERY_S: Final = 30.0
 _parked: Final[list[Any]] = []
@@ -82,15 +86,17 @@ class Stored(NamedTuple):
 class Delivery:
     """The fate of one record, known once Kafka has answered."""
 
-    __slots__ = ("_done", "_serve", "_then", "error", "offset", "partition", "topic")
+    __slots__ = ("_done", "_explained", "_serve", "_then", "error", "offset", "partition", "topic")
 
     def __init__(
         self,
         topic: str,
         serve: Callable[[threading.Event, float], None],
+        explained: Callable[[KafkaError | None, float], PublishError],
         then: Callable[[PublishError | None], None] | None = None,
     ) -> None:
         self._serve = serve
+        self._explained = explained
         self._then = then
         self.topic = topic
         self.partition = -1
@@ -118,7 +124,7 @@ class Delivery:
         """
         self._serve(self._done, timeout_s)
         if not self._done.is_set():
-            raise NotAcknowledged(f"Kafka did not acknowledge a record of {self.topic} within {timeout_s:g} s")
+            raise self._explained(None, timeout_s)
         if self.error is not None:
             raise self.error
 
@@ -126,7 +132,7 @@ class Delivery:
         if error is None:
             self.partition, self.offset = message.partition() or 0, message.offset() or 0
         else:
-            self.error = kafka.translate(error, f"publishing to {self.topic}")
+            self.error = self._explained(error, 0.0)
         self._done.set()
         if self._then is not None:
             self._then(self.error)
@@ -147,6 +153,9 @@ class Publisher:
         self._polling = threading.Lock()
         self._pid = 0
         self._producer: Any = None
+        self._complaints = Complaints(settings)
+        self._no_token_until = 0.0
+        self._fatal: KafkaError | None = None
         self._patched = greenlets.patched()
         self._waiting = 0
         self._wanted = threading.Event()
@@ -155,6 +164,7 @@ class Publisher:
         self.dropped = 0
         self.failed = 0
         self.latest: Stored | None = None
+        self._failure = ""
         self._reported = (0, 0)
         self._report_at = 0.0
 
@@ -182,13 +192,29 @@ class Publisher:
         return self._producer
 
     def _new(self) -> Any:
+        if time.monotonic() < self._no_token_until:
+            raise NoToken(f"no token for Kafka at {self.settings.bootstrap_servers}: {self._complaints.token_error}")
         try:
-            return self.make(kafka.producer_config(self.settings))
-        except (KafkaException, TypeError, ValueError) as exc:
-            why = exc.args[0].str() if isinstance(exc, KafkaException) else str(exc)
-            raise SettingsError(
-                f"{SETTING}['client'] or ['producer']", why, "see librdkafka's CONFIGURATION.md for its options"
-            ) from exc
+            return self._complaints.handle(self.make, kafka.producer_config(self.settings))
+        except NoToken:
+            # The driver has just waited 10 s for it: not everybody who publishes is to wait as long.
+            self._no_token_until = time.monotonic() + NO_TOKEN_S
+            raise
+
+    def explained(self, topic: str, error: KafkaError | KafkaException | None, waited_s: float = 0.0) -> PublishError:
+        """Return what went wrong with a record: the missing right, or what librdkafka complained about last."""
+        if error is None:
+            found: PublishError = NotAcknowledged(
+                f"Kafka did not acknowledge a record of {topic} within {waited_s:g} s"
+            )
+        else:
+            if self._fatal is not None and _code(error) == KafkaError._FATAL:  # noqa: SLF001 - the driver's name
+                error = self._fatal
+            needed = [Right(WORKER, "topic", topic, "Write")]
+            found = kafka.refusal(self.settings, error, f"Kafka at {self.settings.bootstrap_servers}, {topic}", needed)
+        if isinstance(found, NotAcknowledged) and self._complaints.latest:
+            return NotAcknowledged(f"{found}; {self._complaints.latest}")
+        return found
 
     def _poll(self, producer: Any, pid: int) -> None:
         while self._pid == pid and (self._producer is producer or len(producer)):  # a retired one has answers yet
@@ -196,7 +222,7 @@ class Publisher:
             self._send_casts(producer)
             if self._polling.acquire(blocking=False):
                 try:
-                    producer.poll(0)
+                    self._served(producer, 0)
                 finally:
                     self._polling.release()
             self._report()
@@ -228,9 +254,20 @@ class Publisher:
                 continue
             try:
                 while not done.is_set() and (left := deadline - time.monotonic()) > 0:
-                    producer.poll(min(left, CAST_S))
+                    self._served(producer, min(left, CAST_S))
             finally:
                 self._polling.release()
+
+    def _served(self, producer: Any, wait_s: float) -> None:
+        """Let librdkafka call us back. After a fatal error, which it raises here once, the next record has a new handle.
+
+        An idempotent producer without any right to write is such an error: it would stay dead when the right is given.
+        """
+        try:
+            producer.poll(wait_s)
+        except KafkaException as exc:
+            self._fatal = exc.args[0]
+            self._retire_if_fatal(producer, exc)
 
     def _report(self) -> None:
         now = time.monotonic()
@@ -240,13 +277,22 @@ class Publisher:
         self._reported = (self.dropped, self.failed)
         self._report_at = now + _REPORT_EVERY_S
         logger.warning(
-            "Kafka at %s: %d events dropped (queue full), %d not delivered, that nobody waited for",
-            self.settings.bootstrap_servers, dropped, failed,
+            "Kafka at %s: %d events dropped (queue full), %d not delivered, that nobody waited for%s%s",
+            self.settings.bootstrap_servers, dropped, failed, ": " * bool(self._failure), self._failure,
         )  # fmt: skip
 
     def waiting(self) -> int:
         """Return how many records are taken that are not yet librdkafka's."""
         return len(self._casts)
+
+    def open(self) -> None:
+        """Make the handle, so that a wrong option is said now.
+
+        Raises:
+            SettingsError: librdkafka does not know an option, or cannot use a file that it names.
+            NoToken: The user's ``oauth_cb`` gave none within 10 s; it is asked again later.
+        """
+        self._handle()
 
     def warm_up(self) -> None:
         """Make the handle ready before it is needed: a new one's first answer takes 60 ms, more from a cold broker."""
@@ -261,7 +307,8 @@ class Publisher:
         except Refused as exc:
             logger.error("no result can be stored: %s", exc)  # noqa: TRY400 - no traceback to a user
         except PublishError as exc:
-            logger.warning("%s: check the address in result_backend, and kafka_backend_settings['client']", exc)
+            if not self._complaints.latest:  # else it is in the log already
+                logger.warning("%s: check the address in result_backend, and kafka_backend_settings['client']", exc)
 
     def partitions(self, topic: str, timeout_s: float) -> int:
         """Return how many partitions a topic has.
@@ -273,9 +320,9 @@ class Publisher:
             ask = partial(self._handle().list_topics, topic, timeout=timeout_s)
             found = greenlets.aside(ask).topics[topic]
         except KafkaException as exc:
-            raise kafka.translate(exc, f"asking Kafka at {self.settings.bootstrap_servers} about {topic}") from exc
+            raise self.explained(topic, exc) from exc
         if found.error is not None:
-            raise kafka.translate(found.error, f"asking Kafka about {topic}")
+            raise self.explained(topic, found.error)
         return len(found.partitions)
 
     def publish(
@@ -293,7 +340,7 @@ class Publisher:
             NotAcknowledged: The queue stayed full, or Kafka did not say how many partitions there are.
             Refused: There is no such topic, or no right to see it.
         """
-        delivery = Delivery(record.topic, self.serve, then)
+        delivery = Delivery(record.topic, self.serve, partial(self.explained, record.topic), then)
         self.send(record, delivery._answered, wait_s)  # noqa: SLF001 - the same module
         return delivery
 
@@ -320,7 +367,7 @@ class Publisher:
                 time.sleep(0.01)
             except KafkaException as exc:
                 self._retire_if_fatal(producer, exc)
-                raise kafka.translate(exc, f"publishing to {record.topic}") from exc
+                raise self.explained(record.topic, exc) from exc
             else:
                 return
 
@@ -330,7 +377,7 @@ class Publisher:
         librdkafka calls an idempotent producer's error fatal when it can no longer promise the order, or was refused
         its producer id; it stays so, even after the right has been granted.
         """
-        if exc.args[0].code() == KafkaError._FATAL and self._producer is producer:  # noqa: SLF001
+        if (exc.args[0].fatal() or _code(exc) == KafkaError._FATAL) and self._producer is producer:  # noqa: SLF001
             logger.error("Kafka at %s: %s; starting anew", self.settings.bootstrap_servers, exc.args[0].str())
             self._producer = None
 
@@ -354,7 +401,11 @@ class Publisher:
         if len(self._casts) >= CASTS:
             self.dropped += 1
             return False
-        self._handle()
+        try:
+            self._handle()
+        except NoToken:
+            self.dropped += 1
+            return False
         self._casts.append(record)
         return True
 
@@ -379,6 +430,7 @@ class Publisher:
     def _cast_answered(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
             self.failed += 1
+            self._failure = str(self.explained(message.topic() or "", error))
         else:
             self.latest = Stored(Partition(message.topic() or "", message.partition() or 0), message.offset() or 0)
 
@@ -415,6 +467,11 @@ def _at_end_of_process(call: Callable[[], None]) -> None:
     util = sys.modules.get("multiprocessing.util")
     if util is not None and util.process.parent_process() is not None:
         util.Finalize(None, call, exitpriority=0)
+
+
+def _code(error: KafkaError | KafkaException) -> int:
+    found: KafkaError = error.args[0] if isinstance(error, KafkaException) else error
+    return found.code()
 
 
 _publishers: Final[dict[str, Publisher]] = {}

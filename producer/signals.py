@@ -20,7 +20,7 @@ from celery.app import trace
 from celery.app.task import get_actual_ignore_result
 
 from celery_kafka_backend import events, order, ownership
-from celery_kafka_backend.errors import PublishError, SettingsError, StoreError
+from celery_kafka_backend.errors import PipelineError, PublishError, SettingsError, StoreError
 from celery_kafka_backend.producer import greenlets
 from celery_kafka_backend.producer import headers as names
 from celery_kafka_backend.producer.recorder import (
@@ -62,6 +62,8 @@ def _harmless(handler: _Handler) -> _Handler:
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             handler(*args, **kwargs)
+        except PipelineError as exc:
+            logger.error("recording a signal failed; the task itself is not affected: %s", exc)  # noqa: TRY400
         except Exception:
             logger.exception("recording a signal failed; the task itself is not affected")
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource  # type: ignore[attr-defined]  # its __init__ only imports it
 
 from celery_kafka_backend.cli.exits import Exit, Stop
-from celery_kafka_backend.errors import SettingsError
-from celery_kafka_backend.kafka import consumer_config, producer_config
+from celery_kafka_backend.complaints import CREDENTIALS, Complaints, NoToken
+from celery_kafka_backend.kafka import DENIED, consumer_config, producer_config
+from celery_kafka_backend.rights import OPERATOR, Right, lacking
 from celery_kafka_backend.settings import SETTING
 
 if TYPE_CHECKING:
@@ -31,10 +32,7 @@ _PRODUCERS_ONLY: Final = frozenset(
     }
 )  # fmt: skip
 
-_DENIED: Final = {
-    KafkaError.TOPIC_AUTHORIZATION_FAILED,
-    KafkaError.GROUP_AUTHORIZATION_FAILED,
-    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+_DENIED: Final = DENIED | {
     KafkaError.SASL_AUTHENTICATION_FAILED,
     KafkaError.SECURITY_DISABLED,
     KafkaError._AUTHENTICATION,  # noqa: SLF001 - how confluent-kafka names its client-side codes
@@ -53,10 +51,16 @@ _PASSING: Final = {
 }
 """For a moment after a topic has been created, or a broker has gone."""
 AGAIN_AFTER_S: Final = 0.1
+_NO_GROUP: Final = 69  # GROUP_ID_NOT_FOUND, for which confluent-kafka has no name
 _EMBEDDED: Final = "mockCluster"
 """How the in-process broker of librdkafka names its cluster."""
 
 Answer = TypeVar("Answer")
+
+
+def _camel(name: str) -> str:
+    """Return a right as Kafka's tools spell it: ``DescribeConfigs`` for ``DESCRIBE_CONFIGS``."""
+    return "".join(word.capitalize() for word in name.split("_"))
 
 
 class Unanswered(Stop):
@@ -104,17 +108,13 @@ class Broker:
     def __init__(self, settings: Settings, timeout_s: float) -> None:
         self.settings = settings
         self.timeout_s = timeout_s
-        self._heard: list[str] = []
+        self._complaints = Complaints(settings, quiet=True)
 
     def _made(self, make: Callable[[dict[str, Any]], Answer], config: Mapping[str, Any]) -> Answer:
-        heard: dict[str, Any] = {"error_cb": lambda error: self._heard.append(error.str())}
         try:
-            return make({**config, **heard})
-        except (KafkaException, TypeError, ValueError) as exc:
-            why = exc.args[0].str() if isinstance(exc, KafkaException) else str(exc)
-            raise SettingsError(
-                f"{SETTING}['client'] or ['consumer']", why, "see librdkafka's CONFIGURATION.md"
-            ) from exc
+            return cast("Answer", self._complaints.handle(make, config))
+        except NoToken as exc:
+            raise Stop(Exit.RIGHTS_MISSING, str(exc)) from exc
 
     @cached_property
     def admin(self) -> AdminClient:
@@ -123,7 +123,7 @@ class Broker:
         own = {
             name: value for name, value in config.items() if name not in _PRODUCERS_ONLY | set(self.settings.producer)
         }
-        return self._made(AdminClient, own | {name: v for name, v in self.settings.client.items() if name in config})
+        return self._made(AdminClient, own | {name: config[name] for name in self.settings.client})
 
     @cached_property
     def consumer(self) -> Consumer:
@@ -148,8 +148,13 @@ class Broker:
 
     # -- asking ------------------------------------------------------------------------------
 
-    def ask(self, what: str, question: Callable[[], Answer]) -> Answer:
+    def ask(self, what: str, question: Callable[[], Answer], *needed: Right) -> Answer:
         """Ask, and translate what goes wrong.
+
+        Args:
+            what: What is asked, for errors.
+            question: Asks.
+            needed: The rights without which Kafka refuses to answer.
 
         Raises:
             Stop: Kafka did not answer, or refused.
@@ -162,14 +167,19 @@ class Broker:
             except KafkaException as exc:
                 passing = isinstance(exc.args[0], KafkaError) and exc.args[0].code() in _PASSING
                 if not passing or time.monotonic() >= deadline:
-                    raise self.translated(exc.args[0], what) from exc
+                    raise self.translated(exc.args[0], what, *needed) from exc
                 time.sleep(AGAIN_AFTER_S)
 
-    def translated(self, error: Any, what: str) -> Stop:
+    def translated(self, error: Any, what: str, *needed: Right) -> Stop:
         """Return one of librdkafka's errors as ours."""
         if not isinstance(error, KafkaError):
             return Stop(Exit.UNEXPECTED, f"{what}: {error}")
         code, text = error.code(), f"{what}: {error.str()} ({error.name()})"
+        if code in DENIED and needed:
+            problem, remedy = lacking(self.settings, needed)
+            return Stop(
+                Exit.RIGHTS_MISSING, f"Kafka at {self.settings.bootstrap_servers} refused: {text}; {problem}", remedy
+            )
         if code in _DENIED:
             return Stop(
                 Exit.RIGHTS_MISSING,
@@ -193,15 +203,9 @@ class Broker:
     def unreachable(self, text: str) -> Stop:
         """Return the error for a Kafka that does not answer."""
         self.admin.poll(0)  # what librdkafka has to say comes by callbacks
-        heard = next((one for one in self._heard if "refused" in one or "resolve" in one), "")
-        why = f"\nlibrdkafka says: {heard}" if heard else ""
-        auth = [one for one in self._heard if "uthentication" in one or "SSL" in one]
-        if auth:
-            return Stop(
-                Exit.RIGHTS_MISSING,
-                f"Kafka at {self.settings.bootstrap_servers} does not let us in: {auth[0]}",
-                f"correct the credentials and security.protocol in {SETTING}['client']",
-            )
+        if self._complaints.kind == CREDENTIALS:
+            return Stop(Exit.RIGHTS_MISSING, self._complaints.latest)
+        why = f"\nlibrdkafka says: {self._complaints.latest}" if self._complaints.latest else ""
         return Stop(
             Exit.KAFKA_UNREACHABLE,
             f"no answer from Kafka at {self.settings.bootstrap_servers} within {self.timeout_s:g} s ({text}){why}",
@@ -268,6 +272,7 @@ class Broker:
             entries = self.ask(
                 f"reading the settings of {topic}",
                 lambda one=resource: self.admin.describe_configs([one], request_timeout=self.timeout_s)[one].result(),  # type: ignore[misc]
+                Right(OPERATOR, "topic", topic, "DescribeConfigs"),
             )
             found[topic] = {name: str(entry.value) for name, entry in entries.items()}
         return found
@@ -278,6 +283,7 @@ class Broker:
             n: self.ask(
                 f"asking for the end of {topic}/{n}",
                 lambda n=n: self._marks(TopicPartition(topic, n)),  # type: ignore[misc]
+                Right(OPERATOR, "topic", topic, "Describe"),
             )
             for n in range(self.partitions(topic))
         }
@@ -290,7 +296,11 @@ class Broker:
         at = [TopicPartition(topic, n) for topic in topics for n in range(self.partitions(topic))]
         consumer = self.member_of(group)
         try:
-            found = self.ask(f"reading the offsets of {group}", lambda: consumer.committed(at, timeout=self.timeout_s))
+            found = self.ask(
+                f"reading the offsets of {group}",
+                lambda: consumer.committed(at, timeout=self.timeout_s),
+                Right(OPERATOR, "group", group, "Read"),
+            )
         finally:
             consumer.close()
         return {(one.topic, one.partition): one.offset for one in found if one.offset >= 0 and one.error is None}
@@ -303,6 +313,7 @@ class Broker:
             described = self.ask(
                 f"asking who is in the group {group}",
                 lambda: self._group(group),
+                Right(OPERATOR, "group", group, "Read"),
             )
         except Unanswered:
             return None
@@ -320,8 +331,25 @@ class Broker:
             for one in described.members
         ]
 
+    def may(self, operation: str, groups: str) -> bool:
+        """Return whether we may do something with a group of this name (``prefix*``: with those that begin so)."""
+        group = groups.removesuffix("*") + ("app" if groups.endswith("*") else "")
+        try:
+            described = self.ask(f"asking for our rights on the group {group}", lambda: self._group(group))
+        except Unanswered:
+            return True
+        except Stop as exc:
+            error = exc.__cause__.args[0] if isinstance(exc.__cause__, KafkaException) else None
+            if error is None or error.code() not in (KafkaError.GROUP_AUTHORIZATION_FAILED, _NO_GROUP):
+                raise
+            return bool(error.code() == _NO_GROUP)
+        known = described.authorized_operations
+        return known is None or operation in {_camel(one.name) for one in known}
+
     def _group(self, group: str) -> Any:
-        return self.admin.describe_consumer_groups([group], request_timeout=self.timeout_s)[group].result()
+        return self.admin.describe_consumer_groups(
+            [group], include_authorized_operations=True, request_timeout=self.timeout_s
+        )[group].result()
 
     def _described(self, topic: str) -> Any:
         return self.admin.describe_topics(
@@ -334,13 +362,17 @@ class Broker:
             return None
         try:
             described = {
-                name: self.ask(f"asking for our rights on {name}", lambda name=name: self._described(name))  # type: ignore[misc]
+                name: self.ask(
+                    f"asking for our rights on {name}",
+                    lambda name=name: self._described(name),  # type: ignore[misc]
+                    Right(OPERATOR, "topic", name, "Describe"),
+                )
                 for name in topics
             }
         except Unanswered:
             return None
         return {
-            name: {operation.name.capitalize() for operation in one.authorized_operations}
+            name: {_camel(operation.name) for operation in one.authorized_operations}
             for name, one in described.items()
             if one.authorized_operations is not None
         }

@@ -70,8 +70,8 @@ def failure(subject: str, error: PipelineError) -> Finding:
     return Finding(FAIL, subject, str(error), "", code_of(error))
 
 
-def examine(pipeline: Pipeline, broker: Broker) -> Iterator[Finding]:
-    """Look at everything; what Kafka is needed for is skipped if it does not answer."""
+def examine(pipeline: Pipeline, broker: Broker, role: str) -> Iterator[Finding]:
+    """Look at everything, with the eyes of a role; what Kafka is needed for is skipped if it does not answer."""
     yield from versions()
     yield from delivery(pipeline)
     reached = False
@@ -80,7 +80,7 @@ def examine(pipeline: Pipeline, broker: Broker) -> Iterator[Finding]:
         yield finding
     with_kafka = (
         ("topics", lambda: topic_settings(pipeline, broker)),
-        ("rights", lambda: rights(broker)),
+        ("rights", lambda: rights(broker, role)),
         ("app", lambda: owner(pipeline, broker)),
         ("clocks", lambda: clocks(broker)),
         ("dead letters", lambda: dead_letters(broker)),
@@ -186,13 +186,14 @@ def topic_settings(pipeline: Pipeline, broker: Broker) -> Iterator[Finding]:
         yield Finding(OK, "topics", ", ".join(f"{topic.name} ({topic.partitions})" for topic in wanted))
 
 
-def rights(broker: Broker) -> Iterator[Finding]:
+def rights(broker: Broker, role: str) -> Iterator[Finding]:
     """Ask Kafka what we may do."""
     if broker.operations([topics.task_events(broker.settings.topic_prefix)]) is None:
         yield Finding(SKIP, "rights", "this broker cannot tell")
         return
-    check_rights(broker, chords=True)
-    yield Finding(OK, "rights", "these credentials may do what a processor does")
+    check_rights(broker, role)
+    article = "an" if role == "operator" else "a"
+    yield Finding(OK, "rights", f"these credentials may do what {article} {role} does")
 
 
 def owner(pipeline: Pipeline, broker: Broker) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from celery_kafka_backend.cli.checks import FAIL, OK, SKIP, WARN, examine
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import pipeline_of
 from celery_kafka_backend.cli.exits import Exit
+from celery_kafka_backend.rights import PROCESSOR, ROLES
 
 if TYPE_CHECKING:
     from celery_kafka_backend.cli.checks import Finding
@@ -22,9 +23,12 @@ _COLOURS: Final = {OK: "green", WARN: "yellow", FAIL: "red", SKIP: None}
 @click.command("doctor", cls=Command, short_help="Look at everything, give one verdict.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.option("--strict", is_flag=True, help="Exit with 1 also if there are only warnings.")
+@click.option(
+    "--role", type=click.Choice(ROLES), default=PROCESSOR, help="Whose rights these credentials are to have.",
+)  # fmt: skip
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=5.0, help="Seconds that Kafka may take to answer.")
 @click.pass_context
-def command(ctx: click.Context, as_json: bool, strict: bool, timeout: float) -> Exit:
+def command(ctx: click.Context, as_json: bool, strict: bool, role: str, timeout: float) -> Exit:
     r"""Look at everything, and give one verdict.
 
     Versions, delivery settings, Kafka, topics, rights, whose topics they are, clocks, dead letters, processors, and each
@@ -33,13 +37,14 @@ def command(ctx: click.Context, as_json: bool, strict: bool, timeout: float) -> 
     \b
     Examples:
       celery -A proj pipeline doctor
+      celery -A proj pipeline doctor --role worker       with a worker's credentials
       celery -A proj pipeline doctor --json | jq -r '.findings[] | select(.level != "ok") | .text'
     """
     pipeline = pipeline_of(ctx)
     broker = Broker(pipeline.settings, timeout)
     found: list[Finding] = []
     try:
-        for finding in examine(pipeline, broker):
+        for finding in examine(pipeline, broker, role):
             found.append(finding)
             if not as_json:
                 _say(finding)

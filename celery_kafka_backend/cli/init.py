@@ -16,7 +16,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # its __init_
     NewTopic,
 )
 
-from celery_kafka_backend import topics
+from celery_kafka_backend import rights, topics
 from celery_kafka_backend.cli import ownership, plan
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
@@ -113,7 +113,7 @@ def _print(settings: Settings, wanted: list[Topic]) -> None:
     click.echo("\n# Rights, per role; put your principals in the place of User:celery-… .")
     click.echo("# A client sends tasks; a worker runs them; a processor is `pipeline run`; an operator types the rest.")
     click.echo(f"# Whoever may write {topics.chords(settings.topic_prefix)} can send tasks to the fleet.")
-    for role, commands in plan.acl_commands(settings.topic_prefix, servers):
+    for role, commands in rights.commands(settings.topic_prefix, servers).items():
         click.echo(f"\n# {role}")
         for line in commands:
             click.echo(line)

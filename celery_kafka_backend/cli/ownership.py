@@ -14,6 +14,7 @@ from celery_kafka_backend import codec, events, ownership, topics
 from celery_kafka_backend.cli.records import last_records
 from celery_kafka_backend.errors import CodecError
 from celery_kafka_backend.ownership import Mark
+from celery_kafka_backend.rights import PROCESSOR, Right
 
 if TYPE_CHECKING:
     from confluent_kafka import Message
@@ -57,30 +58,38 @@ def owner(broker: Broker) -> Mark | None:
 
 def _read(broker: Broker) -> Mark | None:
     prefix = broker.settings.topic_prefix
+    needed = Right(PROCESSOR, "group", ownership.group(prefix), "Read")
     consumer = broker.member_of(ownership.group(prefix))
     try:
         found = broker.ask(
             "asking whose log it is",
             lambda: consumer.committed([ownership.place(prefix)], timeout=broker.timeout_s),
+            needed,
         )[0]
     finally:
         consumer.close()
     if found.error is not None:
-        raise broker.translated(found.error, "asking whose log it is")
+        raise broker.translated(found.error, "asking whose log it is", needed)
     return ownership.mark_of(found)
 
 
 def _write(broker: Broker, app: str) -> None:
     prefix = broker.settings.topic_prefix
+    needed = (
+        Right(PROCESSOR, "group", ownership.group(prefix), "Read"),
+        Right(PROCESSOR, "topic", topics.chords(prefix), "Read"),
+    )
     consumer = broker.member_of(ownership.group(prefix))
     mark = ownership.place(prefix, Mark(app, time.time_ns() // 1_000_000))
     try:
-        answered = broker.ask("noting whose log it is", lambda: consumer.commit(offsets=[mark], asynchronous=False))
+        answered = broker.ask(
+            "noting whose log it is", lambda: consumer.commit(offsets=[mark], asynchronous=False), *needed
+        )
     finally:
         consumer.close()
     for one in answered or ():
         if one.error is not None:
-            raise broker.translated(one.error, "noting whose log it is")
+            raise broker.translated(one.error, "noting whose log it is", *needed)
 
 
 def latest_worker(broker: Broker) -> Mark | None:

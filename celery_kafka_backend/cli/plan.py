@@ -5,13 +5,11 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from celery_kafka_backend import topics
-from celery_kafka_backend.topics import Right, Topic
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from celery_kafka_backend.cli.broker import Found
+    from celery_kafka_backend.topics import Topic
 
 MISSING: Final = "missing"
 FEWER: Final = "fewer partitions"
@@ -89,44 +87,13 @@ def _of(topic: Topic, found: Found | None) -> Iterator[Difference]:
 
 # -- for clusters where only others may do it ------------------------------------------------
 
-_SERVERS: Final = "--bootstrap-server"
-
 
 def create_command(topic: Topic, servers: str) -> str:
     """Return the command that creates a topic."""
     parts = [
-        "kafka-topics.sh", _SERVERS, servers, "--create", "--if-not-exists", "--topic", topic.name,
+        "kafka-topics.sh", "--bootstrap-server", servers, "--create", "--if-not-exists", "--topic", topic.name,
         "--partitions", str(topic.partitions), "--replication-factor", str(topic.replication),
     ]  # fmt: skip
     for name, value in topic.config.items():
         parts += ["--config", f"{name}={value}"]
     return shlex.join(parts)
-
-
-def all_rights(prefix: str) -> list[Right]:
-    """Return the rights of every role, those of whoever runs this command line included."""
-    every = list(topics.rights(prefix))
-    for topic in (topics.task_events(prefix), topics.chords(prefix), topics.dead_letters(prefix)):
-        every += [Right("operator", "topic", topic, operation) for operation in ("Read", "Describe", "DescribeConfigs")]
-    every.append(Right("operator", "group", f"{prefix}.*", "Read"))
-    return every
-
-
-def acl_commands(prefix: str, servers: str) -> list[tuple[str, list[str]]]:
-    """Return each role with the commands that give it its rights."""
-    by_role: dict[str, dict[tuple[str, str], list[str]]] = {}
-    for right in all_rights(prefix):
-        by_role.setdefault(right.role, {}).setdefault((right.resource, right.name), []).append(right.operation)
-    found = []
-    for role, resources in by_role.items():
-        commands = []
-        for (resource, name), operations in resources.items():
-            parts = ["kafka-acls.sh", _SERVERS, servers, "--add", "--allow-principal", f"User:celery-{role}"]
-            for operation in operations:
-                parts += ["--operation", operation]
-            parts += [f"--{resource}", name.removesuffix("*")]
-            if name.endswith("*"):
-                parts += ["--resource-pattern-type", "prefixed"]
-            commands.append(shlex.join(parts))
-        found.append((role, commands))
-    return found

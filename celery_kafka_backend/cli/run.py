@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from celery_kafka_backend import topics
+from celery_kafka_backend import rights, topics
 from celery_kafka_backend.cli import ownership
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
@@ -158,7 +158,7 @@ def preflight(pipeline: Pipeline, urls: Sequence[str], timeout_s: float, *, chor
     broker = Broker(pipeline.settings, timeout_s)
     try:
         check_topics(broker, pipeline)
-        check_rights(broker, chords=chords)
+        check_rights(broker, rights.PROCESSOR, chords=chords)
         for url in urls:
             check_view(pipeline, url)
         ownership.claim(broker, str(pipeline.app.main or ""))
@@ -179,25 +179,18 @@ def check_topics(broker: Broker, pipeline: Pipeline) -> None:
         )
 
 
-def check_rights(broker: Broker, *, chords: bool) -> None:
-    """Say which rights the processors lack, as far as Kafka tells."""
-    prefix = broker.settings.topic_prefix
-    needed = [
-        right
-        for right in topics.rights(prefix)
-        if right.role == "processor" and right.resource == "topic" and (chords or right.operation != "Write")
-    ]
-    have = broker.operations(sorted({right.name for right in needed}))
+def check_rights(broker: Broker, role: str, *, chords: bool = True) -> None:
+    """Say which rights a role lacks with these credentials, as far as Kafka tells."""
+    needed = rights.of_role(broker.settings.topic_prefix, role)
+    on_topics = [one for one in needed if one.resource == "topic" and (chords or one.operation != "Write")]
+    have = broker.operations(sorted({right.name for right in on_topics}))
     if have is None:
         return
-    lacking = [right for right in needed if right.name in have and right.operation not in have[right.name]]
-    if lacking:
-        listed = ", ".join(f"{right.operation} on {right.name}" for right in lacking)
-        raise Stop(
-            Exit.RIGHTS_MISSING,
-            f"Kafka at {broker.settings.bootstrap_servers} does not let us: {listed}",
-            "grant the processor's rights that `celery -A proj pipeline init --print` lists",
-        )
+    missing = [right for right in on_topics if right.name in have and right.operation not in have[right.name]]
+    missing += [right for right in needed if right.resource == "group" and not broker.may(right.operation, right.name)]
+    if missing:
+        problem, remedy = rights.lacking(broker.settings, missing)
+        raise Stop(Exit.RIGHTS_MISSING, f"Kafka at {broker.settings.bootstrap_servers}: {problem}", remedy)
 
 
 def check_view(pipeline: Pipeline, url: str) -> list[str]:

@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.integration import locked_kafka
 from tests.services import native
+from tests.services.errors import ServiceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.integration.locked_kafka import LockedKafka
 
 HERE = Path(__file__).parent
 READY_S = 60.0
@@ -138,6 +142,20 @@ class Fleet:
             with contextlib.suppress(Exception):
                 native.end(process)
             self.processes.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def locked() -> Iterator[LockedKafka]:
+    """A Kafka that asks who you are and what you may do."""
+    try:
+        server = locked_kafka.start()
+    except ServiceError as error:
+        required = os.environ.get("REQUIRE_SERVICES", "").split(",")
+        if "all" in required or "kafka" in required:
+            pytest.fail(f"kafka is required (REQUIRE_SERVICES): {error}", pytrace=False)
+        pytest.skip(f"kafka: {error}")
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -16,21 +16,12 @@ import uuid
 import msgspec
 import pytest
 from confluent_kafka import Producer
-from confluent_kafka.admin import (
-    AclBinding,
-    AclOperation,
-    AclPermissionType,
-    AdminClient,
-    NewTopic,
-    ResourcePatternType,
-    ResourceType,
-)
+from confluent_kafka.admin import AdminClient, NewTopic
 
-from celery_kafka_backend import codec, events, order, topics
+from celery_kafka_backend import codec, events, order, rights, topics
 from celery_kafka_backend.cli.exits import Exit
 from celery_kafka_backend.events import Event
 from tests.services import native
-from tests.services.errors import ServiceError
 
 from . import locked_kafka
 
@@ -487,18 +478,6 @@ def test_the_banner_hides_passwords(shell):
 # -- rights ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def locked():
-    try:
-        server = locked_kafka.start()
-    except ServiceError as error:
-        if os.environ.get("REQUIRE_SERVICES", "") in ("all", "kafka"):
-            pytest.fail(f"kafka is required (REQUIRE_SERVICES): {error}", pytrace=False)
-        pytest.skip(f"kafka: {error}")
-    yield server
-    server.stop()
-
-
 @pytest.fixture
 def locked_shell(tmp_path, locked, redis_url, topic_prefix):
     made = Shell(tmp_path, locked.open, redis_url, topic_prefix)
@@ -506,16 +485,6 @@ def locked_shell(tmp_path, locked, redis_url, topic_prefix):
     made.bootstrap = locked.locked
     made.server = locked
     return made
-
-
-def grant(shell, kind, name, *operations, pattern=ResourcePatternType.LITERAL):
-    admin = AdminClient({"bootstrap.servers": shell.server.open})
-    rules = [
-        AclBinding(kind, name, pattern, f"User:{locked_kafka.USER}", "*", operation, AclPermissionType.ALLOW)
-        for operation in operations
-    ]
-    for future in admin.create_acls(rules).values():
-        future.result(10)
 
 
 def test_a_wrong_password_is_told_from_a_wrong_address(locked_shell, locked):
@@ -534,21 +503,13 @@ def test_missing_rights_are_named_and_the_printed_ones_are_enough(locked_shell, 
     assert refused.returncode == Exit.RIGHTS_MISSING, refused.said
     assert "init --print" in refused.stderr
     for topic in (topics.task_events(prefix), topics.chords(prefix), topics.dead_letters(prefix)):
-        grant(shell, ResourceType.TOPIC, topic, AclOperation.DESCRIBE)
+        locked.grant(locked_kafka.USER, "topic", topic, "Describe")
     lacking = shell("run", client=client)
     assert lacking.returncode == Exit.RIGHTS_MISSING
-    assert f"Read on {topics.task_events(prefix)}" in lacking.stderr
-    for right in topics.rights(prefix):
-        if right.role == "processor":
-            name = right.name.removesuffix("*")
-            pattern = ResourcePatternType.PREFIXED if right.name.endswith("*") else ResourcePatternType.LITERAL
-            grant(
-                shell,
-                ResourceType[right.resource.upper()],
-                name,
-                AclOperation[right.operation.upper()],
-                pattern=pattern,
-            )
+    assert f"User:{locked_kafka.USER} lacks Read on topic {topics.task_events(prefix)}" in lacking.stderr
+    for right in rights.rights(prefix):
+        if right.role == rights.PROCESSOR:
+            locked.grant(locked_kafka.USER, right.resource, right.name, right.operation)
     with Running(shell, client=client) as running:
         running.until(f"{prefix}.chords")
         assert running.stop() == 0

@@ -23,6 +23,26 @@ GOOD = f"kafka://127.0.0.1:9/?view=redis://:{SECRET}@127.0.0.1:9/0"
         ("kafka://127.0.0.1:9/", "{}", ["no view", "?view="]),
         ("kafka:///?view=redis://x", "{}", ["no Kafka servers", "kafka://host:9092"]),
         (GOOD, '{"delivery": "pipelined"}', ["['delivery']", "acks_late of fleet_app.die_once", "'acknowledged'"]),
+        (
+            GOOD,
+            '{"client": {"security.protocol": "SSL", "ssl.ca.location": "/no/such/ca.pem", "sasl.password": "p4ssw0rd"}}',
+            ["kafka_backend_settings['client']['ssl.ca.location']: '/no/such/ca.pem'"],
+        ),
+        (
+            GOOD,
+            '{"client": {"security.protocol": "SASL_SSL", "sasl.mechanism": "NTLM", "sasl.password": "p4ssw0rd"}}',
+            ["kafka_backend_settings['client']['sasl.mechanism']: 'NTLM'"],
+        ),
+        (
+            GOOD,
+            '{"client": {"sasl.mechanism": "OAUTHBEARER", "oauth_cb": "fleet_app.no_such_function"}}',
+            ["kafka_backend_settings['client']['oauth_cb']: 'fleet_app.no_such_function' cannot be imported"],
+        ),
+        (
+            GOOD,
+            '{"client": {"sasl.pasword": "p4ssw0rd"}}',
+            ["kafka_backend_settings['client']['sasl.pasword']", "CONFIG"],
+        ),
     ],
 )
 def test_a_wrong_setting_ends_the_worker_with_one_line(backend, settings, words):

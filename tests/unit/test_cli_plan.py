@@ -69,13 +69,3 @@ def test_the_printed_commands_create_every_topic_with_every_setting():
         assert f"--topic {topic.name} --partitions {topic.partitions} --replication-factor 3" in line
         for name, value in topic.config.items():
             assert f"--config {name}={value}" in line
-
-
-def test_the_printed_rights_are_those_of_every_role():
-    found = dict(plan.acl_commands("x", "b:9092"))
-    assert set(found) == {"client", "worker", "processor", "operator"}
-    printed = "\n".join(line for lines in found.values() for line in lines)
-    for right in topics.rights("x"):
-        assert f"User:celery-{right.role}" in printed
-    assert "--group x. --resource-pattern-type prefixed" in printed
-    assert not any("--operation Write" in line for line in found["operator"])

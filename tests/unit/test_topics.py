@@ -1,4 +1,4 @@
-"""The topics' names, settings and rights, and Kafka's own hash."""
+"""The topics' names, and settings, and Kafka's own hash."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from celery_kafka_backend.settings import Settings, parse
 from celery_kafka_backend.topics import (
     DAY_MS,
     DEAD_LETTER_ROOM,
-    Right,
     Topic,
     chord_partition,
     group_id,
     murmur2,
-    rights,
     wanted,
 )
 
@@ -122,22 +120,3 @@ def test_more_copies_in_sync_than_copies_are_never_asked_of_kafka():
 def test_consumer_groups_are_named_for_prefix_and_view():
     """So that one right covers them."""
     assert group_id("celery", "redis") == "celery.redis"
-
-
-def test_the_rights_are_the_least_that_work():
-    """A client cannot read the log; nobody but a processor reads chords or writes dead letters."""
-    found = set(rights("celery"))
-    assert len(found) == len(rights("celery"))
-    log, chords, dead = "celery.task-events", "celery.chords", "celery.dead-letters"
-
-    def roles(name: str, operation: str) -> set[str]:
-        return {right.role for right in found if (right.name, right.operation) == (name, operation)}
-
-    assert roles(log, "Write") == {"client", "worker", "processor"}
-    assert roles(log, "Read") == {"worker", "processor"}
-    assert roles(chords, "Read") == {"processor"}
-    assert roles(chords, "Write") == {"client", "worker", "processor"}
-    assert roles(dead, "Write") == {"processor"}
-    assert Right("processor", "group", "celery.*", "Read") in found
-    described = {(right.role, right.name) for right in found if right.operation == "Describe"}
-    assert {(r.role, r.name) for r in found if r.resource == "topic"} == described

@@ -1,0 +1,122 @@
+"""Who may do what in Kafka: the least rights of each role, and the commands that grant them. Pure data.
+
+A producer of ours is idempotent, and needs no right of the cluster for it: since Kafka 3.0, whoever may
+write some topic may. A worker reads the log where it must see what its view does not show yet; it joins
+no group for that. Nothing here is transactional.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from celery_kafka_backend import topics
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from celery_kafka_backend.settings import Settings
+
+CLIENT: Final = "client"
+"""Sends tasks, and reads the view."""
+WORKER: Final = "worker"
+PROCESSOR: Final = "processor"
+"""`pipeline run`."""
+OPERATOR: Final = "operator"
+"""Types the other commands."""
+ROLES: Final = (CLIENT, WORKER, PROCESSOR, OPERATOR)
+
+
+class Right(NamedTuple):
+    """One access right that a role needs.
+
+    Attributes:
+        role: One of `ROLES`.
+        resource: ``topic`` or ``group``.
+        name: The resource's name; one that ends with ``*`` is a prefix.
+        operation: Kafka's name of what may be done.
+    """
+
+    role: str
+    resource: str
+    name: str
+    operation: str
+
+    def __str__(self) -> str:
+        return f"{self.operation} on {self.resource} {self.name}"
+
+
+def rights(prefix: str) -> list[Right]:
+    """Return the least rights of each role."""
+    log, chord, dead = topics.task_events(prefix), topics.chords(prefix), topics.dead_letters(prefix)
+    groups = f"{prefix}.*"
+    found = [
+        Right(CLIENT, "topic", log, "Write"),
+        Right(CLIENT, "topic", log, "Describe"),
+        Right(CLIENT, "topic", chord, "Write"),
+        Right(CLIENT, "topic", chord, "Describe"),
+        Right(WORKER, "topic", log, "Write"),
+        Right(WORKER, "topic", log, "Read"),
+        Right(WORKER, "topic", log, "Describe"),
+        Right(WORKER, "topic", chord, "Write"),
+        Right(WORKER, "topic", chord, "Describe"),
+        # Whose log it is: asked when a worker starts.
+        Right(WORKER, "group", f"{prefix}.app", "Describe"),
+        Right(PROCESSOR, "topic", log, "Read"),
+        # The chord processor publishes bodies, and a chord's failure is its body's FAILURE.
+        Right(PROCESSOR, "topic", log, "Write"),
+        Right(PROCESSOR, "topic", log, "Describe"),
+        Right(PROCESSOR, "topic", chord, "Read"),
+        Right(PROCESSOR, "topic", chord, "Write"),
+        Right(PROCESSOR, "topic", chord, "Describe"),
+        Right(PROCESSOR, "topic", dead, "Write"),
+        Right(PROCESSOR, "topic", dead, "Describe"),
+        Right(PROCESSOR, "group", groups, "Read"),
+    ]
+    for topic in (log, chord, dead):
+        found += [Right(OPERATOR, "topic", topic, operation) for operation in ("Read", "Describe", "DescribeConfigs")]
+    return [*found, Right(OPERATOR, "group", groups, "Read")]
+
+
+def of_role(prefix: str, role: str) -> list[Right]:
+    """Return what one role needs."""
+    return [right for right in rights(prefix) if right.role == role]
+
+
+def commands(prefix: str, servers: str) -> dict[str, list[str]]:
+    """Return for each role the commands that give it its rights."""
+    return {role: grants(of_role(prefix, role), servers, f"User:celery-{role}") for role in ROLES}
+
+
+def grants(needed: Iterable[Right], servers: str, principal: str) -> list[str]:
+    """Return the commands that give a principal some rights, one per resource."""
+    resources: dict[tuple[str, str], list[str]] = {}
+    for right in needed:
+        resources.setdefault((right.resource, right.name), []).append(right.operation)
+    found = []
+    for (resource, name), operations in resources.items():
+        parts = ["kafka-acls.sh", "--bootstrap-server", servers, "--add", "--allow-principal", principal]
+        for operation in operations:
+            parts += ["--operation", operation]
+        parts += [f"--{resource}", name.removesuffix("*")]
+        if name.endswith("*"):
+            parts += ["--resource-pattern-type", "prefixed"]
+        found.append(shlex.join(parts))
+    return found
+
+
+def principal(settings: Settings) -> str:
+    """Return who Kafka takes us for, "" where only Kafka knows (a token, a certificate)."""
+    mechanism = str(settings.client.get("sasl.mechanism") or settings.client.get("sasl.mechanisms") or "")
+    user = settings.client.get("sasl.username")
+    return f"User:{user}" if user and (mechanism == "PLAIN" or mechanism.startswith("SCRAM")) else ""
+
+
+def lacking(settings: Settings, needed: Iterable[Right]) -> tuple[str, str]:
+    """Return what is to be said where rights are missing: the problem, and the remedy with its commands."""
+    needed = list(needed)
+    who = principal(settings)
+    listed = ", ".join(map(str, needed))
+    rows = grants(needed, settings.bootstrap_servers, who or "User:…")
+    problem = f"{who or 'our principal'} lacks {listed}"
+    return problem, "\n".join(["an admin grants it (`pipeline init --print` lists all) with", *rows])
