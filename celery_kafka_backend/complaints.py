@@ -88,6 +88,9 @@ class Complaints:
         client, said = self._settings.client, _BROKER.sub("", str(error.str()))
         where = f"Kafka at {mask(self._settings.bootstrap_servers)}"
         code = error.code()
+        if "current SASL state" in said:
+            # Two renewals of one token met on one connection: the broker closes it, and nothing is wrong.
+            return NETWORK, f"{where}: {said}; librdkafka connects again by itself"
         if code in (KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED):  # noqa: SLF001
             return CREDENTIALS, f"{where} does not let us in: {said}; {self._about_sasl(said)}"
         if code == KafkaError._SSL:  # noqa: SLF001

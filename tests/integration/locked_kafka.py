@@ -188,8 +188,10 @@ def start() -> LockedKafka:
 def _properties(folder: Path, listeners: dict[str, int], controller: int) -> dict[str, str]:
     addresses = {name.upper(): port for name, port in listeners.items()} | {"CONTROLLER": controller}
     secure = "listener.name.secure"
+    urls = ",".join(f"{name}://{ports.HOST}:{port}" for name, port in addresses.items())
     return {
-        "listeners": ",".join(f"{name}://{ports.HOST}:{port}" for name, port in addresses.items()),
+        "listeners": urls,
+        "advertised.listeners": urls,
         "listener.security.protocol.map": "OPEN:PLAINTEXT,LOCKED:SASL_PLAINTEXT,SECURE:SASL_SSL,MUTUAL:SSL,"
         "CONTROLLER:PLAINTEXT",
         "inter.broker.listener.name": "OPEN",

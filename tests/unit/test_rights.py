@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from celery_kafka_backend.rights import ROLES, Right, commands, lacking, rights
 from celery_kafka_backend.settings import parse
 
@@ -43,6 +45,13 @@ def test_the_printed_commands_grant_exactly_the_rights_of_every_role():
             )
             granted |= {Right(role, resource, name, operation) for operation in operations}
     assert granted == set(rights("x"))
+
+
+def test_the_documented_commands_are_the_printed_ones():
+    documented = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    block = documented.partition("```sh\n")[2].partition("```")[0]
+    printed = "\n".join(f"\n# {role}\n" + "\n".join(lines) for role, lines in commands("celery", "kafka:9092").items())
+    assert block.strip() == printed.strip()
 
 
 def test_what_is_lacking_names_principal_topic_operation_and_command():
