@@ -27,6 +27,7 @@ from kombu.serialization import dumps
 from kombu.utils.encoding import bytes_to_str, ensure_bytes
 
 from celery_kafka_backend import chord_records, codec, configure, events, order
+from celery_kafka_backend.claims import ClaimedMeta, Claims, reference, stub
 from celery_kafka_backend.errors import NotAcknowledged, PublishError, SettingsError, TooLarge, Unavailable
 from celery_kafka_backend.events import Opaque
 from celery_kafka_backend.order import Rank
@@ -240,6 +241,35 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         found = self.reader.documents(ids)
         return [found.get(one) for one in ids]
 
+    @cached_property
+    def claims(self) -> Claims:
+        """Where large results lie.
+
+        Raises:
+            ImproperlyConfigured: fsspec or the store's driver is not installed, or refuses an option.
+        """
+        try:
+            return Claims(self.settings)
+        except SettingsError as exc:
+            raise configure.improperly_configured(exc) from exc
+
+    def decode_result(self, payload: Any) -> dict[str, Any]:
+        """Return a document's fields; of one that lies elsewhere, read when the result is asked for.
+
+        Raises (when it is asked for):
+            ClaimLost: The object is gone or damaged.
+            Unavailable: Its store does not answer.
+        """
+        claim = reference(payload)
+        if claim is None:
+            return super().decode_result(payload)  # type: ignore[no-any-return]
+        read = super().decode_result
+        return ClaimedMeta(payload, lambda: read(self.claims.get(claim)))
+
+    def meta_from_decoded(self, meta: dict[str, Any]) -> dict[str, Any]:
+        """Return fields with an exception as such; those that lie elsewhere become it when they are read."""
+        return meta if isinstance(meta, ClaimedMeta) else super().meta_from_decoded(meta)
+
     def on_task_call(self, producer: Any, task_id: str) -> None:
         """Do nothing: a waiter registers when it waits, so that ``delay()`` costs no round trip."""
 
@@ -260,6 +290,8 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         """
         encoded = self.encode_result(result, state)
         event = self._state_event(task_id, result, encoded, state, traceback, request)
+        if state in states.READY_STATES and self.settings.claim_check:
+            event = self._claimed(event, request)
         try:
             record = self.recorder.record(event)
         except TooLarge as exc:
@@ -269,6 +301,31 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         else:
             self.recorder.publisher.cast(record)
         return encoded
+
+    def _claimed(self, event: Event, request: Any) -> Event:
+        """Return the event with its document in the object store, if that is large.
+
+        Raises:
+            BackendStoreError: The store did not take it within ``delivery_timeout_s``, as with Kafka away.
+        """
+        document = event.document or b""
+        # The worker's parent runs an event loop; its documents are small.
+        if len(document) <= self.settings.claim_check_bytes or self.recorder.role == events.PARENT:
+            return event
+        until = event.expires_at and max(event.expires_at, event.at + self.settings.retention_ms)
+        try:
+            claim = self._ensure_retryable(
+                self.claims.put, event.id, document, until, self.settings.delivery_timeout_s
+            )  # fmt: skip
+        except PublishError as exc:
+            self._here.unstored = event.task
+            raise BackendStoreError(
+                f"{event.state} of {event.task} not stored: {exc}", task_id=event.task, state=event.state
+            ) from exc
+        children = self.current_task_children(request)
+        return msgspec.structs.replace(
+            event, doc=msgspec.Raw(stub(event, claim, children)), opaque=None, claim=claim
+        )  # fmt: skip
 
     def _store(self, record: Record, what: str, task_id: str, state: str, request: Any) -> None:
         """See what must not be lost into Kafka, as far as ``delivery`` says."""
@@ -799,6 +856,8 @@ def _open(recorder: Recorder) -> None:
     with suppress(NotAcknowledged):  # no token yet: said in the log, and asked for again
         try:
             recorder.publisher.open()
+            if recorder.settings.claim_check:
+                Claims(recorder.settings)
         except SettingsError as exc:
             raise _end_of_worker(configure.improperly_configured(exc)) from None
 

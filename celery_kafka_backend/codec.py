@@ -16,6 +16,9 @@ Record of ``<prefix>.task-events``::
 * ``doc`` is the native document, embedded as JSON, byte for byte as the worker's serializer wrote
   it: large integers, key order and spacing survive. A document that is not JSON travels as
   ``opaque``, base64.
+* A document over ``claim_check_bytes`` is not here: ``claim`` tells the path, size and sha256 of the object that
+  is it, and ``doc`` is a stub, always JSON, that refers to it (`claims`). Added within version 1: a reader that
+  does not know ``claim`` copies the stub.
 * Text that is not Unicode (lone surrogates, as in the name of an undecodable file) is written as
   escapes; in ``args`` and ``kwargs``, NaN and infinities become null. Neither happens in a document.
 * A version is never edited in place: tests/golden holds one file for each.

@@ -16,6 +16,7 @@ The tree::
     ├── StoreError           a view's store
     │   ├── Unavailable      … is away; the same call again may succeed
     │   └── Rejected         … will never take these records; the others were written
+    ├── ClaimLost            the object that holds a large result is gone or damaged
     └── ForeignLog           the topics belong to another app
 
 A driver's exceptions are translated into these in the one file that imports the driver.
@@ -107,6 +108,10 @@ class Rejected(StoreError):
         self.reasons = tuple(reasons)
         shown = "; ".join(f"{subject}: {why}" for subject, why in self.reasons[:3])
         super().__init__(f"{len(self.reasons)} refused: {shown}")
+
+
+class ClaimLost(PipelineError):
+    """Raised when the object that holds a large result is not there, or not what was stored."""
 
 
 class ForeignLog(PipelineError):

@@ -88,6 +88,20 @@ class Opaque(msgspec.Struct, frozen=True, omit_defaults=True):
     stamps: bytes | None = None
 
 
+class Claim(msgspec.Struct, frozen=True):
+    """Where a document lies that is too large for the log.
+
+    Attributes:
+        path: Below ``claim_check``: ``<last day, UTC>/<event id>``, or ``never/<event id>``.
+        bytes: Its size.
+        sha256: Its checksum, hexadecimal.
+    """
+
+    path: str
+    bytes: _Ms
+    sha256: str
+
+
 class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """One state change.
 
@@ -111,6 +125,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fa
         doc: The native document, byte for byte as Celery's Redis backend would store it, when
             that is JSON.
         opaque: The native document when it is not JSON.
+        claim: Where the native document lies, when it was too large; ``doc`` is the stub that refers to it.
         date_done: As in the document (ISO 8601), for ready states.
         expires_at: When the document (or, without one, this knowledge) is to vanish; None: never.
         name: The task's name.
@@ -161,6 +176,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fa
     state: str | None = None
     doc: msgspec.Raw = NOTHING
     opaque: Opaque | None = None
+    claim: Claim | None = None
     date_done: str | None = None
     expires_at: _Ms | None = None
     name: str | None = None

@@ -48,6 +48,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         redact: Dotted path of ``f(task_name, args, kwargs) -> (args, kwargs)`` for the recorded
             arguments, or ``"all"`` to leave them out.
         max_message_bytes: Largest record, for client and topics.
+        claim_check: URL, as fsspec takes it, of where larger documents of results are stored; "": nowhere.
+        claim_check_bytes: … and from which size on.
+        claim_check_options: Options for that store's driver, under fsspec's names.
         partitions: Partitions of the log.
         chord_partitions: Partitions of the chords' topic; may never change.
         replication_factor: Copies of each partition.
@@ -81,6 +84,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     sample: dict[str, float] = {}
     redact: str = ""
     max_message_bytes: int = 1_048_576
+    claim_check: str = ""
+    claim_check_bytes: int = 262_144
+    claim_check_options: dict[str, Any] = {}
     partitions: int = 12
     chord_partitions: int = 12
     replication_factor: int = 3
@@ -143,7 +149,7 @@ _REMEDIES: Final = {
     "view_options": "a dictionary {URL scheme: {option: value}}",
     "metrics_port": "a port from 1 to 65535, 0 for any that is free, or None for no metrics",
 }
-_UNSHOWN: Final = frozenset({"client", "producer", "consumer", "view_options", "chord_key"})
+_UNSHOWN: Final = frozenset({"client", "producer", "consumer", "view_options", "chord_key", "claim_check_options"})
 """Settings whose values hold secrets: no message ever shows them."""
 
 
@@ -306,7 +312,8 @@ def _check_numbers(settings: Settings) -> None:
         if not 0 < getattr(settings, name) < 86_400:
             _refuse(name, f"{getattr(settings, name)} is no sensible time", "more than 0 and less than 86400 seconds")
     for name, least, most in (
-        ("max_message_bytes", 1024, _INT32),
+        ("max_message_bytes", 1024, _MOST_BYTES),
+        ("claim_check_bytes", 1024, _INT32),
         ("partitions", 1, _INT32),
         ("chord_partitions", 1, _INT32),
         ("replication_factor", 1, 32_767),
@@ -327,6 +334,12 @@ def _check_numbers(settings: Settings) -> None:
             f"{settings.min_insync_replicas} copies can never be in sync with replication_factor {settings.replication_factor}",
             "lower it, or raise replication_factor",
         )
+    if settings.claim_check and settings.claim_check_bytes + EVENT_ROOM > settings.max_message_bytes:
+        _refuse(
+            "claim_check_bytes",
+            f"{settings.claim_check_bytes}: smaller documents would not fit max_message_bytes = {settings.max_message_bytes}",
+            f"lower it by {settings.claim_check_bytes + EVENT_ROOM - settings.max_message_bytes} or more",
+        )
     for name, share in settings.sample.items():
         if not 0 <= share <= 1:
             _refuse("sample", f"{share} for {name!r} is not a share", "between 0 and 1")
@@ -345,6 +358,10 @@ def _check_options(where: str, options: Mapping[str, Any], fixed: Mapping[str, t
 
 
 _INT32: Final = (1 << 31) - 1
+_MOST_BYTES: Final = 1_000_000_000
+"""librdkafka's own limit for a record."""
+EVENT_ROOM: Final = 32_768
+"""What an event may hold beside its document."""
 
 _SECRET: Final = re.compile(r"pass|pwd|secret|token|credential|apikey|api_key", re.IGNORECASE)
 

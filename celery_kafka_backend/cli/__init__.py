@@ -11,7 +11,7 @@ import click
 
 from celery_kafka_backend.cli.command import Group
 
-_COMMANDS: Final = ("run", "init", "status", "doctor", "history", "replay", "verify", "size", "spool")
+_COMMANDS: Final = ("run", "init", "status", "doctor", "history", "replay", "verify", "size", "spool", "claims")
 
 
 @click.group(cls=Group, lazy={name: f"{__name__}.{name}" for name in _COMMANDS})

@@ -277,6 +277,27 @@ class Broker:
             found[topic] = {name: str(entry.value) for name, entry in entries.items()}
         return found
 
+    def limits(self) -> dict[str, dict[str, str]] | None:
+        """Return each broker's settings by its number; None if it does not tell us."""
+        if self.embedded:
+            return None
+        found = {}
+        for number in self.metadata.brokers:
+            resource = ConfigResource(ConfigResource.Type.BROKER, str(number))
+            try:
+                entries = self.ask(
+                    f"reading the settings of broker {number}",
+                    lambda one=resource: self.admin.describe_configs([one], request_timeout=self.timeout_s)[
+                        one
+                    ].result(),  # type: ignore[misc]
+                )
+            except Stop as exc:
+                if exc.code is Exit.RIGHTS_MISSING or isinstance(exc, Unanswered):
+                    return None
+                raise
+            found[str(number)] = {name: str(entry.value) for name, entry in entries.items()}
+        return found
+
     def ends(self, topic: str) -> dict[int, tuple[int, int]]:
         """Return the first and the next offset of each of a topic's partitions."""
         return {

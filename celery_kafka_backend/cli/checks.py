@@ -8,10 +8,12 @@ import time
 from importlib import metadata
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from uuid import uuid4
 
 import confluent_kafka
 
 from celery_kafka_backend import codec, topics
+from celery_kafka_backend.claims import Claims
 from celery_kafka_backend.cli import ownership, plan
 from celery_kafka_backend.cli.exits import Exit, Stop, code_of
 from celery_kafka_backend.cli.output import duration
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from celery_kafka_backend.cli.broker import Broker
     from celery_kafka_backend.cli.context import Pipeline
+    from celery_kafka_backend.settings import Settings
 
 OK: Final = "ok"
 WARN: Final = "warn"
@@ -40,6 +43,7 @@ AHEAD_S: Final = 1.0
 """An event cannot be written to the log before it happened; beyond this its host's clock is ahead."""
 BEHIND_S: Final = 30.0
 """An event that reached the log so late is rather from a clock that is behind, unless Kafka was away."""
+CLAIM_S: Final = 10.0
 SAMPLE_ROWS: Final = 2000
 
 _PACKAGES: Final = ("celery", "kombu", "confluent-kafka", "msgspec", "redis", "rich")
@@ -80,6 +84,7 @@ def examine(pipeline: Pipeline, broker: Broker, role: str) -> Iterator[Finding]:
         yield finding
     with_kafka = (
         ("topics", lambda: topic_settings(pipeline, broker)),
+        ("sizes", lambda: sizes(broker)),
         ("rights", lambda: rights(broker, role)),
         ("app", lambda: owner(pipeline, broker)),
         ("clocks", lambda: clocks(broker)),
@@ -91,6 +96,8 @@ def examine(pipeline: Pipeline, broker: Broker, role: str) -> Iterator[Finding]:
             yield from _caught(subject, check)
         else:
             yield Finding(SKIP, subject, "Kafka does not answer")
+    if pipeline.settings.claim_check:
+        yield from _caught("claim check", lambda: claim_check(pipeline.settings))
     for url in pipeline.settings.views:
         yield from _caught(f"view {view_name(url)}", lambda url=url: view(pipeline, url))
 
@@ -186,6 +193,25 @@ def topic_settings(pipeline: Pipeline, broker: Broker) -> Iterator[Finding]:
         yield Finding(OK, "topics", ", ".join(f"{topic.name} ({topic.partitions})" for topic in wanted))
 
 
+def sizes(broker: Broker) -> Iterator[Finding]:
+    """Compare the brokers' limits with the largest record."""
+    largest = broker.settings.max_message_bytes + topics.DEAD_LETTER_ROOM
+    known = broker.limits()
+    if known is None:
+        yield Finding(SKIP, "sizes", "the brokers' limits cannot be read (DescribeConfigs on the cluster)")
+        return
+    odd = plan.too_small(known, largest)
+    for number, name, value in odd:
+        text = f"broker {number}: {name} = {value}, less than a record of {largest} bytes"
+        remedy = f"raise it there, or lower {SETTING}['max_message_bytes'] = {broker.settings.max_message_bytes}"
+        if name in plan.FATAL_LIMITS:
+            yield Finding(FAIL, "sizes", text, remedy, Exit.TOPICS_WRONG)
+        else:
+            yield Finding(WARN, "sizes", f"{text}: replicas fetch one at a time", remedy)
+    if not odd:
+        yield Finding(OK, "sizes", f"records up to {largest} bytes fit the brokers' limits")
+
+
 def rights(broker: Broker, role: str) -> Iterator[Finding]:
     """Ask Kafka what we may do."""
     if broker.operations([topics.task_events(broker.settings.topic_prefix)]) is None:
@@ -269,6 +295,15 @@ def processors(pipeline: Pipeline, broker: Broker) -> Iterator[Finding]:
             yield Finding(OK, "processors", f"{name}: {len(members)} consumers")
         else:
             yield Finding(WARN, "processors", f"{name}: nobody", f"start `{pipeline.command} run`")
+
+
+def claim_check(settings: Settings) -> Iterator[Finding]:
+    """Store, read and remove an object."""
+    claims = Claims(settings)
+    claim = claims.put(uuid4().hex, b"pipeline doctor", 0, CLAIM_S)
+    claims.get(claim, CLAIM_S)
+    claims.remove(claim.path)
+    yield Finding(OK, "claim check", f"{claims.url} can be written and read")
 
 
 def view(pipeline: Pipeline, url: str) -> Iterator[Finding]:

@@ -85,6 +85,23 @@ def _of(topic: Topic, found: Found | None) -> Iterator[Difference]:
             yield Difference(topic, CONFIG, is_, value, name)
 
 
+# -- sizes -----------------------------------------------------------------------------------
+
+FATAL_LIMITS: Final = frozenset({"socket.request.max.bytes"})
+"""A larger request is not answered: the broker cuts the connection."""
+_LIMITS: Final = (*FATAL_LIMITS, "replica.fetch.max.bytes", "replica.fetch.response.max.bytes")
+
+
+def too_small(known: Mapping[str, Mapping[str, str]], largest: int) -> list[tuple[str, str, int]]:
+    """Return broker, setting and value where a record of ``largest`` bytes does not fit a broker's limit."""
+    return [
+        (number, name, int(config[name]))
+        for number, config in known.items()
+        for name in _LIMITS
+        if config.get(name, "").isdigit() and int(config[name]) < largest
+    ]
+
+
 # -- for clusters where only others may do it ------------------------------------------------
 
 

@@ -59,6 +59,13 @@ def test_a_compacted_log_is_named_with_both_values():
     assert "--alter" in one.remedy
 
 
+def test_a_brokers_limit_below_the_largest_record_is_named():
+    known = {"1": {"socket.request.max.bytes": "104857600", "replica.fetch.max.bytes": "1048576"}, "2": {}}
+    assert plan.too_small(known, 1_000_000) == []
+    assert plan.too_small(known, 5_000_000) == [("1", "replica.fetch.max.bytes", 1_048_576)]
+    assert ("1", "socket.request.max.bytes", 104_857_600) in plan.too_small(known, 200_000_000)
+
+
 def test_settings_that_kafka_did_not_tell_do_not_differ():
     assert differences(task_events=as_wanted(LOG, config={})) == []
 
