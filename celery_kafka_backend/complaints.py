@@ -88,7 +88,7 @@ class Complaints:
         client, said = self._settings.client, _BROKER.sub("", str(error.str()))
         where = f"Kafka at {mask(self._settings.bootstrap_servers)}"
         code = error.code()
-        if "current SASL state" in said:
+        if "mechanism handshake failed" in said and "Unsupported SASL mechanism" not in said:
             # Two renewals of one token met on one connection: the broker closes it, and nothing is wrong.
             return NETWORK, f"{where}: {said}; librdkafka connects again by itself"
         if code in (KafkaError._AUTHENTICATION, KafkaError.SASL_AUTHENTICATION_FAILED):  # noqa: SLF001

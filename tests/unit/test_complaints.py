@@ -60,6 +60,20 @@ def test_what_is_no_complaint_about_a_connection_explains_nothing():
     assert complaints.kind == NETWORK
 
 
+@pytest.mark.parametrize(
+    ("why", "kind"),
+    [
+        ("Broker: Request not valid in current SASL state: broker's supported mechanisms:", NETWORK),
+        ("Local: Broker transport failure: broker's supported mechanisms: (n/a)", NETWORK),
+        ("Broker: Unsupported SASL mechanism: broker's supported mechanisms: PLAIN", CREDENTIALS),
+    ],
+)
+def test_a_renewal_that_met_another_is_no_wrong_mechanism(why, kind):
+    complaints = hearing(**{"sasl.mechanism": "OAUTHBEARER"})
+    complaints(KafkaError(KafkaError._AUTHENTICATION, f"SASL OAUTHBEARER mechanism handshake failed: {why}"))
+    assert complaints.kind == kind
+
+
 def test_a_users_own_error_cb_hears_as_well():
     heard = []
     complaints = hearing(error_cb=heard.append)
