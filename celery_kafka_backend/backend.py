@@ -847,10 +847,6 @@ def _settings(app: Celery, url: str | None) -> Settings:
         raise _end_of_worker(exc) from None
 
 
-def _in_worker() -> bool:
-    return bool(getattr(trace, "_localized", None))
-
-
 def _open(recorder: Recorder) -> None:
     """Make the worker's connection: it is to end at once if a setting is wrong, not to fail every task."""
     with suppress(NotAcknowledged):  # no token yet: said in the log, and asked for again

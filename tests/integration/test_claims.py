@@ -120,10 +120,9 @@ def test_history_shows_the_reference(claimed):
     result.get(timeout=30)
     done = pipeline(claimed, "history", result.id, "--json")
     assert done.returncode == 0, done.stderr
-    events = (
-        [json.loads(line) for line in done.stdout.splitlines()] if "\n{" in done.stdout else json.loads(done.stdout)
-    )
-    assert '"sha256"' in json.dumps(events)
+    (ending,) = [one for one in json.loads(done.stdout) if one["kind"] == "success"]
+    assert ending["claim"]["bytes"] > 300_000
+    assert ending["claim"] == ending["doc"]["claim"]
 
 
 def test_what_has_passed_its_day_is_removed_and_nothing_else(claimed):
@@ -138,10 +137,7 @@ def test_what_has_passed_its_day_is_removed_and_nothing_else(claimed):
     done = pipeline(claimed, "claims", "expire")
     assert done.returncode == 0, done.stderr
     assert "2026-01-01: 1 object removed" in done.stdout
-    assert sorted(one.name for one in base.iterdir() if one.name[:4] in ("2026", "neve", "not-")) >= [
-        "never",
-        "not-ours",
-    ]
+    assert {one.name for one in base.iterdir()} >= {"never", "not-ours"}
     assert not (base / "2026-01-01").exists()
     assert claimed.app.app.AsyncResult(result.id).get(timeout=30) == "x" * 300_000
 
