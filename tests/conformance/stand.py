@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from celery_kafka_backend.embedded import EmbeddedKafka
+from celery_kafka_backend.embedded import FETCH_WAIT_MS, PARTITIONS, EmbeddedKafka
 from tests.conformance import suite
 from tests.services import kafka, native, redis
 from tests.services.errors import ServiceError
@@ -59,13 +59,18 @@ def standing(name: str, scratch: Path) -> Iterator[Stand]:
         }
         stand = Stand(name, folder, environment)
         if name != PEER:
-            settings = {"topic_prefix": f"c{secrets.token_hex(4)}", "partitions": 4, "chord_partitions": 4}
+            settings = {
+                "topic_prefix": f"c{secrets.token_hex(4)}",
+                "partitions": PARTITIONS,
+                "chord_partitions": PARTITIONS,
+            }
             if name == "kafka":
                 cluster = kafka.start()
                 running.callback(cluster.stop)
                 bootstrap = cluster.bootstrap
             else:
-                bootstrap = running.enter_context(EmbeddedKafka()).bootstrap
+                bootstrap = running.enter_context(EmbeddedKafka()).bootstrap_servers
+                settings["consumer"] = {"fetch.wait.max.ms": FETCH_WAIT_MS}
             settings |= {"replication_factor": 1, "min_insync_replicas": 1}
             environment["TEST_BACKEND"] = f"kafka://{bootstrap}/?view={server.clean_database()}"
             config = folder / "integration-tests-config.json"
