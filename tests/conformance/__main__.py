@@ -57,6 +57,8 @@ def _folder(logs: Path | None, name: str):
         folder = Path(scratch)
         if logs is not None:
             folder = logs.absolute() / name
+            if folder.exists():
+                raise ServiceError(f"{folder} is there already: --logs wants a new folder")
             folder.mkdir(parents=True)
         yield folder
 
