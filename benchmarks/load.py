@@ -50,7 +50,7 @@ class Maker:
 
     def __init__(self, result_bytes: int | None = None, seed: int = 1) -> None:
         self._random = random.Random(seed)
-        # Text that does not compress to nothing: half of its bytes remain under zstd, as with ids and numbers.
+        # Text that does not compress to nothing: half of its bytes remain under lz4, as with ids and numbers.
         size = 1 << 20
         self._pool = self._random.randbytes(size).hex().encode()
         self._wall = order.system_wall_ms()

@@ -85,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 SETTINGS = {
-    "topics": "8 partitions, LogAppendTime, zstd; 1 broker: replication 1; 3 brokers: replication 3, min.insync.replicas 2",
+    "topics": "8 partitions, LogAppendTime; 1 broker: replication 1; 3 brokers: replication 3, min.insync.replicas 2",
     "brokers": "Kafka in KRaft mode on the same machine, 512 MB to 1 GB of heap, serial GC, no second compiler",
-    "producer": "acks=all, idempotent, zstd, linger 0",
+    "producer": "acks=all, idempotent, lz4, linger 0",
     "redis": "Redis on the same machine, no persistence, noeviction",
 }
 

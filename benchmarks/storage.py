@@ -157,7 +157,7 @@ def _kafka(stage: Stage) -> list[Row]:
     load.fill(settings, topic, load.apart(load.Maker(), tasks, 1000), progress)
     progress.end()
     time.sleep(0.5)
-    note = f"{load.PER_TASK} events of {load.EVENT_BYTES} bytes a task, one copy, zstd on large batches, half of the text random"
+    note = f"{load.PER_TASK} events of {load.EVENT_BYTES} bytes a task, one copy, lz4 on large batches, half of the text random"
     return [
         Row(what="bytes in Kafka, busy fleet", unit="bytes/task", ours=[log_bytes(cluster, topic) / tasks], note=note)
     ]

@@ -73,7 +73,7 @@ def run(stage: Stage) -> list[Row]:
             what="bytes in Kafka, one worker's trickle",
             unit="bytes/task",
             ours=[stored],
-            note="4 events a task, one copy, zstd on batches of one or two events",
+            note="4 events a task, one copy, lz4 on batches of one or two events",
         )
     )
     return rows

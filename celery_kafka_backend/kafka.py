@@ -114,7 +114,8 @@ def producer_config(settings: Settings) -> dict[str, Any]:
             # A result that somebody waits for leaves at once; what nobody waits for is gathered by
             # `Publisher`. Under load librdkafka batches what queues up behind the request in flight.
             "linger.ms": 0,
-            "compression.type": "zstd",
+            # ADR 11: zstd costs 0.16 ms more for each record that travels alone, as an awaited result does.
+            "compression.type": "lz4",
             "partitioner": "murmur2_random",
             "message.max.bytes": settings.max_message_bytes,
             "delivery.timeout.ms": int(settings.delivery_timeout_s * 1000),

@@ -66,7 +66,7 @@ def wanted(settings: Settings) -> list[Topic]:
             settings.replication_factor,
             # Never compact: a late STARTED would erase a SUCCESS.
             common
-            | {"cleanup.policy": "delete", "retention.ms": str(settings.retention_ms), "compression.type": "zstd"},
+            | {"cleanup.policy": "delete", "retention.ms": str(settings.retention_ms), "compression.type": "producer"},
         ),
         Topic(
             chords(prefix),
@@ -75,7 +75,7 @@ def wanted(settings: Settings) -> list[Topic]:
             common
             | {
                 "cleanup.policy": "compact",
-                "compression.type": "zstd",
+                "compression.type": "producer",
                 # Together these bound what an owner re-reads when it starts.
                 "segment.ms": "600000",
                 "segment.bytes": str(64 << 20),

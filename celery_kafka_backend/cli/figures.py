@@ -6,6 +6,7 @@ each returning random hexadecimal text of 400 or of 16 bytes; four events per ta
 `result_extended` and `task_track_started` on, delivery "acknowledged". Kafka: size of the log's segments divided by
 tasks, one run each. Redis: growth of ``used_memory`` divided by tasks, with an empty broker database before and after. Memory and
 rate: see below. At this rate batches are small and zstd finds little: a busier fleet needs less disk per event.
+The log was compressed with zstd; with lz4, as today (ADR 11), such batches are about a third larger: to be measured again.
 
 When docs/benchmarks.md has later figures from a larger run, put them here, with their source.
 """

@@ -69,7 +69,7 @@ def test_the_defaults():
         assert topic.config["min.insync.replicas"] == "2"
         assert all(isinstance(value, str) for value in topic.config.values())
     assert log.config["retention.ms"] == str(7 * DAY_MS)
-    assert log.config["compression.type"] == chords.config["compression.type"] == "zstd"
+    assert log.config["compression.type"] == chords.config["compression.type"] == "producer"
 
 
 def test_the_log_is_never_compacted():
