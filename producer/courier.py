@@ -154,14 +154,16 @@ class Courier:
         deadline = time.monotonic() + wait_s
         grace_s = VERDICT_S if wait_s >= self._timeout_s else 0.0
         left_s = wait_s
+        missing: NoSuchTopic | None = None
         while True:
             try:
                 delivery = self._publisher.publish(record, wait_s=left_s)
                 delivery.wait(left_s + grace_s)
             except PublishError as exc:
+                missing = exc if isinstance(exc, NoSuchTopic) else missing
                 left_s = deadline - time.monotonic() - AGAIN_S
                 if _final(exc) or left_s <= 0:
-                    raise
+                    raise (missing or exc) from None  # the last try may have been too short to be told so again
                 self.sent_again += 1
                 time.sleep(AGAIN_S)
             else:
