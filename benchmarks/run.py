@@ -34,6 +34,7 @@ BENCHES = {
     "storage": "bytes per task in Kafka and Redis, against Celery's Redis backend",
     "metrics_cost": "a fold and a worker with metrics, against the same without",
     "catch_up": "how long the view lags after a ten-minute outage",
+    "barrier": "a read that a lagging view does not fool, against a plain read",
     "process_model": "a producer per child against one publisher process per host (only with --long or by name)",
     "memory": "resident memory of a materializer from 1 to 5 million events (only with --long or by name)",
 }

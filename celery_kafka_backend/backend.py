@@ -17,7 +17,6 @@ from celery import current_app, states
 from celery import signals as celery_signals
 from celery.app import trace
 from celery.backends.asynchronous import AsyncBackendMixin, BaseResultConsumer
-from celery.backends.base import BaseKeyValueStoreBackend
 from celery.exceptions import BackendStoreError, ImproperlyConfigured, Reject
 from celery.result import GroupResult
 from celery.utils.functional import _regen
@@ -27,6 +26,7 @@ from kombu.serialization import dumps
 from kombu.utils.encoding import bytes_to_str, ensure_bytes
 
 from celery_kafka_backend import chord_records, codec, configure, events, order
+from celery_kafka_backend.barrier import barrier_for
 from celery_kafka_backend.claims import ClaimedMeta, Claims, reference, stub
 from celery_kafka_backend.errors import NotAcknowledged, PublishError, SettingsError, TooLarge, Unavailable
 from celery_kafka_backend.events import Opaque
@@ -44,17 +44,18 @@ from celery_kafka_backend.producer.recorder import (
     recorder_for,
 )
 from celery_kafka_backend.producer.stubs import without_bodies
-from celery_kafka_backend.reader import Ear, Reader
+from celery_kafka_backend.reader import Ear
+from celery_kafka_backend.reads import Reads
 from celery_kafka_backend.settings import mask
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from celery import Celery
 
     from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.events import Event
-    from celery_kafka_backend.producer.publisher import Record
+    from celery_kafka_backend.producer.publisher import Record, Stored
     from celery_kafka_backend.producer.recorder import Identity, Recorder
     from celery_kafka_backend.settings import Settings
 
@@ -165,7 +166,7 @@ def _unknown(result: Any) -> Iterator[str]:
         yield result.id
 
 
-class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore[misc]
+class KafkaBackend(AsyncBackendMixin, Reads):  # type: ignore[misc]
     """Result backend for ``kafka://host:port,host:port/?view=redis://…``.
 
     Raises:
@@ -192,6 +193,7 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         self.result_consumer = self.ResultConsumer(
             self, self.app, self.accept, self._pending_results, self._pending_messages
         )
+        self.barrier = barrier_for(self.settings)
         self._here = threading.local()
         self._extended = bool(self.app.conf.find_value_for_key("extended", "result"))
         self.recorder.positions = self._positions
@@ -201,19 +203,6 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         signals.connect()
         signals.catch_up()
         celery_signals.worker_ready.connect(_worker_ready, weak=False, dispatch_uid="celery-kafka-backend.check-tasks")
-
-    @cached_property
-    def reader(self) -> Reader:
-        """Reads the primary view; its driver is imported only now.
-
-        Raises:
-            ImproperlyConfigured: Its driver is not installed, or refuses an option.
-        """
-        url = self.settings.views[0]
-        try:
-            return Reader(url, configure.store_options(self.app, self.settings, url))
-        except SettingsError as exc:
-            raise configure.improperly_configured(exc) from exc
 
     def _positions(self) -> dict[Partition, int]:
         return self.reader.positions()
@@ -226,20 +215,6 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
         return _unpickled, (type(self), {**(kwargs or {}), "url": self.url})
 
     # -- reading -----------------------------------------------------------------------------
-
-    def get(self, key: bytes) -> bytes | None:
-        """Return the value under one of Celery's native keys."""
-        if key.startswith(self.group_keyprefix):
-            group_id = bytes_to_str(key[len(self.group_keyprefix) :])
-            return self.reader.groups([group_id]).get(group_id)
-        task_id = bytes_to_str(key[len(self.task_keyprefix) :])
-        return self.reader.documents([task_id]).get(task_id)
-
-    def mget(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the values under several native keys of tasks."""
-        ids = [bytes_to_str(key[len(self.task_keyprefix) :]) for key in keys]
-        found = self.reader.documents(ids)
-        return [found.get(one) for one in ids]
 
     @cached_property
     def claims(self) -> Claims:
@@ -621,19 +596,51 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
             if run is not None:
                 self.recorder.forgotten.keep(task_id, run)
             if not self._append_shown(event, events.FORGOTTEN):
+                self._forget_unseen(task_id, run)
                 return
             # The view has folded all before the forget; only now is the run of what it showed certain.
             known = self._known(task_id)
             if known is None or not known[0] or known[0] == run:
                 return
 
+    def _forget_unseen(self, task_id: str, run: int | None) -> None:
+        """Forget what a view that lags does not show yet, too: every run up to now."""
+        latest = order.run_at(self.recorder.clock.wall_ms())
+        if run is not None and run >= latest:
+            return
+        who = self.recorder.identity(task_id, None)
+        who.run, who.key = latest, order.forget_key(latest)
+        expires = who.wall + self.settings.retention_ms
+        event = self.recorder.event(events.FORGOTTEN, task_id, who, expires_at=expires)
+        self.recorder.forgotten.keep(task_id, latest)
+        self.barrier.keep_unshown(event, *self._append(event, events.FORGOTTEN))
+
     def _append_shown(self, event: Event, what: str) -> bool:
         """Append an event and wait, bounded, until the primary view has folded it."""
-        timeout_s = self.settings.delivery_timeout_s
+        timeout_s = self.settings.barrier_timeout_s
+        partition, offset = self._append(event, what)
+        if self.reader.passed(partition, offset, timeout_s):
+            return True
+        self.barrier.keep_unshown(event, partition, offset)
+        logger.warning(
+            "%s of %s is safe in Kafka, but %s has not shown it within %g s: does a processor run?",
+            what, event.task, mask(self.settings.views[0]), timeout_s,
+        )  # fmt: skip
+        return False
+
+    def _append(self, event: Event, what: str) -> Stored:
+        """Append an event; return where it is.
+
+        Raises:
+            BackendStoreError: Kafka did not acknowledge it within ``delivery_timeout_s``.
+        """
         try:
-            delivery = self.recorder.courier.carry(
-                self.recorder.record(event), f"{what} of {event.task}", timeout_s, self._retries
-            )
+            return self.recorder.courier.carry(
+                self.recorder.record(event),
+                f"{what} of {event.task}",
+                self.settings.delivery_timeout_s,
+                self._retries,
+            ).stored
         except TooLarge as exc:
             raise _final(exc) from exc
         except PublishError as exc:
@@ -641,14 +648,6 @@ class KafkaBackend(AsyncBackendMixin, BaseKeyValueStoreBackend):  # type: ignore
                 f"{what} of {event.task} not stored in Kafka at {self.settings.bootstrap_servers}: {exc}",
                 task_id=event.task, state=what,
             ) from exc  # fmt: skip
-        partition = delivery.stored
-        if self.reader.passed(partition.partition, partition.offset, timeout_s):
-            return True
-        logger.warning(
-            "%s of %s is safe in Kafka, but %s has not shown it within %g s: does a processor run?",
-            what, event.task, mask(self.settings.views[0]), timeout_s,
-        )  # fmt: skip
-        return False
 
     def _group_run(self, group_id: str) -> int:
         run = order.run_at(self.recorder.clock.wall_ms())

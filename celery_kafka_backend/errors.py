@@ -17,6 +17,7 @@ The tree::
     │   ├── Unavailable      … is away; the same call again may succeed
     │   └── Rejected         … will never take these records; the others were written
     ├── ClaimLost            the object that holds a large result is gone or damaged
+    ├── Unsure               nobody can tell in time what the log says beyond a view
     └── ForeignLog           the topics belong to another app
 
 A driver's exceptions are translated into these in the one file that imports the driver.
@@ -112,6 +113,10 @@ class Rejected(StoreError):
 
 class ClaimLost(PipelineError):
     """Raised when the object that holds a large result is not there, or not what was stored."""
+
+
+class Unsure(PipelineError):
+    """Raised when nobody can tell in time what the log says beyond what a view shows."""
 
 
 class ForeignLog(PipelineError):

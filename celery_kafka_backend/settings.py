@@ -41,6 +41,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         spool: Folder on this host where a worker keeps results while Kafka does not take them; "": there is none.
         spool_after_s: With a spool: how long a result waits for Kafka before it goes there.
         spool_max_bytes: How large the spool's file may become.
+        barrier_timeout_s: Bound on a read that a lagging view must not fool, and on how long ``forget``,
+            ``save`` and ``delete`` wait to be shown; at most 2 s of it in a worker's main process.
         record: Kinds of events to record; results are always recorded.
         record_ignored: Record the states of tasks with ``ignore_result`` (without payload).
         exclude: Names of tasks (``*`` at the end allowed) of which only results are recorded.
@@ -75,6 +77,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     delivery: Delivery = "acknowledged"
     delivery_timeout_s: float = 30.0
     publish_timeout_s: float = 10.0
+    barrier_timeout_s: float = 2.0
     spool: str = ""
     spool_after_s: float = 1.0
     spool_max_bytes: int = 1 << 30
@@ -123,6 +126,8 @@ _FIXED_PRODUCER: Final[dict[str, tuple[object, ...]]] = {
     "acks": _ALL,
     "request.required.acks": _ALL,
     "enable.idempotence": (True, "true", "True", "1", "t"),
+    # Whoever reads one task's part of the log must find it where every producer puts it.
+    "partitioner": ("murmur2_random", "murmur2"),
 }
 _FIXED_CONSUMER: Final[dict[str, tuple[object, ...]]] = {
     "enable.auto.commit": (False, "false", "False", "0", "f"),
@@ -308,7 +313,14 @@ def _check_names(settings: Settings) -> None:
 
 
 def _check_numbers(settings: Settings) -> None:
-    for name in ("delivery_timeout_s", "publish_timeout_s", "poll_interval_s", "spool_after_s", "health_timeout_s"):
+    for name in (
+        "delivery_timeout_s",
+        "publish_timeout_s",
+        "barrier_timeout_s",
+        "poll_interval_s",
+        "spool_after_s",
+        "health_timeout_s",
+    ):
         if not 0 < getattr(settings, name) < 86_400:
             _refuse(name, f"{getattr(settings, name)} is no sensible time", "more than 0 and less than 86400 seconds")
     for name, least, most in (

@@ -100,7 +100,12 @@ def wanted(settings: Settings) -> list[Topic]:
 
 def chord_partition(group: str, partitions: int) -> int:
     """Return the partition of ``<prefix>.chords`` that a group lives in, for ever."""
-    return (murmur2(group.encode()) & 0x7FFFFFFF) % partitions
+    return partition_of(group, partitions)
+
+
+def partition_of(key: str, partitions: int) -> int:
+    """Return the partition of a record's key, as Java's clients and librdkafka's ``murmur2_random`` choose it."""
+    return (murmur2(key.encode()) & 0x7FFFFFFF) % partitions
 
 
 def murmur2(data: bytes) -> int:

@@ -145,6 +145,11 @@ class Recorder:
             return events.CHILD
         return events.PARENT
 
+    @property
+    def between_tasks(self) -> bool:
+        """Whether this thread is a worker's and runs no task: what it does is Celery's own doing."""
+        return bool(self.worker_pid) and _task_stack.top is None
+
     def identity(
         self, task_id: str, rank: order.Rank | None, request: Any = None, known: tuple[int | None, int] | None = None
     ) -> Identity:

@@ -20,8 +20,8 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     broker_transport_options={"polling_interval": 0.01},
     worker_hijack_root_logger=False,
-    **json.loads(os.environ.get("FLEET_CONF", "{}")),
 )
+app.conf.update(json.loads(os.environ.get("FLEET_CONF", "{}")))
 
 
 @app.task
@@ -223,3 +223,32 @@ def about_me(self, _results):
         "root": request.root_id,
         "parent": request.parent_id,
     }
+
+
+class _KilledAfter(app.Task):
+    """Its child is killed a millisecond after its success was acknowledged; with ``parent``, the whole worker is."""
+
+    def on_success(self, retval, task_id, args, kwargs):
+        time.sleep(0.001)
+        if kwargs.get("parent"):
+            os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(base=_KilledAfter, acks_late=True, reject_on_worker_lost=True)
+def stored_and_killed(path, parent=False):
+    with Path(path).open("a") as runs:
+        runs.write("ran\n")
+    return "stored"
+
+
+@app.task
+def touch(path):
+    Path(path).write_text("here")
+
+
+@app.task
+def group_of(path, group_id):
+    """Say what this worker restores of a group, whatever the view shows."""
+    found = app.backend.restore_group(group_id)
+    Path(path).write_text(json.dumps(None if found is None else [result.id for result in found.results]))

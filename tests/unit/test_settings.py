@@ -44,6 +44,7 @@ ACCEPTED: dict[str, Any] = {
     "chord_key": SECRET,
     "history": {"redis": False},
     "history_limit": 0,
+    "barrier_timeout_s": 1.5,
     "poll_interval_s": 2,
     "metrics_port": 0,
     "metrics_address": "::1",
@@ -104,6 +105,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("delivery_timeout_s", math.inf, "inf"),
     ("delivery_timeout_s", "30", "'30'"),
     ("publish_timeout_s", -1, "-1"),
+    ("barrier_timeout_s", 0, "0"),
     ("poll_interval_s", 0, "0"),
     ("metrics_port", 65_536, "65536"),
     ("metrics_port", "http", "a port from 1 to 65535"),
@@ -186,7 +188,11 @@ def test_an_option_of_the_other_side_is_not_ours_to_judge():
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("topic_prefx", "did you mean 'topic_prefix'?"), ("zzz", "known: bootstrap_servers"), (7, "known")],
+    [
+        ("topic_prefx", "did you mean 'topic_prefix'?"),
+        ("zzz", "known: barrier_timeout_s, bootstrap_servers"),
+        (7, "known"),
+    ],
 )
 def test_an_unknown_setting_is_refused_with_the_nearest_name(name: Any, says: str):
     """Or with all of them."""

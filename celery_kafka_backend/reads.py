@@ -1,0 +1,222 @@
+"""How the backend reads: clients from the view, Celery's own code in a worker past the barrier.
+
+Celery's own code in a worker reads results back, and a view that lags would fail a task that succeeded. Which reads these
+are, and what is safe where nobody can tell, is in docs/adr/0011. No writing here.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from celery import states
+from celery.backends.base import BaseKeyValueStoreBackend
+from celery.exceptions import BackendGetMetaError
+from celery.utils.log import get_logger
+from kombu.utils.encoding import bytes_to_str
+
+from celery_kafka_backend import codec, configure, events
+from celery_kafka_backend.changes import GROUP, TASK
+from celery_kafka_backend.errors import CodecError, SettingsError, SpoolError, Unavailable, Unsure
+from celery_kafka_backend.reader import Reader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from celery_kafka_backend.barrier import Barrier
+    from celery_kafka_backend.producer.recorder import Recorder
+    from celery_kafka_backend.settings import Settings
+
+logger = get_logger(__name__)
+
+PARENT_WAIT_S: Final = 2.0
+"""What a read may take of the worker's event loop."""
+
+_Found = TypeVar("_Found")
+
+
+class Reads(BaseKeyValueStoreBackend):  # type: ignore[misc]
+    """The reading half of `backend.KafkaBackend`, which provides these."""
+
+    settings: Settings
+    recorder: Recorder
+    barrier: Barrier
+    _here: threading.local
+
+    @cached_property
+    def reader(self) -> Reader:
+        """Reads the primary view; its driver is imported only now.
+
+        Raises:
+            ImproperlyConfigured: Its driver is not installed, or refuses an option.
+        """
+        url = self.settings.views[0]
+        try:
+            return Reader(url, configure.store_options(self.app, self.settings, url))
+        except SettingsError as exc:
+            raise configure.improperly_configured(exc) from exc
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return the value under one of Celery's native keys."""
+        if key.startswith(self.group_keyprefix):
+            return self._group_document(bytes_to_str(key[len(self.group_keyprefix) :]))
+        return self.mget([key])[0]
+
+    def mget(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the values under several native keys of tasks."""
+        ids = [bytes_to_str(key[len(self.task_keyprefix) :]) for key in keys]
+        found = self._with_unshown(TASK, self.reader.documents(ids), ids)
+        return [found.get(one) for one in ids]
+
+    def _with_unshown(self, subject: str, found: dict[str, bytes], ids: Sequence[str]) -> dict[str, bytes]:
+        return self.barrier.with_unshown(subject, found, ids, self.reader, self.recorder.clock.wall_ms())
+
+    # -- by Celery's own code in a worker --------------------------------------------------------
+
+    def _get_task_meta_for(self, task_id: str) -> Any:
+        """Return a task's meta; of a read by Celery's own code in a worker, as of now."""
+        if self.recorder.worker_pid and not getattr(self._here, "ordinary", False):
+            return self._certain_meta(task_id)  # Request._success_was_stored comes here directly
+        return super()._get_task_meta_for(task_id)
+
+    def get_task_meta(self, task_id: str, cache: bool = True) -> Any:
+        """Return a task's meta, as `AsyncResult` reads it."""
+        here = self._here
+        outer = getattr(here, "ordinary", False)
+        # Deduplication reads an AsyncResult too, before its task begins: no user's code does it there.
+        here.ordinary = not (self.recorder.between_tasks and self.app.conf.worker_deduplicate_successful_tasks)
+        try:
+            return super().get_task_meta(task_id, cache=cache)
+        finally:
+            here.ordinary = outer
+
+    def get_state(self, task_id: str) -> Any:
+        """Return a task's state: what revoke asks in a worker, where it is as of now."""
+        if getattr(self._here, "failing_chain", False):
+            return states.PENDING  # see _fail_chain
+        if self.recorder.worker_pid:
+            return self._certain_meta(task_id)["status"]
+        return super().get_state(task_id)
+
+    def _certain_meta(self, task_id: str) -> Any:
+        """Return a task's meta as of now.
+
+        Raises:
+            BackendGetMetaError: Nobody can tell. Each of Celery's readers then does what loses nothing.
+        """
+        try:
+            return self._within_bounds(partial(self._read_certain_meta, task_id))
+        except (Unsure, Unavailable, SpoolError, CodecError) as exc:
+            logger.warning("cannot tell whether task %s has a result: %s", task_id, exc)
+            raise BackendGetMetaError(f"cannot tell whether it has a result: {exc}", task_id=task_id) from exc
+
+    def _read_certain_meta(self, task_id: str, timeout_s: float) -> Any:
+        shown = self.reader.shown(task_id)
+        meta = self._meta_of(shown.document if shown else None)
+        if meta["status"] == states.SUCCESS:
+            return meta  # the first success of a run stays
+        # Looked at first: what is drained into Kafka meanwhile is in one of the two.
+        spooled = [codec.decode(value) for value in self.recorder.spooled(task_id)]
+        now_ms = self.recorder.clock.wall_ms()
+        return self._meta_of(self.barrier.task_document(self.reader, task_id, timeout_s, now_ms, spooled))
+
+    def _meta_of(self, document: bytes | None) -> Any:
+        return self.decode_result(document) if document else {"status": states.PENDING, "result": None}
+
+    def _group_document(self, group_id: str) -> bytes | None:
+        """Return a saved group; in a worker as of now, for one task restores what another has just saved."""
+        if not self.recorder.worker_pid:
+            return self._with_unshown(GROUP, self.reader.groups([group_id]), [group_id]).get(group_id)
+        try:
+            return self._within_bounds(partial(self._read_certain_group, group_id))
+        except Unsure as exc:
+            found = self._with_unshown(GROUP, self.reader.groups([group_id]), [group_id]).get(group_id)
+            if found is None:
+                raise BackendGetMetaError(f"cannot tell whether group {group_id} was saved: {exc}") from exc
+            return found
+
+    def _read_certain_group(self, group_id: str, timeout_s: float) -> bytes | None:
+        return self.barrier.group_document(self.reader, group_id, timeout_s, self.recorder.clock.wall_ms())
+
+    def _within_bounds(self, read: Callable[[float], _Found]) -> _Found:
+        """Read, in ``barrier_timeout_s``; in the worker's event loop in what all such reads together may take.
+
+        Raises:
+            Unsure: There was no answer in that time, whoever does not give one.
+        """
+        bound_s = self.settings.barrier_timeout_s
+        if self.recorder.role != events.PARENT:
+            return read(bound_s)
+        allowance = self.barrier.allowance
+        bound_s = min(bound_s, PARENT_WAIT_S, allowance.left_s())
+        if bound_s <= 0:
+            raise Unsure("the worker's main process has spent too much time on such reads just now")
+        began = time.monotonic()
+        try:
+            # Whoever waits inside gives up a little sooner: his error says why.
+            return _within(bound_s, partial(read, 0.9 * bound_s))
+        finally:
+            allowance.spend(time.monotonic() - began)
+
+    def _fail_chain(
+        self, chain: Any, exc: Any, traceback: Any = None, store_result: bool = True, state: str = states.FAILURE
+    ) -> None:
+        """Fail what was chained after a failed task.
+
+        Celery reads the state of each chord member among them, lest a second part be counted. Here parts are a set:
+        a second one changes nothing, and one that is left out, for the state was of an earlier run, hangs the chord.
+        So it is always sent, and nothing is read.
+        """
+        self._here.failing_chain = True
+        try:
+            super()._fail_chain(chain, exc, traceback, store_result=store_result, state=state)
+        finally:
+            self._here.failing_chain = False
+
+    # -- by clients ------------------------------------------------------------------------------
+
+    def catch_up(self, *ids: str, timeout_s: float | None = None) -> bool:
+        """Wait until the primary view shows all that Kafka has acknowledged about some tasks or groups by now.
+
+        For a client that was told by another way that a task is done, and reads its result next.
+
+        Args:
+            ids: Ids of tasks or saved groups.
+            timeout_s: Bound on the wait; default: ``barrier_timeout_s``.
+
+        Returns:
+            False if it did not in time.
+
+        Raises:
+            BackendGetMetaError: Kafka did not say how far that is. The right Describe on the log is needed.
+        """
+        bound = self.settings.barrier_timeout_s if timeout_s is None else timeout_s
+        try:
+            return self.barrier.caught_up(ids, self.reader.positions, bound)
+        except Unsure as exc:
+            raise BackendGetMetaError(f"cannot tell whether the view is up to date: {exc}") from exc
+
+
+def _within(bound_s: float, read: Callable[[], _Found]) -> _Found:
+    """Read in a thread of its own: a view that is frozen holds its socket for half a minute.
+
+    Raises:
+        Unsure: It takes longer.
+    """
+    found: Future[_Found] = Future()
+
+    def answer() -> None:
+        try:
+            found.set_result(read())
+        except BaseException as exc:  # noqa: BLE001 - the caller's
+            found.set_exception(exc)
+
+    threading.Thread(target=answer, name="celery-kafka-barrier", daemon=True).start()
+    try:
+        return found.result(bound_s)
+    except FutureTimeout:
+        raise Unsure(f"no answer within {bound_s:g} s") from None

@@ -1,0 +1,94 @@
+"""What a view will show once it has folded what it has not: pure."""
+
+from __future__ import annotations
+
+import threading
+
+import msgspec
+import pytest
+
+from celery_kafka_backend import events, settings, topics
+from celery_kafka_backend.barrier import Allowance, document_after, greatest
+from celery_kafka_backend.errors import SettingsError, Unavailable, Unsure
+from celery_kafka_backend.events import Event
+from celery_kafka_backend.reads import _within
+from celery_kafka_backend.sinks.contract import Shown
+
+NOW = 1_900_000_000_000
+
+
+def event(key=5, event_id="b", kind=events.SUCCESS, doc=b'{"status":"SUCCESS"}', **more):
+    return Event(id=event_id, kind=kind, task="t", key=key, at=1, hlc=1, doc=msgspec.Raw(doc), **more)
+
+
+def shown(key, event_id="a", document=b"old"):
+    return Shown(document, key, event_id, None)
+
+
+def test_the_greater_key_is_shown_and_equal_keys_go_by_event_id():
+    late = event(5)
+    assert document_after(None, late, NOW) == late.document
+    assert document_after(shown(4), late, NOW) == late.document
+    assert document_after(shown(6), late, NOW) == b"old"
+    assert document_after(shown(5, "a"), late, NOW) == late.document
+    assert document_after(shown(5, "c"), late, NOW) == b"old"
+
+
+def test_what_the_view_has_folded_meanwhile_stays():
+    assert document_after(shown(5, "b"), event(5, "b"), NOW) == b"old"
+
+
+def test_without_an_event_the_view_is_right():
+    assert document_after(shown(1), None, NOW) == b"old"
+    assert document_after(None, None, NOW) is None
+
+
+def test_a_forget_and_what_has_expired_show_nothing():
+    assert document_after(shown(4), event(5, kind=events.FORGOTTEN, doc=b""), NOW) is None
+    assert document_after(shown(4), event(5, expires_at=NOW), NOW) is None
+    assert document_after(shown(4), event(5, expires_at=NOW + 1), NOW) is not None
+
+
+def test_events_that_no_document_may_show_never_win():
+    assert greatest([event(0, kind=events.RECEIVED)]) is None
+    assert greatest([event(2), event(0), event(3), event(1)]).key == 3
+    assert greatest([]) is None
+
+
+def test_the_partitioner_is_ours_to_set():
+    url = "kafka://x/?view=memory://x"
+    with pytest.raises(SettingsError, match="partitioner"):
+        settings.parse(url, {"producer": {"partitioner": "consistent"}})
+
+
+def test_a_key_s_partition_is_java_s():
+    # From Kafka's own UtilsTest: murmur2("21") = -973932308.
+    assert topics.murmur2(b"21") == -973932308 & 0xFFFFFFFF
+    assert topics.partition_of("21", 7) == (-973932308 & 0x7FFFFFFF) % 7
+
+
+def test_an_allowance_is_spent_and_comes_back():
+    now = [0.0]
+    allowance = Allowance(4, 0.25, clock=lambda: now[0])
+    allowance.spend(3)
+    assert allowance.left_s() == 1
+    allowance.spend(3)
+    assert allowance.left_s() < 0
+    now[0] = 12.0
+    assert allowance.left_s() == 1
+    now[0] = 10_000.0
+    assert allowance.left_s() == 4
+
+
+def test_a_store_that_hangs_holds_an_event_loop_no_longer_than_its_bound():
+    hanging = threading.Event()
+    with pytest.raises(Unsure, match=r"no answer within 0\.05 s"):
+        _within(0.05, hanging.wait)
+    hanging.set()
+    assert _within(60, lambda: 7) == 7
+
+    def away():
+        raise Unavailable("away")
+
+    with pytest.raises(Unavailable):
+        _within(60, away)
