@@ -6,6 +6,7 @@ Chords: declaration, size and parts → Kafka; the chord processor decides and s
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -474,6 +475,7 @@ class KafkaBackend(AsyncBackendMixin, Reads):  # type: ignore[misc]
             args=part("args"),
             kwargs=part("kwargs"),
             stamps=self._part({"stamped_headers": stamped, "stamps": stamps}) if stamps is not None else None,
+            plain=_plain(meta),
         )
 
     def _part(self, value: Any) -> bytes:
@@ -919,3 +921,15 @@ def _unpickled(cls: type[KafkaBackend], kwargs: dict[str, Any]) -> KafkaBackend:
     app = current_app._get_current_object()  # noqa: SLF001 - how Celery's own unpickle_backend finds it
     own = app.backend
     return own if type(own) is cls and own.url == kwargs["url"] else cls(app, **kwargs)
+
+
+def _plain(meta: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what of a document's parts JSON can say, for `Opaque.plain`."""
+    parts = {name: meta[name] for name in ("children", "args", "kwargs") if meta.get(name)}
+    if "status" not in meta:  # a saved group: (id and parent, members)
+        parts = {"children": meta["result"][1]}
+    found = {}
+    for name, value in parts.items():
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
+            found[name] = msgspec.json.decode(msgspec.json.encode(value))
+    return found or None

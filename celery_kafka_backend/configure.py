@@ -27,6 +27,8 @@ _REDIS: Final = {
     "redis_backend_health_check_interval": "health_check_interval",
     "redis_client_name": "client_name",
 }
+# Celery's name within ``mongodb_backend_settings``, pymongo's name; all others are pymongo's own, or the store's.
+_MONGODB: Final = {"user": "username", "max_pool_size": "maxPoolSize", "mongo_host": "host"}
 _CERT: Final = {"CERT_REQUIRED": "required", "CERT_OPTIONAL": "optional", "CERT_NONE": "none"}
 
 
@@ -114,6 +116,8 @@ def store_options(app: Celery, settings: Settings, url: str) -> StoreOptions:
             options["ssl_cert_reqs"] = requirement.name.removeprefix("CERT_").lower()
         elif requirement in _CERT:
             options["ssl_cert_reqs"] = _CERT[requirement]
+    elif scheme in ("mongodb", "mongodb+srv"):
+        options.update(_mongodb_options(app))
     options.update(settings.view_options.get(scheme, {}))
     prefix = (app.conf.get("result_backend_transport_options") or {}).get("global_keyprefix") or ""
     if prefix and prefix[-1] not in ":_-.":
@@ -126,3 +130,14 @@ def store_options(app: Celery, settings: Settings, url: str) -> StoreOptions:
         serializer=app.conf.result_serializer,
         options=options,
     )
+
+
+def _mongodb_options(app: Celery) -> dict[str, Any]:
+    name = "mongodb_backend_settings"
+    given = app.conf.get(name) or {}
+    if not isinstance(given, dict):
+        problem = SettingsError(name, f"a {type(given).__name__} is not a dictionary", "{'database': 'results'}")
+        raise improperly_configured(problem)
+    # Those of its ``options`` come first and the others over them, as in Celery's own backend.
+    found = {**given.get("options", {}), **{key: value for key, value in given.items() if key != "options"}}
+    return {_MONGODB.get(key, key): value for key, value in found.items()}

@@ -76,6 +76,8 @@ class Opaque(msgspec.Struct, frozen=True, omit_defaults=True):
         args: Positional arguments alone, when ``result_extended`` is on.
         kwargs: Keyword arguments alone, likewise.
         stamps: ``{"stamped_headers": …, "stamps": …}`` alone, likewise.
+        plain: ``children``, ``args`` and ``kwargs`` as JSON (of a saved group its members as ``children``), for stores
+            that keep them unencoded; what JSON cannot say is left out.
     """
 
     meta: bytes
@@ -86,6 +88,7 @@ class Opaque(msgspec.Struct, frozen=True, omit_defaults=True):
     args: bytes | None = None
     kwargs: bytes | None = None
     stamps: bytes | None = None
+    plain: dict[str, Any] | None = None
 
 
 class Claim(msgspec.Struct, frozen=True):

@@ -25,8 +25,10 @@ _STORES: Final = {
     "sqlite": "celery_kafka_backend.sinks.sqlite",
     "redis": "celery_kafka_backend.sinks.redis",
     "rediss": "celery_kafka_backend.sinks.redis",
+    "mongodb": "celery_kafka_backend.sinks.mongodb",
+    "mongodb+srv": "celery_kafka_backend.sinks.mongodb",
 }
-_EXTRAS: Final = {"redis": "redis"}
+_EXTRAS: Final = {"redis": "redis", "pymongo": "mongodb", "bson": "mongodb"}
 
 
 class Store(Protocol):

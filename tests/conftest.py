@@ -1,7 +1,7 @@
 """What every test may use: real servers, started when the first test asks, and the proof that nothing outlives the run.
 
 A server that is missing or does not start skips only the tests that asked for it. Where ``REQUIRE_SERVICES`` names it
-(``all``, or a comma list of ``kafka``, ``kafka3``, ``redis``), they fail instead: that is how CI notices.
+(``all``, or a comma list of ``kafka``, ``kafka3``, ``redis``, ``mongodb``), they fail instead: that is how CI notices.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from tests.services.catalogue import Server
     from tests.services.kafka import KafkaCluster
+    from tests.services.mongodb import MongoServer
     from tests.services.redis import RedisServer
 
 MARK = "CKB_TEST_SESSION"
@@ -81,6 +82,18 @@ def redis_server() -> Iterator[RedisServer]:
 def redis_url(redis_server: RedisServer) -> str:
     """An empty database of the shared Redis, for one test. Channels are not per database: use unique ids."""
     return redis_server.clean_database()
+
+
+@pytest.fixture(scope="session")
+def mongodb() -> Iterator[MongoServer]:
+    """A MongoDB shared by the whole run; a test that kills one starts its own with ``tests.services.mongodb.start``."""
+    yield from cast("Iterator[MongoServer]", _running("mongodb"))
+
+
+@pytest.fixture
+def mongodb_url(mongodb: MongoServer) -> str:
+    """A database of the shared MongoDB, for one test."""
+    return mongodb.clean_database()
 
 
 @pytest.fixture

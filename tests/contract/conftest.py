@@ -120,7 +120,34 @@ class _Redis(Place):
         return 1001
 
 
-@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.redis)])
+class _Mongo(Place):
+    def _database(self) -> Any:
+        import pymongo  # noqa: PLC0415 - the cases of the other stores run without it
+
+        client = pymongo.MongoClient(self.url)
+        return client, client.get_default_database()
+
+    def empty(self) -> None:
+        client, database = self._database()
+        with client:
+            for name in database.list_collection_names():
+                database[name].delete_many({})
+
+    def stock(self, task: str, state: str) -> None:
+        client, database = self._database()
+        document = {"_id": task, "status": state, "result": '"stock"', "traceback": None, "children": []}
+        with client:
+            database.celery_taskmeta.replace_one({"_id": task}, {**document, "date_done": None}, upsert=True)
+
+    def poison(self, sink: Sink) -> int:
+        sink._limit = 1000
+        return 1001
+
+
+REAL = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("redis", "mongodb")]
+
+
+@pytest.fixture(params=["memory", "sqlite", *REAL])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """Each store in turn."""
     found: Place
@@ -128,6 +155,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
         found = _Memory(f"memory://{uuid.uuid4().hex}")
     elif request.param == "sqlite":
         found = _Sqlite(f"sqlite:///{tmp_path / 'view.db'}")
+    elif request.param == "mongodb":
+        found = _Mongo(request.getfixturevalue("mongodb_url"))
     else:
         found = _Redis(request.getfixturevalue("redis_url"))
     yield found

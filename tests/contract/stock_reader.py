@@ -52,7 +52,14 @@ def main() -> None:
         groups = {}
         for group in job["groups"]:
             restored = GroupResult.restore(group, app=app)
-            groups[group] = restored and [child.id for child in restored.results]
+            groups[group] = (
+                restored
+                if restored is None
+                else [
+                    child.id
+                    for child in getattr(restored, "results", restored)  # Celery's MongoDB backend restores a bare list
+                ]
+            )
         answers.append({"tasks": tasks, "groups": groups})
     print(json.dumps(answers))
 

@@ -303,7 +303,7 @@ def test_history_keeps_the_latest_whatever_came_last(place: Place) -> None:
     sink = place.sink(history_limit=3)
     for event in [*events[5:], *events[:5]]:
         sink.write(batch(event))
-    whole = place.url.startswith("sqlite")  # a file is for audits, and never cut
+    whole = place.url.startswith(("sqlite", "mongodb"))  # what is on disk is for audits, and never cut
     kept = [b'"hlc":%d,' % event.hlc for event in (events if whole else events[-3:])]
     assert all(mark in value for mark, value in zip(kept, place.view().history("t"), strict=True))
 
@@ -475,7 +475,11 @@ def test_nothing_is_left_open(place: Place) -> None:
     before = used()
     for _ in range(5):
         once()
-    assert used() == before
+    # A driver's threads that were told to end may take a moment.
+    deadline = time.monotonic() + 10
+    while any(now > then for now, then in zip(used(), before, strict=True)):
+        assert time.monotonic() < deadline, (used(), before)
+        time.sleep(0.05)
 
 
 def test_a_view_serves_many_threads(place: Place) -> None:

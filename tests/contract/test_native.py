@@ -20,6 +20,7 @@ from celery.backends.base import KeyValueStoreBackend
 from kombu.utils.encoding import ensure_bytes
 
 from celery_kafka_backend import codec, events
+from celery_kafka_backend.backend import _plain
 from celery_kafka_backend.events import Opaque
 from celery_kafka_backend.order import Rank, order_key, run_at
 from tests.contract.factories import FAR, RUN, R, batch, event_id, forgotten, group_saved, sent, stated
@@ -72,7 +73,9 @@ def documents(conf: dict[str, Any], suffix: str) -> list[events.Event]:
                 for part in ("result", "children", "args", "kwargs")
                 if meta.get(part)
             }
-            opaque = Opaque(meta=encoded, content_type="x", traceback=trace, **parts)
+            opaque = Opaque(
+                meta=encoded, content_type=backend.content_type, traceback=trace, plain=_plain(meta), **parts
+            )
             event = stated(state, at, task=task, opaque=opaque, id=event_id(task), **about)
         done = meta["date_done"]
         found.append(msgspec.structs.replace(event, date_done=done, name="proj.add"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from tests.services import kafka, redis
+from tests.services import kafka, mongodb, redis
 from tests.services.errors import Missing, ServiceError
 
 if TYPE_CHECKING:
@@ -44,5 +44,6 @@ SERVICES = {
     "kafka3": Service(
         kafka.missing, kafka.install, functools.partial(kafka.start, 3), lambda cluster: cluster.bootstrap
     ),
+    "mongodb": Service(mongodb.missing, mongodb.install, mongodb.start, lambda server: server.url),
     "redis": Service(redis.missing, redis.install, redis.start, lambda server: server.url),
 }

@@ -88,6 +88,14 @@ def redis(*, appendonly: bool, ready: Callable[[int], bool]) -> Container:
     return Container(project, "redis", port, functools.partial(ready, port))
 
 
+def mongodb(*, ready: Callable[[int], bool]) -> Container:
+    """Start a MongoDB, without waiting for it; ``ready`` is given its port."""
+    (port,) = ports.free(1)
+    project = Project(ONE, {"CKB_MONGODB_PORT": str(port)})
+    project.compose("up", "--detach", "mongodb", timeout_s=PULL_TIMEOUT_S)
+    return Container(project, "mongodb", port, functools.partial(ready, port))
+
+
 class Project:
     """One compose project: its containers, network and volumes have a name that no other run has."""
 

@@ -1,0 +1,169 @@
+"""Celery's own documents: what its MongoDB backend would have written into each field, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, Final
+
+import bson
+import msgspec
+from bson.datetime_ms import DatetimeMS
+
+from celery_kafka_backend import codec
+from celery_kafka_backend.errors import CodecError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from celery_kafka_backend.events import Event
+
+TEXT: Final = frozenset({"application/json", "application/x-yaml"})
+"""Content types whose payload Celery keeps as text; all others are binary."""
+LARGE: Final = 1 << 20
+"""Arguments beyond this stay JSON text: as BSON they may take several times as much."""
+DEEP: Final = 100
+"""MongoDB takes 180 levels, ours included."""
+
+HIDDEN: Final[dict[str, Any]] = {
+    "status": "PENDING", "result": None, "traceback": None, "children": [], "date_done": None
+}  # fmt: skip
+"""A task of which nothing is to be shown: every field that the stock backend reads is there, and says that."""
+EMPTY_GROUP: Final[dict[str, Any]] = {"result": "[]", "date_done": None}
+"""A group that was deleted: the stock backend restores a group of no tasks."""
+
+
+def _date(iso: str | None) -> DatetimeMS | None:
+    try:
+        found = datetime.fromisoformat(iso.replace("Z", "+00:00")) if iso else None
+    except ValueError:
+        return None
+    if found is None:
+        return None
+    if found.tzinfo is None:
+        found = found.replace(tzinfo=timezone.utc)
+    return DatetimeMS(int(found.timestamp() * 1000))
+
+
+def _payload(encoded: bytes | None, content_type: str) -> str | bytes | None:
+    if encoded is None or content_type not in TEXT:
+        return encoded
+    try:
+        return encoded.decode()
+    except UnicodeDecodeError:
+        return encoded
+
+
+def _decoded(raw: msgspec.Raw) -> Any:
+    return msgspec.json.decode(raw) if bytes(raw) else None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that MongoDB can keep: itself, or its JSON text where BSON has no way to say it."""
+    if not value:
+        return value
+    text = msgspec.json.encode(value)
+    if len(text) <= LARGE and text.count(b"[") + text.count(b"{") <= DEEP and b'"$' not in text:
+        with contextlib.suppress(bson.errors.BSONError, OverflowError):
+            bson.encode({"": value})
+            return value
+    return text.decode()
+
+
+def task_fields(event: Event, document: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    """Return Celery's fields, and the document as what stands before and behind the ``result`` field's text.
+
+    A document that does not contain that field byte for byte comes whole.
+    """
+    if event.opaque is not None:
+        o = event.opaque
+        extended: Any = (event.name, event.worker, event.attempt, event.queue) if o.args or o.kwargs else None
+        fields = _fields(event, event.state, _payload(o.result, o.content_type), o.traceback, o.plain or {}, extended)
+        return fields, [document]
+    try:
+        p = codec.native_parts(document)
+    except CodecError:
+        return {**HIDDEN, "status": event.state, "date_done": _date(event.date_done)}, [document]
+    raw = bytes(p.result)
+    extended = (p.name, p.worker, p.retries, p.queue) if bytes(p.args) or bytes(p.kwargs) or p.name else None
+    parts = {name: _decoded(getattr(p, name)) for name in ("children", "args", "kwargs")}
+    fields = _fields(event, p.status, raw.decode() or None, p.traceback, parts, extended)
+    start = document.find(raw) if raw else -1
+    return fields, [document] if start < 0 else [document[:start], document[start + len(raw) :]]
+
+
+def _fields(
+    event: Event, status: str | None, result: Any, traceback: str | None, parts: dict[str, Any], extended: Any
+) -> dict[str, Any]:
+    fields = {
+        "status": status,
+        "result": result,
+        "traceback": traceback,
+        "children": _plain(parts.get("children")) or [],
+        "date_done": _date(event.date_done),
+    }
+    if event.group:
+        fields["group_id"] = event.group
+    if event.parent:
+        fields["parent_id"] = event.parent
+    if extended is not None:
+        fields["name"], fields["worker"], fields["retries"], fields["queue"] = extended
+        fields["args"], fields["kwargs"] = _plain(parts.get("args")), _plain(parts.get("kwargs"))
+    return fields
+
+
+def group_fields(event: Event, document: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    """Return Celery's fields of a saved group, which keep the members' ids alone, and the whole document."""
+    try:
+        if event.opaque is not None:
+            kind = event.opaque.content_type
+            members = (event.opaque.plain or {})["children"]
+        else:
+            kind = "application/json"
+            members = msgspec.json.decode(document)["result"][1]
+        ids = [member[0][0] for member in members]
+    except (msgspec.MsgspecError, LookupError, TypeError):
+        return {**EMPTY_GROUP, "date_done": DatetimeMS(event.at)}, [document]
+    return {"result": _encoded_ids(ids, kind), "date_done": DatetimeMS(event.at)}, [document]
+
+
+def _encoded_ids(ids: Sequence[str], content_type: str) -> str | bytes:
+    if content_type == "application/x-python-serialize":
+        return pickle.dumps(ids, protocol=2)
+    if content_type == "application/x-msgpack":
+        return msgspec.msgpack.encode(ids)
+    return json.dumps(ids)  # which is YAML too
+
+
+def document_of(found: dict[str, Any]) -> bytes:
+    """Return the bytes of a document of ours."""
+    pieces = found["ckb"]["d"]
+    if len(pieces) == 1:
+        return bytes(pieces[0])
+    return bytes(pieces[0]) + str(found["result"]).encode() + bytes(pieces[1])
+
+
+def stock_document(found: dict[str, Any]) -> bytes | None:
+    """Return what a key-value backend would hold for a document that Celery's backend wrote as JSON."""
+    result = found.get("result")
+    if not isinstance(result, str) and result is not None:
+        return None  # another serializer's: it cannot be put together without it
+    done = found.get("date_done")
+    if isinstance(done, DatetimeMS):
+        done = done.as_datetime().isoformat()
+    meta = {
+        "status": found.get("status"),
+        "result": msgspec.Raw((result or "null").encode()),
+        "traceback": found.get("traceback"),
+        "children": found.get("children") or [],
+        "date_done": done,
+        "task_id": found["_id"],
+    }
+    extended = ("name", "args", "kwargs", "worker", "retries", "queue", "group_id", "parent_id")
+    meta |= {name: found[name] for name in extended if name in found}
+    try:
+        return msgspec.json.encode(meta)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,199 @@
+"""The read side of the MongoDB store; collections and guarantee are in `mongodb`."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final
+
+from bson.datetime_ms import DatetimeMS
+from bson.max_key import MaxKey
+from bson.min_key import MinKey
+
+from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
+from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, View, document_row, side_row
+from celery_kafka_backend.sinks.mongodb_native import document_of, stock_document
+from celery_kafka_backend.sinks.mongodb_wire import (
+    CHORD,
+    CHORD_EXPIRY,
+    HISTORY,
+    POSITION,
+    SIDE,
+    Place,
+    expiry_ms,
+    translated,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from pymongo import MongoClient
+    from pymongo.collection import Collection
+
+CHUNK: Final = 1000
+"""Ids per round trip of a read."""
+
+
+def _now() -> DatetimeMS:
+    return DatetimeMS(time.time_ns() // 1_000_000)
+
+
+class MongoView(View):
+    """Reads a view in MongoDB."""
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        self._place = Place(url, options)
+        self.url = self._place.url
+        self._namespace = options.namespace
+        self._json = options.serializer == "json"
+        self._parked: list[MongoClient[dict[str, Any]]] = []
+        self._opened: MongoClient[dict[str, Any]] | None = None
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+
+    @property
+    def _client(self) -> MongoClient[dict[str, Any]]:
+        if self._pid != os.getpid():
+            self.after_fork()
+        client = self._opened
+        if client is None:
+            with self._lock:
+                client = self._opened = self._opened or self._place.connect()
+        return client
+
+    def after_fork(self) -> None:
+        """Park what the parent uses: a client is not fork-safe, and closing it would tell the parent's server."""
+        self._lock = threading.Lock()
+        if self._pid != os.getpid() and self._opened is not None:
+            self._parked.append(self._opened)
+            self._opened = None
+        self._pid = os.getpid()
+
+    def close(self) -> None:
+        """Disconnect; a later read connects anew."""
+        if self._pid == os.getpid() and self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _collection(self, name: str) -> Collection[dict[str, Any]]:
+        return self._place.collection(self._client, name)
+
+    def _native(self, subject: str) -> Collection[dict[str, Any]]:
+        return self._place.native(self._client, subject)
+
+    def _find(self, collection: Collection[dict[str, Any]], ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(ids), CHUNK):
+            yield from collection.find({"_id": {"$in": list(ids[start : start + CHUNK])}})
+
+    def documents(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Read by ``$in``, a thousand at a time."""
+        return self._documents(TASK, ids)
+
+    def groups(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Read by ``$in``, a thousand at a time."""
+        return self._documents(GROUP, ids)
+
+    def _documents(self, subject: str, ids: Sequence[str]) -> dict[str, bytes]:
+        with translated(self.url):
+            found = {each["_id"]: self._shown_of(each) for each in self._find(self._native(subject), ids)}
+        return {each: shown.document for each, shown in found.items() if shown.document is not None}
+
+    def _shown_of(self, found: dict[str, Any]) -> Shown:
+        """Return what one of Celery's documents shows now, without its side record."""
+        ckb, now = found.get("ckb"), _now()
+        if ckb is None:
+            return Shown(stock_document(found) if self._json else None, 0, "", None)
+        if ckb["x"] <= now:
+            return Shown(None, 0, "", None)
+        visible = ckb["d"] and not ("u" in ckb and ckb["u"] <= now)
+        return Shown(document_of(found) if visible else None, ckb["k"], ckb["e"], None)
+
+    def shown(self, ids: Sequence[str]) -> dict[str, Shown]:
+        """Read documents, then side records."""
+        with translated(self.url):
+            found = {each["_id"]: self._shown_of(each) for each in self._find(self._native(TASK), ids)}
+            now = _now()
+            for each in self._find(self._collection(SIDE), ids):
+                if each["x"] > now:
+                    found[each["_id"]] = found.get(each["_id"], Shown(None, 0, "", None))._replace(side=_side(each))
+        return {each: shown for each, shown in found.items() if shown != Shown(None, 0, "", None)}
+
+    def history(self, task_id: str) -> list[bytes]:
+        """Read a range of the primary index."""
+        first, last = ({"t": task_id, "h": end, "e": end} for end in (MinKey(), MaxKey()))
+        with translated(self.url):
+            found = self._collection(HISTORY).find({"_id": {"$gte": first, "$lte": last}}).sort("_id", 1)
+            now = _now()
+            return [bytes(each["value"]) for each in found if "x" not in each or each["x"] > now]
+
+    def chord(self, group_id: str) -> dict[str, bytes]:
+        """Read all facts of a group that has not expired."""
+        with translated(self.url):
+            if not self._collection(CHORD_EXPIRY).count_documents({"_id": group_id, "x": {"$gt": _now()}}, limit=1):
+                return {}
+            found = self._collection(CHORD).find({"_id.g": group_id})
+            return {each["_id"]["n"]: bytes(each["v"]) for each in found}
+
+    def positions(self) -> dict[Partition, int]:
+        """Read all of this pipeline's."""
+        with translated(self.url):
+            found = self._collection(POSITION).find({"_id.n": self._namespace})
+            return {Partition(each["_id"]["t"], each["_id"]["p"]): each["next"] for each in found}
+
+    def rows(self) -> Iterator[Row]:
+        """Scan the collections; not a snapshot."""
+        with translated(self.url):
+            for subject in (TASK, GROUP):
+                for each in self._native(subject).find({"ckb.x": {"$gt": _now()}}):
+                    shown, ckb = self._shown_of(each), each["ckb"]
+                    if shown.document is not None:
+                        yield document_row(subject, each["_id"], shown.document, expiry_ms(ckb.get("u")))
+                        if subject == TASK:
+                            columns = {name: each[name] for name in sorted(each) if name not in ("_id", "ckb")}
+                            yield Row("native", each["_id"], columns, expiry_ms(ckb.get("u")))
+                    if subject == GROUP:
+                        yield side_row(GROUP, each["_id"], ckb["k"], ckb["e"], Side(expires_at=expiry_ms(ckb["x"])))
+            yield from self._side_rows()
+            for each in self._collection(HISTORY).find({"$or": [{"x": {"$exists": False}}, {"x": {"$gt": _now()}}]}):
+                at = each["_id"]
+                columns = {"value": bytes(each["value"])}
+                yield Row("history", f"{at['t']}/{at['h']}/{at['e']}", columns, expiry_ms(each.get("x")))
+            yield from self._chord_rows()
+
+    def _side_rows(self) -> Iterator[Row]:
+        for chunk in _chunks(self._collection(SIDE).find({"x": {"$gt": _now()}})):
+            natives = self._native(TASK).find(
+                {"_id": {"$in": [each["_id"] for each in chunk]}}, {"ckb.d": 0, "result": 0}
+            )
+            keys = {each["_id"]: each["ckb"] for each in natives if "ckb" in each and each["ckb"]["x"] > _now()}
+            for each in chunk:
+                ckb = keys.get(each["_id"], {"k": 0, "e": ""})
+                yield side_row(TASK, each["_id"], ckb["k"], ckb["e"], _side(each))
+
+    def _chord_rows(self) -> Iterator[Row]:
+        for chunk in _chunks(self._collection(CHORD_EXPIRY).find({"x": {"$gt": _now()}})):
+            ends = {each["_id"]: expiry_ms(each["x"]) for each in chunk}
+            for each in self._collection(CHORD).find({"_id.g": {"$in": list(ends)}}):
+                group, name = each["_id"]["g"], each["_id"]["n"]
+                yield Row("chord", f"{group}/{name}", {"k": each["k"], "value": bytes(each["v"])}, ends[group])
+
+
+def _chunks(found: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    source = iter(found)
+    while chunk := list(islice(source, CHUNK)):
+        yield chunk
+
+
+def _side(found: dict[str, Any]) -> Side:
+    return Side(
+        run=found["run"],
+        seen=found["seen"],
+        sent=found.get("sent", 0),
+        received=found.get("received", 0),
+        started=found.get("started", 0),
+        attempts=found["attempts"],
+        workers=tuple(sorted(found.get("workers", ()))),
+        expires_at=expiry_ms(found["x"]),
+    )
