@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
@@ -65,6 +66,9 @@ logger = get_logger(__name__)
 HEAR_SLICE_S: Final = 0.1
 """One thread hears for all that wait in its process; the others look at their own result this often."""
 
+SHORTEST_PATIENCE_S: Final = 0.2
+"""A waiter in its last moments gives a healthy store so long to answer, rather than hang up on it."""
+
 _KINDS: Final = {
     states.STARTED: events.STARTED,
     states.RETRY: events.RETRY,
@@ -97,6 +101,7 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
         self._ear: Ear | None = None
         self._turn = threading.Condition()
         self._hearing = False
+        self._here = threading.local()
 
     @property
     def ear(self) -> Ear:
@@ -138,7 +143,7 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
                 return
             self._hearing = True
         try:
-            for task_id, document in self.ear.hear(slice_s).items():
+            for task_id, document in self.ear.hear(slice_s, self._patience_s()).items():
                 self._changed(task_id, document)
         finally:
             with self._turn:
@@ -152,10 +157,23 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
         if meta["status"] in states.READY_STATES:
             self.cancel_for(task_id)
 
-    def on_wait_for_pending(self, result: Any, **_: Any) -> None:
-        """Look once at what is there already, in the waiter's own thread."""
-        for task_id, document in self.ear.meet(list(_unknown(result))).items():
-            self._changed(task_id, document)
+    def _wait_for_pending(self, result: Any, timeout: float | None = None, **kwargs: Any) -> Iterator[None]:
+        """Look once at what is there already, in the waiter's own thread, then wait for the rest of the timeout."""
+        outer = getattr(self._here, "until", None)
+        # Celery takes 0, as None, for no timeout at all.
+        self._here.until = until = time.monotonic() + timeout if timeout else None
+        try:
+            for task_id, document in self.ear.meet(list(_unknown(result)), self._patience_s()).items():
+                self._changed(task_id, document)
+            left = None if until is None else max(until - time.monotonic(), 0.01)
+            yield from super()._wait_for_pending(result, timeout=left, **kwargs)
+        finally:
+            self._here.until = outer
+
+    def _patience_s(self) -> float | None:
+        """How long this thread's ``get`` may still wait for the store."""
+        until: float | None = getattr(self._here, "until", None)
+        return None if until is None else max(until - time.monotonic(), SHORTEST_PATIENCE_S)
 
 
 def _unknown(result: Any) -> Iterator[str]:

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final, TypeVar
 from uuid import uuid4
 
@@ -18,6 +19,7 @@ from celery_kafka_backend.sinks.registry import open_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.sinks.contract import Shown, StoreOptions, Subscription, View
@@ -168,11 +170,11 @@ class Ear:
             self._ids.pop(task_id, None)
             self._new.discard(task_id)
 
-    def meet(self, ids: Sequence[str]) -> dict[str, bytes]:
+    def meet(self, ids: Sequence[str], patience_s: float | None = None) -> dict[str, bytes]:
         """Listen for tasks and return the documents there are of them already.
 
         At once and in the caller's thread: whoever hears meanwhile would only do so after its turn.
-        A store that is away is left to `hear`, and this returns {}.
+        A store that is away, or silent for ``patience_s``, is left to `hear`, and this returns {}.
         """
         self._here()
         with self._lock:
@@ -180,18 +182,21 @@ class Ear:
                 self._ids.setdefault(each, None)
             self._new.update(ids)
         try:
-            return self._meet_pushed() if self._reader.view.push else self._reader.live().documents(ids)
+            with self._patient(patience_s):
+                return self._meet_pushed() if self._reader.view.push else self._reader.live().documents(ids)
         except Unavailable:
             return {}
 
-    def hear(self, timeout_s: float) -> dict[str, bytes]:
+    def hear(self, timeout_s: float, patience_s: float | None = None) -> dict[str, bytes]:
         """Return documents that are new or changed, {} if there are none within ``timeout_s``.
 
-        A store that is away makes this wait and return {}; it never raises `Unavailable`.
+        A store that is away makes this wait and return {}; it never raises `Unavailable`. Reading what is new may take
+        longer, but not longer than ``patience_s``.
         """
         self._here()
         try:
-            found = self._hear_pushed(timeout_s) if self._reader.view.push else self._poll(timeout_s)
+            with self._patient(patience_s):
+                found = self._hear_pushed(timeout_s) if self._reader.view.push else self._poll(timeout_s)
         except Unavailable as exc:
             if not self._said_lost:
                 logger.warning("the view is away, waiting for it: %s", exc)
@@ -205,6 +210,9 @@ class Ear:
             self._said_lost = False
         self._retry_pause = RETRY_FIRST_S
         return found
+
+    def _patient(self, patience_s: float | None) -> AbstractContextManager[None]:
+        return nullcontext() if patience_s is None else self._reader.live().within(patience_s)
 
     def _lose(self) -> None:
         subscription, self._subscription = self._subscription, None

@@ -26,6 +26,7 @@ Anything else is a bug and ends the process.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -34,6 +35,7 @@ from celery_kafka_backend.changes import GROUP
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from celery_kafka_backend.changes import Batch, Partition, Side
 
@@ -229,6 +231,13 @@ class View(ABC):
     @abstractmethod
     def after_fork(self) -> None:
         """Forget inherited connections without touching them."""
+
+    def within(self, timeout_s: float) -> AbstractContextManager[None]:  # noqa: ARG002 - for stores that can be silent
+        """Have what this thread asks for inside end after ``timeout_s``, with `Unavailable`.
+
+        Around everything that a ``get(timeout=…)`` does. A file or a memory answers at once, and needs no bound.
+        """
+        return nullcontext()
 
     def register(self, client: str, ids: Sequence[str], ttl_s: float) -> dict[str, bytes]:
         """Ask that `client` hear of these tasks for ``ttl_s``, and return their documents as they are after that.

@@ -14,10 +14,20 @@ from celery_kafka_backend.errors import Unavailable
 from celery_kafka_backend.order import KEY_DIGITS
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, Subscription, View, document_row, side_row
-from celery_kafka_backend.sinks.redis_wire import CHORD, CHORD_EXPIRY, NATIVE, connect, connection, translated, unpack
+from celery_kafka_backend.sinks.redis_wire import (
+    CHORD,
+    CHORD_EXPIRY,
+    NATIVE,
+    connect,
+    connection,
+    translated,
+    unpack,
+    within,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     import redis
 
@@ -102,6 +112,10 @@ class RedisView(View):
             self._parked.append(self._opened)
             self._opened = None
         self._pid = os.getpid()
+
+    def within(self, timeout_s: float) -> AbstractContextManager[None]:
+        """Bound each wait on the socket."""
+        return within(timeout_s)
 
     def close(self) -> None:
         """Close the pool; a later read opens a new one."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+import threading
+import time
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -28,6 +30,8 @@ CHORD_EXPIRY: Final = b""
 """The one field of a chord's hash that is no fact: no fact's name is empty."""
 PIPELINE: Final = 256
 """Commands sent before the replies to the ones before are read: Redis works while we encode."""
+SHORTEST_S: Final = 0.01
+"""A wait of 0 s would be none at all, not even for what is there."""
 AWAY: Final = re.compile(
     r"\b(OOM|READONLY|LOADING|MASTERDOWN|MISCONF|BUSY|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|UNKILLABLE|MOVED|ASK|UNBLOCKED)\b"
     r"|max number of clients"
@@ -116,9 +120,61 @@ def connect(url: str, options: StoreOptions, retries: int) -> redis.Redis:
     # Celery writes ssl_cert_reqs=CERT_REQUIRED, redis-py required.
     url = re.sub(r"(ssl_cert_reqs=)CERT_(\w+)", lambda found: found[1] + found[2].lower(), url)
     try:
-        return redis.Redis.from_url(url, **given)
+        client = redis.Redis.from_url(url, **given)
     except (ValueError, TypeError, redis.RedisError) as exc:
         raise SettingsError("view", f"{mask(url)}: {exc}") from exc
+    pool = client.connection_pool
+    pool.connection_class = type("Bounded", (_Bounded, pool.connection_class), {})
+    return client
+
+
+_here: Final = threading.local()
+
+
+@contextmanager
+def within(timeout_s: float) -> Iterator[None]:
+    """Have every wait of this thread for a server end after so long in all; it is then `Unavailable`."""
+    outer = getattr(_here, "until", None)
+    _here.until = time.monotonic() + timeout_s
+    try:
+        yield
+    finally:
+        _here.until = outer
+
+
+def _left_s(limit: float | None) -> float | None:
+    until = getattr(_here, "until", None)
+    if until is None:
+        return limit
+    left: float = max(until - time.monotonic(), SHORTEST_S)
+    return left if limit is None else min(limit, left)
+
+
+class _Bounded:
+    """In front of a connection of redis-py, whose timeouts belong to the connection: a waiter's belongs to the call."""
+
+    _sock: Any
+    socket_timeout: float | None
+    socket_connect_timeout: float | None
+
+    def _connect(self) -> Any:
+        given = self.socket_connect_timeout
+        self.socket_connect_timeout = _left_s(given)
+        try:
+            return super()._connect()  # type: ignore[misc]
+        finally:
+            self.socket_connect_timeout = given
+
+    def read_response(self, *args: Any, **kwargs: Any) -> Any:
+        sock = self._sock
+        if sock is None or getattr(_here, "until", None) is None:
+            return super().read_response(*args, **kwargs)  # type: ignore[misc]
+        sock.settimeout(_left_s(self.socket_timeout))
+        try:
+            return super().read_response(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self._sock is sock:  # else it was given up
+                sock.settimeout(self.socket_timeout)
 
 
 def connection(client: redis.Redis) -> Any:

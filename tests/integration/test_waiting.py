@@ -1,0 +1,98 @@
+"""A client that waits while its view is silent: the timeout is its own, not the connection's."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import uuid
+
+import pytest
+from celery import Celery
+from celery.exceptions import TimeoutError as NotInTime
+from celery.result import AsyncResult, GroupResult
+
+from tests.services import redis
+from tests.services.errors import ServiceError
+from tests.services.required import absent
+
+pytestmark = pytest.mark.redis
+
+THAW_S = 12.0
+"""Long after every timeout here, and before the connection's own 30 s."""
+
+
+@pytest.fixture(scope="module")
+def server():
+    try:
+        started = redis.start()
+    except ServiceError as error:
+        absent("redis", error)
+    yield started
+    started.stop()
+
+
+@pytest.fixture
+def app(server):
+    made = Celery("waiting", backend=f"kafka://127.0.0.1:1/?view={server.url}", set_as_current=False)
+    yield made
+    made.backend.result_consumer.stop()
+
+
+@contextlib.contextmanager
+def frozen(server):
+    """Freeze it; yield what is set when it had to be thawed because nobody came back."""
+    gave_up = threading.Event()
+
+    def thaw():
+        gave_up.set()
+        server.thaw()
+
+    watchdog = threading.Timer(THAW_S, thaw)
+    server.freeze()
+    watchdog.start()
+    try:
+        yield gave_up
+    finally:
+        watchdog.cancel()
+        server.thaw()
+
+
+def waits_in_vain(result, timeout):
+    started = time.monotonic()
+    with pytest.raises(NotInTime):
+        result.get(timeout=timeout)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("met", [False, True], ids=["before it first asked", "after it had connected"])
+def test_get_ends_by_its_timeout_though_the_view_is_frozen(server, app, met):
+    if met:
+        waits_in_vain(AsyncResult(str(uuid.uuid4()), app=app), 0.2)
+    with frozen(server) as gave_up:
+        waits_in_vain(AsyncResult(str(uuid.uuid4()), app=app), 0.5)
+        waits_in_vain(
+            GroupResult(str(uuid.uuid4()), [AsyncResult(str(uuid.uuid4()), app=app) for _ in range(3)], app=app), 0.5
+        )
+        assert not gave_up.is_set()
+
+
+def test_the_first_look_at_a_frozen_view_is_part_of_the_timeout(server, app):
+    with frozen(server) as gave_up:
+        # Twice that is more than the watchdog allows.
+        waits_in_vain(AsyncResult(str(uuid.uuid4()), app=app), THAW_S * 0.6)
+        assert not gave_up.is_set()
+
+
+def test_it_hears_when_the_view_is_back(server, app):
+    import redis as driver  # noqa: PLC0415 - the module above is the server
+
+    result = AsyncResult(str(uuid.uuid4()), app=app)
+    with frozen(server):
+        waits_in_vain(result, 0.5)
+    with driver.Redis.from_url(server.url) as store:
+        store.set(
+            f"celery-task-meta-{result.id}",
+            f'{{"status": "SUCCESS", "result": 42, "traceback": null, "children": [], "date_done": null, "task_id": "{result.id}"}}',
+        )
+    assert result.get(timeout=20) == 42
