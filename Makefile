@@ -19,7 +19,7 @@ SOURCES := $(wildcard $(foreach folder,celery_kafka_backend producer processors 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help preflight services venv test test-quick delivery-table lint format demo recycle bench conformance faults clean
+.PHONY: help preflight services venv test test-quick delivery-table lint format demo recycle bench bench-stores conformance faults clean
 
 help:  ## this text
 	@echo "Start here:"
@@ -95,6 +95,9 @@ bench: $(READY)  ## measure; ARGS='--help' tells what
 
 faults: $(READY)  ## kill, freeze, cut and slow everything, by a seed; ARGS='--seed 7 --rounds 20', '--help' tells more
 	$(BIN)/python -m tests.faults $(ARGS)
+
+bench-stores: $(READY)  ## how fast each store on disk takes the log, against its peers (10 minutes)
+	$(BIN)/python -m benchmarks.run stores $(ARGS)
 
 clean:  ## remove what make made here (not the cache of servers)
 	rm -rf $(VENV) .demo .conformance build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -36,9 +36,10 @@ BENCHES = {
     "catch_up": "how long the view lags after a ten-minute outage",
     "barrier": "a read that a lagging view does not fool, against a plain read",
     "process_model": "a producer per child against one publisher process per host (only with --long or by name)",
+    "stores": "events per second into the stores on disk, from the log and from memory (only with --long or by name)",
     "memory": "resident memory of a materializer from 1 to 5 million events (only with --long or by name)",
 }
-LONG = frozenset({"memory", "process_model"})
+LONG = frozenset({"stores", "memory", "process_model"})
 RUNS = 5
 
 
