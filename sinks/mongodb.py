@@ -30,6 +30,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import bson
 from bson.datetime_ms import DatetimeMS
 from pymongo import InsertOne, UpdateOne, errors
 
@@ -58,9 +59,12 @@ if TYPE_CHECKING:
     from pymongo.collection import Collection
 
     from celery_kafka_backend.changes import Batch, Change, ChordFact
+    from celery_kafka_backend.events import Event
 
 MAX_BSON: Final = 16 * 1024 * 1024 - 64 * 1024
 """A document's limit, less what stands around the payload."""
+SURELY_FITS: Final = 4 * 1024 * 1024
+"""A document that is not JSON stands beside its result, and beside children and arguments of 1 MB each at most."""
 SWEEP_EVERY_S: Final = 10.0
 SWEEP_ROWS: Final = 2000
 _NOTHING: Final = {TASK: HIDDEN, GROUP: EMPTY_GROUP}
@@ -124,7 +128,7 @@ class MongoSink(Sink):
         refused: list[tuple[str, str]] = []
         changes = []
         for change in batch.changes:
-            reason = _refusal(change, self._limit)
+            reason = _refusal(change, self._limit, history=self._history)
             refused.append((change.id, reason)) if reason else changes.append(change)
         with translated(self.url):
             self._bury(changes, batch.chords, now_ms)
@@ -232,13 +236,24 @@ class MongoSink(Sink):
             refused += [(writes[error["index"]].id, error["errmsg"]) for error in found]
 
 
-def _refusal(change: Change, limit: int) -> str:
+def _refusal(change: Change, limit: int, *, history: bool) -> str:
     try:
         change.id.encode()
     except UnicodeEncodeError as exc:
         return f"the id is not UTF-8: {exc}"
-    size = len(change.document or b"")
-    return f"a document of {size} bytes; the limit is {limit}" if size > limit else ""
+    document = change.document or b""
+    size = len(document)
+    if change.winner is not None and SURELY_FITS < size <= limit:
+        fields, pieces = _fields_of(change.subject, change.winner, document)
+        size = len(bson.encode({**fields, "d": pieces}))
+    if size > limit:
+        return f"a document of {size} bytes; the limit is {limit}"
+    largest = max((len(value) for _, value in change.history), default=0) if history else 0
+    return f"an event of {largest} bytes; the limit is {limit}" if largest > limit else ""
+
+
+def _fields_of(subject: str, event: Event, document: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    return (task_fields if subject == TASK else group_fields)(event, document)
 
 
 def _guarded(change: Change, now_ms: int) -> Write:
@@ -255,7 +270,7 @@ def _guarded(change: Change, now_ms: int) -> Write:
     if document is None:
         fields = _NOTHING[change.subject]
     else:
-        fields, guard["d"] = (task_fields if change.subject == TASK else group_fields)(winner, document)
+        fields, guard["d"] = _fields_of(change.subject, winner, document)
         if winner.expires_at:
             guard["u"] = DatetimeMS(winner.expires_at)
     # A document without a key, or with one that has expired, is below every key: a missing field is below all dates.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TEXT: Final = frozenset({"application/json", "application/x-yaml"})
 """Content types whose payload Celery keeps as text; all others are binary."""
 LARGE: Final = 1 << 20
-"""Arguments beyond this stay JSON text: as BSON they may take several times as much."""
+"""Arguments that take more than this as BSON stay JSON text."""
 DEEP: Final = 100
 """MongoDB takes 180 levels, ours included."""
 
@@ -67,8 +67,8 @@ def _plain(value: Any) -> Any:
     text = msgspec.json.encode(value)
     if len(text) <= LARGE and text.count(b"[") + text.count(b"{") <= DEEP and b'"$' not in text:
         with contextlib.suppress(bson.errors.BSONError, OverflowError):
-            bson.encode({"": value})
-            return value
+            if len(bson.encode({"": value})) <= LARGE:
+                return value
     return text.decode()
 
 

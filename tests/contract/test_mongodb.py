@@ -10,8 +10,9 @@ import msgspec
 import pytest
 from celery import Celery, states
 
-from celery_kafka_backend.changes import Partition
+from celery_kafka_backend.changes import Batch, Logged, Partition
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
+from celery_kafka_backend.events import Opaque
 from celery_kafka_backend.sinks import registry
 from celery_kafka_backend.sinks.contract import StoreOptions
 from tests.contract.factories import FAR, RUN, batch, forgotten, group_deleted, group_saved, json_document, sent, stated
@@ -170,6 +171,24 @@ def test_a_document_beyond_mongodb_s_limit_is_refused_by_name(sink: Any, view: A
             )
         )
     assert view.documents(["large", "almost"]) == {"almost": almost}
+
+
+def test_what_is_stored_twice_is_measured_twice(sink: Any, view: Any) -> None:
+    """A document that is not JSON stands beside its result: together they must fit."""
+    found = []
+    for task, size in (("fits", 7 << 20), ("large", 9 << 20)):
+        opaque = Opaque(meta=b"m" * size, content_type="application/x-python-serialize", result=b"r" * size)
+        found += batch(stated("SUCCESS", 10, task=task, opaque=opaque)).changes
+    for change in found:
+        change.history.clear()  # events of this size are not what this is about
+    with pytest.raises(Rejected) as caught:
+        sink.write(Batch(changes=found))
+    assert [each for each, _ in caught.value.reasons] == ["large"]
+    assert list(view.documents(["fits", "large"])) == ["fits"]
+    event = batch(stated("SUCCESS", 10, task="event")).changes[0]
+    event.history[0] = Logged(event.history[0].event, b"x" * (17 << 20))
+    with pytest.raises(Rejected, match="an event of"):
+        sink.write(Batch(changes=[event]))
 
 
 @pytest.mark.parametrize(
