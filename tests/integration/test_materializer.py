@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from tests.services.kafka import KafkaCluster
 
 PARTITIONS = 4
-PATIENCE_S = 30.0
+PATIENCE_S = 90.0
 ROOT = Path(__file__).parents[2]
 
 
