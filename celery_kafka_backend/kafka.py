@@ -147,6 +147,9 @@ def consumer_config(settings: Settings, group: str | None) -> dict[str, Any]:
         settings,
         {
             "session.timeout.ms": SESSION_TIMEOUT_MS,
+            # A broker that was frozen holds a commit that nobody will answer, and every heartbeat behind it. At the
+            # default of 60 s the group stood still for so long after the broker was back.
+            "socket.timeout.ms": 10_000,
             "heartbeat.interval.ms": 2_000,
             "max.poll.interval.ms": 300_000,
             "partition.assignment.strategy": "cooperative-sticky",

@@ -272,12 +272,16 @@ def _note(recorder: Recorder, kind: str, task_id: str, request: Any, name: str |
 # -- processes -------------------------------------------------------------------------------
 
 
-def refuse_second_app(**_: Any) -> None:
+def refuse_second_app(sender: Any = None, **_: Any) -> None:
     """Refuse to be the second app's worker on a log: a worker is ready, and has not looked at a message yet.
 
     Raises:
         SystemExit: With `ForeignLog`'s exit code; nothing else would get through Celery's signals.
     """
+    from celery.apps.worker import Worker  # noqa: PLC0415 - only a worker gets here, and has it
+
+    if not isinstance(getattr(sender, "controller", None), Worker):
+        return  # a worker in a thread of somebody's tests: not ours to end
     for recorder in recorders():
         try:
             found = ownership.read(recorder.settings, OWNER_S)
