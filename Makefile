@@ -47,8 +47,9 @@ $(READY): pyproject.toml
 services: $(READY)  ## download the servers that the tests need
 	$(BOUNDED) 1800 $(BIN)/python -m tests.services install
 
+# Two at once: most of it waits for servers. A file stays in one process, whose servers are its own.
 test: preflight $(READY) services lint  ## everything that CI checks
-	$(BOUNDED) 3600 $(PYTEST) $(ARGS)
+	$(BOUNDED) 4200 $(PYTEST) -n 2 --dist loadfile $(ARGS)
 
 test-quick: $(READY)  ## the tests that need no server
 	$(BOUNDED) 300 $(PYTEST) -n 2 $(QUICK_TESTS) -m "not kafka and not redis and not mongodb" $(ARGS)
