@@ -4,7 +4,7 @@ A view lags, by milliseconds or, while no processor runs, for ever. A reader tha
 asks Kafka where the partition of that one id ends, waits a moment for the view to get there, and
 else reads the rest itself, from the view's position to that end. Everything is bounded.
 
-Who needs it and what is safe where nobody can tell is the backend's to know; docs/adr/0011 has the
+Who needs it and what is safe where nobody can tell is the backend's to know; docs/adr/0013 has the
 reasons. Knows no Celery. Rights: Describe and Read on the log; no consumer group is joined.
 """
 
@@ -260,25 +260,26 @@ class Barrier:
         while len(self._unshown) > KEPT:
             self._unshown.popitem(last=False)
 
-    def with_unshown(
-        self, subject: str, documents: dict[str, bytes], ids: Sequence[str], reader: Reader, now_ms: int
-    ) -> dict[str, bytes]:
-        """Return the documents that a view shows of some ids, as they will be after this process's own last writes.
+    def documents(self, reader: Reader, subject: str, ids: Sequence[str], now_ms: int) -> dict[str, bytes]:
+        """Return the documents that a view shows of some ids, as they are after this process's own last writes.
 
         Raises:
-            Unavailable: The view does not say how far it is.
+            Unavailable: The view does not answer.
         """
-        for one in ids if self._unshown else ():
-            event = self._still_unshown(subject, one, reader.positions)
-            if event is None:
-                continue
-            shown = reader.shown(one) if subject == TASK else None
-            document = document_after(shown, event, now_ms)
+        # Asked before the documents are read: what the view has folded by now, they show.
+        unshown = {
+            one: event
+            for one in (ids if self._unshown else ())
+            if (event := self._still_unshown(subject, one, reader.positions)) is not None
+        }
+        found = reader.documents(ids) if subject == TASK else reader.groups(ids)
+        for one, event in unshown.items():
+            document = document_after(reader.shown(one) if subject == TASK else None, event, now_ms)
             if document is None:
-                documents.pop(one, None)
+                found.pop(one, None)
             else:
-                documents[one] = document
-        return documents
+                found[one] = document
+        return found
 
     def _still_unshown(self, subject: str, subject_id: str, positions: Positions) -> Event | None:
         kept = self._unshown.get((subject, subject_id))

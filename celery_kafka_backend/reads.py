@@ -1,7 +1,7 @@
 """How the backend reads: clients from the view, Celery's own code in a worker past the barrier.
 
 Celery's own code in a worker reads results back, and a view that lags would fail a task that succeeded. Which reads these
-are, and what is safe where nobody can tell, is in docs/adr/0011. No writing here.
+are, and what is safe where nobody can tell, is in docs/adr/0013. No writing here.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ class Reads(BaseKeyValueStoreBackend):  # type: ignore[misc]
     def mget(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return the values under several native keys of tasks."""
         ids = [bytes_to_str(key[len(self.task_keyprefix) :]) for key in keys]
-        found = self._with_unshown(TASK, self.reader.documents(ids), ids)
+        found = self._documents_of(TASK, ids)
         return [found.get(one) for one in ids]
 
-    def _with_unshown(self, subject: str, found: dict[str, bytes], ids: Sequence[str]) -> dict[str, bytes]:
-        return self.barrier.with_unshown(subject, found, ids, self.reader, self.recorder.clock.wall_ms())
+    def _documents_of(self, subject: str, ids: Sequence[str]) -> dict[str, bytes]:
+        return self.barrier.documents(self.reader, subject, ids, self.recorder.clock.wall_ms())
 
     # -- by Celery's own code in a worker --------------------------------------------------------
 
@@ -130,11 +130,11 @@ class Reads(BaseKeyValueStoreBackend):  # type: ignore[misc]
     def _group_document(self, group_id: str) -> bytes | None:
         """Return a saved group; in a worker as of now, for one task restores what another has just saved."""
         if not self.recorder.worker_pid:
-            return self._with_unshown(GROUP, self.reader.groups([group_id]), [group_id]).get(group_id)
+            return self._documents_of(GROUP, [group_id]).get(group_id)
         try:
             return self._within_bounds(partial(self._read_certain_group, group_id))
         except Unsure as exc:
-            found = self._with_unshown(GROUP, self.reader.groups([group_id]), [group_id]).get(group_id)
+            found = self._documents_of(GROUP, [group_id]).get(group_id)
             if found is None:
                 raise BackendGetMetaError(f"cannot tell whether group {group_id} was saved: {exc}") from exc
             return found

@@ -116,7 +116,8 @@ def test_a_saved_group_is_restored_by_whoever_saved_it_and_by_a_worker(fleet, tm
         saved.delete()
         assert GroupResult.restore(saved.id, app=tasks.app) is None
         assert _group_in_worker(fleet, tmp_path / "deleted", saved.id) is None
-    until(lambda: not fleet.app.app.backend.reader.groups([saved.id]), "the delete is not shown")
+    assert tasks.app.backend.catch_up(saved.id, timeout_s=SOON)
+    assert not tasks.app.backend.reader.groups([saved.id])
     assert GroupResult.restore(saved.id, app=tasks.app) is None
 
 

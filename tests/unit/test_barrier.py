@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from celery_kafka_backend import events, settings, topics
-from celery_kafka_backend.barrier import Allowance, document_after, greatest
+from celery_kafka_backend.barrier import Allowance, Barrier, document_after, greatest
+from celery_kafka_backend.changes import GROUP, Partition
 from celery_kafka_backend.errors import SettingsError, Unavailable, Unsure
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.reads import _within
@@ -92,3 +93,31 @@ def test_a_store_that_hangs_holds_an_event_loop_no_longer_than_its_bound():
 
     with pytest.raises(Unavailable):
         _within(60, away)
+
+
+class FoldingAtTheWorstMoment:
+    """A view that folds a process's delete right after that process asked it something, or just before."""
+
+    at = Partition("log", 0)
+
+    def __init__(self, folded):
+        self.folded = folded
+
+    def positions(self):
+        answer = {self.at: 2 if self.folded else 1}
+        self.folded = True
+        return answer
+
+    def groups(self, ids):
+        answer = {} if self.folded else {"t": b"deleted"}
+        self.folded = True
+        return answer
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_a_delete_stays_done_while_the_view_folds_it(folded):
+    barrier = Barrier(settings.parse("kafka://x/?view=memory://x"))
+    barrier.keep_unshown(event(kind=events.GROUP_DELETED, doc=b""), FoldingAtTheWorstMoment.at, 1)
+    view = FoldingAtTheWorstMoment(folded)
+    assert barrier.documents(view, GROUP, ["t"], NOW) == {}
+    assert barrier.documents(view, GROUP, ["t"], NOW) == {}
