@@ -65,6 +65,8 @@ MAX_BSON: Final = 16 * 1024 * 1024 - 64 * 1024
 """A document's limit, less what stands around the payload."""
 SURELY_FITS: Final = 4 * 1024 * 1024
 """A document that is not JSON stands beside its result, and beside children and arguments of 1 MB each at most."""
+CHUNK: Final = 1000
+"""Writes per round trip: a slow server must answer within the socket's timeout, or the same batch comes for ever."""
 SWEEP_EVERY_S: Final = 10.0
 SWEEP_ROWS: Final = 2000
 _NOTHING: Final = {TASK: HIDDEN, GROUP: EMPTY_GROUP}
@@ -225,15 +227,15 @@ class MongoSink(Sink):
     @staticmethod
     def _send(collection: Collection[dict[str, Any]], writes: Sequence[Write], refused: list[tuple[str, str]]) -> None:
         """Write all, in any order; add what the server will never take to ``refused``."""
-        if not writes:
-            return
-        try:
-            collection.bulk_write([write.operation for write in writes], ordered=False)
-        except errors.BulkWriteError as exc:
-            found = [error for error in exc.details["writeErrors"] if error["code"] != DUPLICATE]
-            if exc.details.get("writeConcernErrors") or any(error["code"] not in REFUSED for error in found):
-                raise
-            refused += [(writes[error["index"]].id, error["errmsg"]) for error in found]
+        for start in range(0, len(writes), CHUNK):
+            chunk = writes[start : start + CHUNK]
+            try:
+                collection.bulk_write([write.operation for write in chunk], ordered=False)
+            except errors.BulkWriteError as exc:
+                found = [error for error in exc.details["writeErrors"] if error["code"] != DUPLICATE]
+                if exc.details.get("writeConcernErrors") or any(error["code"] not in REFUSED for error in found):
+                    raise
+                refused += [(chunk[error["index"]].id, error["errmsg"]) for error in found]
 
 
 def _refusal(change: Change, limit: int, *, history: bool) -> str:

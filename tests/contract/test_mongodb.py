@@ -92,11 +92,18 @@ def test_a_server_killed_in_the_middle_of_a_batch_has_no_position_and_the_batch_
     own: service.MongoServer,
 ) -> None:
     url = own.clean_database()
-    sink, view = registry.open_sink(url, quick(url)), registry.open_view(url, quick(url))
+    sink, view = registry.open_sink(url, StoreOptions()), registry.open_view(url, StoreOptions())
     sink.open()
     ids = [f"t{n}" for n in range(6_000)]
     found = batch(*(stated("SUCCESS", 10, task=each) for each in ids), positions={Partition("x", 0): 9})
-    killer = threading.Timer(0.4, own.kill)
+
+    def kill_once_something_is_there() -> None:
+        with pymongo.MongoClient(url) as client:
+            while not client.get_default_database().celery_taskmeta.estimated_document_count():
+                time.sleep(0.005)
+        own.kill()
+
+    killer = threading.Thread(target=kill_once_something_is_there)
     killer.start()
     with pytest.raises(Unavailable):
         sink.write(found)

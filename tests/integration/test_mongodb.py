@@ -71,7 +71,7 @@ def test_a_mongod_killed_and_frozen_during_a_load_loses_nothing(kafka, topic_pre
     from confluent_kafka.admin import AdminClient, NewTopic  # noqa: PLC0415
 
     server = service.start()
-    url = f"{server.clean_database()}?socketTimeoutMS=2000"
+    url = f"{server.clean_database()}?socketTimeoutMS=5000"
     topic = topics.task_events(topic_prefix)
     admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
     wanted = {topic: 2, topics.chords(topic_prefix): 2, topics.dead_letters(topic_prefix): 1}
