@@ -294,6 +294,8 @@ class KafkaBackend(AsyncBackendMixin, Reads):  # type: ignore[misc]
             self._store(record, f"{state} of {task_id}", task_id, state, request)
         else:
             self.recorder.publisher.cast(record)
+            if request is None:  # an abort, or a state set from outside: what comes next may depend on it
+                self.recorder.publisher.send_casts()
         return encoded
 
     def _claimed(self, event: Event, request: Any) -> Event:

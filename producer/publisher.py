@@ -409,6 +409,11 @@ class Publisher:
         self._casts.append(record)
         return True
 
+    def send_casts(self) -> None:
+        """Let what was cast leave now. Never blocks."""
+        if self._producer is not None and self._pid == os.getpid():
+            self._send_casts(self._producer)
+
     def _send_casts(self, producer: Any) -> None:
         casts = self._casts
         while casts:
