@@ -21,6 +21,7 @@ from kombu.utils.encoding import bytes_to_str
 
 from celery_kafka_backend import codec, configure, events
 from celery_kafka_backend.changes import GROUP, TASK
+from celery_kafka_backend.claims import ClaimedMeta, Claims, reference
 from celery_kafka_backend.errors import CodecError, SettingsError, SpoolError, Unavailable, Unsure
 from celery_kafka_backend.reader import Reader
 
@@ -59,6 +60,35 @@ class Reads(BaseKeyValueStoreBackend):  # type: ignore[misc]
             return Reader(url, configure.store_options(self.app, self.settings, url))
         except SettingsError as exc:
             raise configure.improperly_configured(exc) from exc
+
+    @cached_property
+    def claims(self) -> Claims:
+        """Where large results lie.
+
+        Raises:
+            ImproperlyConfigured: fsspec or the store's driver is not installed, or refuses an option.
+        """
+        try:
+            return Claims(self.settings)
+        except SettingsError as exc:
+            raise configure.improperly_configured(exc) from exc
+
+    def decode_result(self, payload: Any) -> dict[str, Any]:
+        """Return a document's fields; of one that lies elsewhere, read when the result is asked for.
+
+        Raises (when it is asked for):
+            ClaimLost: The object is gone or damaged.
+            Unavailable: Its store does not answer.
+        """
+        claim = reference(payload)
+        if claim is None:
+            return super().decode_result(payload)  # type: ignore[no-any-return]
+        read = super().decode_result
+        return ClaimedMeta(payload, lambda: read(self.claims.get(claim)))
+
+    def meta_from_decoded(self, meta: dict[str, Any]) -> dict[str, Any]:
+        """Return fields with an exception as such; those that lie elsewhere become it when they are read."""
+        return meta if isinstance(meta, ClaimedMeta) else super().meta_from_decoded(meta)
 
     def get(self, key: bytes) -> bytes | None:
         """Return the value under one of Celery's native keys."""

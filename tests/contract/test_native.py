@@ -20,9 +20,9 @@ from celery.backends.base import KeyValueStoreBackend
 from kombu.utils.encoding import ensure_bytes
 
 from celery_kafka_backend import codec, events
-from celery_kafka_backend.backend import _plain
 from celery_kafka_backend.events import Opaque
 from celery_kafka_backend.order import Rank, order_key, run_at
+from celery_kafka_backend.writes import _plain
 from tests.contract.factories import FAR, RUN, R, batch, event_id, forgotten, group_saved, sent, stated
 
 if TYPE_CHECKING:

@@ -1,0 +1,215 @@
+"""How the backend begins chords and sends their parts; who decides is `processors.chords`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from celery import states
+from celery.result import GroupResult
+from celery.utils.functional import _regen
+from celery.utils.log import get_logger
+from kombu.exceptions import OperationalError
+from kombu.serialization import dumps
+from kombu.utils.encoding import ensure_bytes
+
+from celery_kafka_backend import chord_records
+from celery_kafka_backend.errors import PublishError, TooLarge
+from celery_kafka_backend.producer import headers as names
+from celery_kafka_backend.producer.members import members
+from celery_kafka_backend.producer.recorder import (
+    current_request,
+    field,
+    held_ids,
+    plain,
+)
+from celery_kafka_backend.producer.stubs import without_bodies
+from celery_kafka_backend.writes import Writes, encode_error
+
+if TYPE_CHECKING:
+    from celery_kafka_backend.producer.recorder import Identity
+
+logger = get_logger(__name__)
+
+
+class Chords(Writes):
+    """The chords' part of `backend.KafkaBackend`."""
+
+    # -- chords ------------------------------------------------------------------------------
+
+    def apply_chord(self, header_result_args: tuple[Any, ...], body: Any, **_: Any) -> None:
+        """Declare a chord; acknowledged before any header task is sent.
+
+        Raises:
+            OperationalError: Kafka did not acknowledge it within ``publish_timeout_s``.
+        """
+        self.ensure_chords_allowed()
+        group_id = header_result_args[0]
+        request = current_request()
+        clock = self.recorder.clock
+        # A chord frozen inside this message is declared again, as the same one, by a redelivery.
+        held = request is not None and (body.options.get("task_id") in held_ids(request))
+        generation = (field(request, names.HLC) if held else None) or clock.tick()
+        body.options[names.GENERATION] = generation
+        self.recorder.generations.keep(group_id, generation)
+        content_type, content_encoding, encoded = dumps(
+            without_bodies(dict(body)), serializer=self.app.conf.task_serializer
+        )
+        delivery_info = field(request, "delivery_info") or {}
+        record = chord_records.Declared(
+            group=group_id,
+            generation=generation,
+            body=ensure_bytes(encoded),
+            content_type=content_type,
+            content_encoding=content_encoding,
+            body_task_id=body.options.get("task_id") or body.id,
+            body_name=body.task or "",
+            immutable=bool(body.immutable),
+            root=field(request, "root_id"),
+            parent=field(request, "id"),
+            priority=delivery_info.get("priority"),
+            stamps=_stamps(request),
+            group_result=self._shape(header_result_args[1]),
+            at=clock.wall_ms(),
+            host=self.recorder.host,
+            pid=self.recorder.pid,
+        )
+        if self.settings.chord_key:
+            record = chord_records.sign(record, self.settings.chord_key)
+        self._declare(record, "declaring")
+
+    def _shape(self, results: Any) -> bytes | None:
+        """Return how the header is nested, encoded as the body is; None if it is flat.
+
+        A generator is not unrolled to find out: Celery does not either, and its results come out flat.
+        """
+        if isinstance(results, _regen) or not any(isinstance(one, GroupResult) for one in results):
+            return None
+        shape = _nesting(self.app.GroupResult(None, results))
+        return bytes(ensure_bytes(dumps(shape, serializer=self.app.conf.task_serializer)[2]))
+
+    def set_chord_size(self, group_id: str, chord_size: int) -> None:
+        """Say how many parts a chord has; acknowledged before its last header task is sent.
+
+        Raises:
+            OperationalError: As `apply_chord`.
+        """
+        generation = self.recorder.generations.get(group_id)
+        if generation is None:
+            request = current_request()
+            generation = _generation(field(request, "chord")) if field(request, "group") == group_id else None
+        if generation is None:
+            return  # a group inside a chord declared elsewhere: its size is part of that one's
+        at = self.recorder.clock.wall_ms()
+        self._declare(chord_records.Sized(group=group_id, generation=generation, size=chord_size, at=at), "sizing")
+
+    def add_to_chord(self, chord_id: str, result: Any) -> None:
+        """Let a chord wait for one more task; acknowledged before that is sent.
+
+        Raises:
+            OperationalError: As `apply_chord`.
+        """
+        request = current_request()
+        generation = _generation(field(request, "chord")) or self.recorder.generations.get(chord_id)
+        if generation is None:
+            return
+        record = chord_records.Extended(
+            group=chord_id,
+            generation=generation,
+            task=result.id,
+            by=field(request, "id"),
+            at=self.recorder.clock.wall_ms(),
+        )
+        self._declare(record, "extending")
+
+    def _declare(self, record: chord_records.Record, doing: str) -> None:
+        try:
+            encoded = self.recorder.chord_record(record.group, *chord_records.encode(record))
+            self.recorder.courier.carry(encoded, f"{doing} chord {record.group}", self.settings.publish_timeout_s)
+        except TooLarge as exc:
+            raise encode_error(exc) from exc
+        except PublishError as exc:
+            raise OperationalError(
+                f"{doing} chord {record.group} in Kafka at {self.settings.bootstrap_servers}: {exc}"
+            ) from exc
+
+    def on_chord_part_return(self, request: Any, state: str, result: Any, **_: Any) -> None:
+        """Send a member's outcome, unless `_ending` has already done so."""
+        task_id = field(request, "id")
+        if getattr(self._here, "parted", None) == task_id:
+            return
+        # Of a failed chain, or a chord's body failed by the chord processor: any canvas, none of which ever ran.
+        for member in members(request):
+            self._send_part(member, state, result, self._identity(member.id, state, member), stored=True)
+
+    def _send_part(self, request: Any, state: str, result: Any, who: Identity, stored: bool) -> None:
+        group_id, task_id, chord = field(request, "group"), field(request, "id"), field(request, "chord")
+        generation = _generation(chord)
+        if not group_id or not task_id:
+            return
+        if generation is None:
+            logger.error(
+                "task %s belongs to a chord that was begun on another result backend: %s will not hear of it",
+                task_id,
+                group_id,
+            )
+            return
+        succeeded = state == states.SUCCESS
+        ignored = succeeded and not stored
+        content_type = content_encoding = ""
+        payload = b""
+        if not (ignored or (succeeded and chord.get("immutable"))):
+            if state == states.REVOKED and result is None:
+                result = _revoked()
+            content_type, content_encoding, encoded = self._encode(self.encode_result(result, state))
+            payload = bytes(ensure_bytes(encoded))
+        record = chord_records.Part(
+            group=group_id,
+            generation=generation,
+            task=task_id,
+            index=field(request, "group_index"),
+            id=who.id,
+            key=who.key,
+            state=state,
+            result=payload,
+            content_type=content_type,
+            content_encoding=content_encoding or "",
+            ignored=ignored,
+            exception="" if succeeded else repr(result)[: chord_records.EXCEPTION_LIMIT],
+            root=field(request, "root_id"),
+            parent=field(request, "parent_id"),
+            priority=(field(request, "delivery_info") or {}).get("priority"),
+            stamps=_stamps(request),
+            at=who.wall,
+            worker=field(request, "hostname") or "",
+            told=tuple(field(request, "told") or ()),
+        )
+        try:
+            encoded_part = self.recorder.chord_record(group_id, *chord_records.encode(record))
+        except TooLarge as exc:
+            raise encode_error(exc) from exc
+        self._store(encoded_part, f"part of chord {group_id} by {task_id}", task_id, state, request)
+
+
+def _generation(chord: Any) -> int | None:
+    found = (chord.get("options") or {}).get(names.GENERATION) if isinstance(chord, dict) else None
+    return found if isinstance(found, int) else None
+
+
+def _nesting(result: Any) -> list[Any]:
+    """Return a result as ``as_tuple()`` does, without its parents: a chain would repeat them in every member."""
+    children = [_nesting(child) for child in result.results] if isinstance(result, GroupResult) else None
+    return [[result.id, None], children]
+
+
+def _stamps(request: Any) -> dict[str, Any] | None:
+    stamped = field(request, "stamped_headers")
+    if not stamped:
+        return None
+    stamps = field(request, "stamps") or {}
+    return {"stamped_headers": list(stamped), **{one: plain(stamps.get(one)) for one in stamped}}
+
+
+def _revoked() -> BaseException:
+    from celery.exceptions import TaskRevokedError  # noqa: PLC0415 - what Celery itself stores
+
+    return TaskRevokedError("revoked")  # type: ignore[no-any-return]

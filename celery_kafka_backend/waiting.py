@@ -1,0 +1,114 @@
+"""How waiting works: Celery's result consumer on one `Ear`, heard by one thread for all."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from celery import states
+from celery.backends.asynchronous import BaseResultConsumer
+
+from celery_kafka_backend.reader import Ear
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+HEAR_SLICE_S: Final = 0.1
+"""One thread hears for all that wait in its process; the others look at their own result this often."""
+
+SHORTEST_PATIENCE_S: Final = 0.2
+"""A waiter in its last moments gives a healthy store so long to answer, rather than hang up on it."""
+
+
+class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
+    """Celery's waiting machinery on one `Ear`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ear: Ear | None = None
+        self._turn = threading.Condition()
+        self._hearing = False
+        self._here = threading.local()
+
+    @property
+    def ear(self) -> Ear:
+        """The process's ear."""
+        if self._ear is None:
+            self._ear = Ear(self.backend.reader, self.backend.settings.poll_interval_s)
+        return self._ear
+
+    def start(self, initial_task_id: str, **_: Any) -> None:
+        """Start listening with a first task."""
+        self.ear.add(initial_task_id)
+
+    def consume_from(self, task_id: str) -> None:
+        """Listen for a task."""
+        self.ear.add(task_id)
+
+    def cancel_for(self, task_id: str) -> None:
+        """Stop listening for a task."""
+        if self._ear is not None:
+            self._ear.drop(task_id)
+
+    def stop(self) -> None:
+        """Stop listening."""
+        if self._ear is not None:
+            self._ear.close()
+
+    def on_after_fork(self) -> None:
+        """Start anew in a fork."""
+        self._ear = None
+        self._turn = threading.Condition()
+        self._hearing = False
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        """Hear for a moment: one thread listens, the others wait for what it hears."""
+        slice_s = HEAR_SLICE_S if timeout is None else min(timeout, HEAR_SLICE_S)
+        with self._turn:
+            if self._hearing:
+                self._turn.wait(slice_s)
+                return
+            self._hearing = True
+        try:
+            for task_id, document in self.ear.hear(slice_s, self._patience_s()).items():
+                self._changed(task_id, document)
+        finally:
+            with self._turn:
+                self._hearing = False
+                self._turn.notify_all()
+
+    def _changed(self, task_id: str, document: bytes) -> None:
+        meta = self.backend.decode_result(document)
+        meta.setdefault("task_id", task_id)
+        self.on_state_change(meta, None)
+        if meta["status"] in states.READY_STATES:
+            self.cancel_for(task_id)
+
+    def _wait_for_pending(self, result: Any, timeout: float | None = None, **kwargs: Any) -> Iterator[None]:
+        """Look once at what is there already, in the waiter's own thread, then wait for the rest of the timeout."""
+        outer = getattr(self._here, "until", None)
+        # Celery takes 0, as None, for no timeout at all.
+        self._here.until = until = time.monotonic() + timeout if timeout else None
+        try:
+            for task_id, document in self.ear.meet(list(_unknown(result)), self._patience_s()).items():
+                self._changed(task_id, document)
+            left = None if until is None else max(until - time.monotonic(), 0.01)
+            yield from super()._wait_for_pending(result, timeout=left, **kwargs)
+        finally:
+            self._here.until = outer
+
+    def _patience_s(self) -> float | None:
+        """How long this thread's ``get`` may still wait for the store."""
+        until: float | None = getattr(self._here, "until", None)
+        return None if until is None else max(until - time.monotonic(), SHORTEST_PATIENCE_S)
+
+
+def _unknown(result: Any) -> Iterator[str]:
+    """Yield the ids of a result, or of the members of a group of groups, whose end is not known yet."""
+    if (members := getattr(result, "results", None)) is not None:
+        for each in members:
+            yield from _unknown(each)
+    elif result._cache is None:  # noqa: SLF001 - as Celery's own `ResultSet` asks
+        yield result.id
