@@ -122,12 +122,13 @@ def read_all(config, topic, partition):
     try:
         low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=20)
         consumer.assign([TopicPartition(topic, partition, low)])
-        found, at, deadline = [], low, time.monotonic() + 20
+        found, at, deadline = [], low, time.monotonic() + 60
         while at < high and time.monotonic() < deadline:
             message = consumer.poll(0.1)
             if message is not None and message.error() is None:
                 at = message.offset() + 1
                 found.append((message.key(), message.value()))
+        assert at >= high, f"read up to {at} of {high} records"
         return found
     finally:
         consumer.close()
