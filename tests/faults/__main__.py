@@ -17,6 +17,9 @@ from pathlib import Path
 from tests.faults import checker, nemesis
 from tests.faults.world import World
 
+SHOWN = 10
+"""Violations per check that are printed; all are in the folder."""
+
 
 def main() -> int:
     """Run the seeds, one after the other."""
@@ -55,8 +58,13 @@ def one_round(seed: int, arguments: argparse.Namespace) -> bool:
         found = nemesis.run(world, faults, say=lambda text: print(text, flush=True))
     violations = checker.check(found)
     (folder / "violations.json").write_text(json.dumps([violation._asdict() for violation in violations], indent=1))
+    by_check: dict[str, list[checker.Violation]] = {}
     for violation in violations:
-        print(f"VIOLATION [{violation.check}] {violation.subject}: {violation.text}")
+        by_check.setdefault(violation.check, []).append(violation)
+    for check, found_by_it in by_check.items():
+        for violation in found_by_it[:SHOWN]:
+            print(f"VIOLATION [{check}] {violation.subject}: {violation.text}")
+        print(f"VIOLATIONS [{check}]: {len(found_by_it)}")
     print("; ".join(f"{name} {figure}" for name, figure in checker.figures(found).items()))
     verdict = f"{len(violations)} violations" if violations else "nothing lost"
     print(f"seed {seed}: {verdict}, {time.monotonic() - started:.0f} s", flush=True)

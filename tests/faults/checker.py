@@ -19,8 +19,12 @@ SEND_MARGIN_S = 5.0
 """Likewise for a ``delay()``; the queue of the tasks is never hurt."""
 CHORD_SEND_S = 35.0
 """A chord's declaration and size are acknowledged: three records of ``publish_timeout_s`` at most."""
-SAID_BY_CELERY = ("WorkerLostError: ", "BackendStoreError: ", "ChordError: ", "Terminated: ")
-"""Failures that no task raised. The first and the last: its process died; the second: the result could not be stored."""
+SAID_BY_CELERY = ("WorkerLostError: ", "ChordError: ", "Terminated: ")
+"""Failures that no task raised, and that are true: its process died, a member failed.
+
+Not among them is what becomes of a result that could not be stored (``BackendStoreError``; Celery's own backend shows
+the driver's error): the task's success is lost, though the log of the worker says so.
+"""
 
 
 class Execution(NamedTuple):

@@ -33,8 +33,9 @@ def run(world: World, faults: Sequence[Fault], say: Callable[[str], None] = prin
     journal = Journal(world.journal, "nemesis")
     world.start_clients()
     strike(world, faults, journal, say)
+    healed_at = time.monotonic()
     stuck = rest(world)
-    say("asking everything to end")
+    say(f"at rest {time.monotonic() - healed_at:.0f} s after the last heal; asking everything to end")
     exits = []
     # Processors last: what the workers say at their end is to be folded too.
     for names in (("watcher", "worker-1", "worker-2"), ("pipeline",)):
@@ -43,6 +44,7 @@ def run(world: World, faults: Sequence[Fault], say: Callable[[str], None] = prin
         exits += [service.ended(at) for service, at in asked]
         if world.backend == "kafka" and "pipeline" not in names:
             stuck += folded(world)
+    say("ended: " + ", ".join(f"{name} with {code} after {took_s:.1f} s" for name, code, took_s in exits))
     disturbed = any(fault.target in DISTURBS_CHORDS for fault in faults)
     return evidence.collect(world, exits=exits, stuck=stuck, calm=not disturbed)
 
