@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
-from tests.services import cache
-from tests.services.errors import ServiceError
+from tests.services import cache, commands
 
 VERSION = "5.7.0"
 SHA256 = "6a5dfcf6662287204f009a02002b9e66c83d4105e47ebabdc7079108772fc6f0"
 COLLECTED = 409
 FOLDER = Path("t/integration")
-DOWNLOAD_TIMEOUT_S = 600
 
 
 def fetched() -> Path:
@@ -26,17 +21,7 @@ def fetched() -> Path:
 
 def _fetch(into: Path) -> None:
     name = f"celery-{VERSION}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-binary", ":all:", "--no-deps"]
-    done = subprocess.run(
-        [*command, "--dest", str(into), f"celery=={VERSION}"],
-        capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S, check=False,
-    )  # fmt: skip
-    archive = into / f"{name}.tar.gz"
-    if done.returncode or not archive.exists():
-        raise ServiceError(f"cannot download the source of Celery {VERSION}: {done.stderr.strip()[-500:]}")
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != SHA256:
-        raise ServiceError(f"{archive.name} has the sha256 {found}, expected {SHA256}")
+    archive = commands.pip_download(f"celery=={VERSION}", into, "--quiet", "--no-binary", ":all:", sha256=SHA256)
     with tarfile.open(archive) as opened:
         wanted = [
             m for m in opened.getmembers() if m.name == f"{name}/pyproject.toml" or m.name.startswith(f"{name}/t/")

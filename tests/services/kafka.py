@@ -6,12 +6,11 @@ import base64
 import concurrent.futures
 import functools
 import shutil
-import subprocess
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.services import cache, docker, maven, ports, scratch
+from tests.services import cache, commands, docker, maven, ports, scratch
 from tests.services.errors import Missing, ServiceError
 from tests.services.kafka_wire import live_brokers
 from tests.services.native import Process
@@ -183,20 +182,7 @@ def _format(java: Sequence[str], configs: Sequence[Path]) -> None:
     tool = [*java, "kafka.tools.StorageTool", "format", "--cluster-id", cluster_id, "--config"]
 
     def run(config: Path) -> None:
-        try:
-            done = subprocess.run(
-                [*tool, str(config)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=FORMAT_TIMEOUT_S,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ServiceError(f"Kafka's data folder could not be formatted: {error}") from error
-        if done.returncode != 0:
-            raise ServiceError(f"Kafka's data folder could not be formatted:\n{done.stdout}")
+        commands.run([*tool, str(config)], FORMAT_TIMEOUT_S, "Kafka's data folder could not be formatted")
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(run, configs))

