@@ -12,7 +12,8 @@ Record of ``<prefix>.chords`` (compacted; partition = murmur2 of the group id, `
               default; or null, a tombstone: this fact is no longer needed
 
 * Compaction keeps the last record of a key, so a key names one fact. Two records with one key say
-  the same (a re-send after a lost acknowledgement); whoever needs one may read either.
+  the same (a re-send after a lost acknowledgement); whoever needs one may read either. But `Resent`
+  is written a second time when it is done, and says so.
 * ``v`` is the schema's version, 1 today, always written. A reader refuses a greater one
   (`UnknownVersion`; the record stays in the topic and is read again after an upgrade), accepts
   unknown *fields*, and refuses unknown kinds (`Unreadable`).
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
@@ -78,6 +79,7 @@ class Declared(_Record, frozen=True, omit_defaults=True, kw_only=True, tag=DECLA
         priority: That task's priority.
         stamps: That task's stamps: ``{"stamped_headers": […], header: …}``, JSON-able.
         group_result: The header's ``GroupResult.as_tuple()``, encoded as ``body`` is.
+        deadline: When the chord fails if it is not complete by then; None: never.
         at: Wall clock of the declaring process.
         host: Its host.
         pid: Its process id.
@@ -95,6 +97,7 @@ class Declared(_Record, frozen=True, omit_defaults=True, kw_only=True, tag=DECLA
     priority: int | None = None
     stamps: dict[str, Any] | None = None
     group_result: bytes | None = None
+    deadline: int | None = None
     at: int = 0
     host: str = ""
     pid: int = 0
@@ -230,6 +233,8 @@ class Decided(_Record, frozen=True, omit_defaults=True, kw_only=True, tag=DECIDE
         last: Position in the members of the one that completed the chord; the body inherits its
             root, priority and stamps.
         failed: Id of the first failed member in that order, for ``failure``.
+        why: Of a chord that was ended before it was complete: who or what ended it; the members
+            are those that were in, of one that fires only those that had succeeded.
         at: Wall clock of the author.
     """
 
@@ -242,6 +247,7 @@ class Decided(_Record, frozen=True, omit_defaults=True, kw_only=True, tag=DECIDE
     size: int = 0
     last: int = 0
     failed: str | None = None
+    why: str = ""
     at: int = 0
 
 
@@ -264,35 +270,53 @@ class Fired(_Record, frozen=True, omit_defaults=True, kw_only=True, tag=FIRED):
 
 
 class Cancelled(_Record, frozen=True, omit_defaults=True, kw_only=True, tag=CANCELLED):
-    """Reserved: a chord is to fail now, by an operator or a deadline. Readers skip it today.
+    """A chord that is not decided is not to wait any longer: an operator says so. The first one counts.
 
     Attributes:
         id: Unique per request.
         by: Who asks.
         reason: Why, for people.
+        fire: Send the body with the results that are there, instead of failing it.
         at: Wall clock of the one who asks.
+        mac: As in `Declared`.
     """
 
     id: str
     by: str = ""
     reason: str = ""
+    fire: bool = False
     at: int = 0
+    mac: str = ""
 
 
 class Resent(_Record, frozen=True, omit_defaults=True, kw_only=True, tag=RESENT):
-    """Reserved: an operator asks for the body to be sent again. Readers skip it today.
+    """An operator asks for the body of a fired chord to be sent again; then, under the same key, that this is done.
 
     Attributes:
         id: Unique per request.
         by: Who asks.
         reason: Why, for people.
         at: Wall clock of the one who asks.
+        mac: As in `Declared`, over what the one who asks says: none of what follows.
+        done: Wall clock of the owner that has carried it out; 0: it is still to be done.
+        owner: That owner.
+        run: The run that the body was sent with.
+        outcome: ``success``, or ``failure``: it was not sent.
+        found: It was not sent by the one who says so: its events of that run were found in the log.
+        why: Of a failure: why.
     """
 
     id: str
     by: str = ""
     reason: str = ""
     at: int = 0
+    mac: str = ""
+    done: int = 0
+    owner: str = ""
+    run: int | None = None
+    outcome: str = ""
+    found: bool = False
+    why: str = ""
 
 
 Record: TypeAlias = Declared | Sized | Extended | Part | Chosen | Decided | Fired | Cancelled | Resent
@@ -431,35 +455,48 @@ def _unescape(field: str) -> str:
     return field.replace("%7C", "|").replace("%25", "%")
 
 
-def sign(declared: Declared, secret: str) -> Declared:
-    """Return the declaration with its HMAC, or as it is when the secret is empty."""
-    return msgspec.structs.replace(declared, mac=_mac(declared, secret)) if secret else declared
+Signed = TypeVar("Signed", Declared, Cancelled, Resent)
+"""What only those may write who know the secret: it sends tasks, or keeps them from being sent."""
 
 
-def verify(declared: Declared, secret: str) -> bool:
-    """Return whether a declaration was made by someone who knows the secret; any is, if it is empty."""
-    return not secret or hmac.compare_digest(declared.mac.encode(), _mac(declared, secret).encode())
+def sign(record: Signed, secret: str) -> Signed:
+    """Return the record with its HMAC, or as it is when the secret is empty."""
+    return msgspec.structs.replace(record, mac=_mac(record, secret)) if secret else record
 
 
-def _mac(declared: Declared, secret: str) -> str:
-    """HMAC-SHA256 over a JSON array of every field of version 1 but ``mac``, in this order, maps sorted."""
+def verify(record: Declared | Cancelled | Resent, secret: str) -> bool:
+    """Return whether a record was made by someone who knows the secret; any was, if it is empty."""
+    return not secret or hmac.compare_digest(record.mac.encode(), _mac(record, secret).encode())
+
+
+def _mac(record: Declared | Cancelled | Resent, secret: str) -> str:
+    """HMAC-SHA256 over a JSON array of what is signed, maps sorted."""
+    return hmac.new(secret.encode(), _canonical.encode(_signed(record)), hashlib.sha256).hexdigest()
+
+
+def _signed(record: Declared | Cancelled | Resent) -> list[Any]:
+    """Return what is signed, in an order that is never changed; a later field comes last, and only if it is there."""
+    if isinstance(record, Cancelled | Resent):
+        kind = CANCELLED if isinstance(record, Cancelled) else RESENT
+        asked = [1, kind, record.group, record.generation, record.id, record.by, record.reason, record.at]
+        return [*asked, record.fire] if isinstance(record, Cancelled) else asked
     signed = [
         1,
-        declared.group,
-        declared.generation,
-        declared.body,
-        declared.content_type,
-        declared.content_encoding,
-        declared.body_task_id,
-        declared.body_name,
-        declared.immutable,
-        declared.root,
-        declared.parent,
-        declared.priority,
-        declared.stamps,
-        declared.group_result,
-        declared.at,
-        declared.host,
-        declared.pid,
+        record.group,
+        record.generation,
+        record.body,
+        record.content_type,
+        record.content_encoding,
+        record.body_task_id,
+        record.body_name,
+        record.immutable,
+        record.root,
+        record.parent,
+        record.priority,
+        record.stamps,
+        record.group_result,
+        record.at,
+        record.host,
+        record.pid,
     ]
-    return hmac.new(secret.encode(), _canonical.encode(signed), hashlib.sha256).hexdigest()
+    return signed if record.deadline is None else [*signed, record.deadline]

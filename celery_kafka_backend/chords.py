@@ -23,6 +23,7 @@ from celery_kafka_backend.producer.recorder import (
     plain,
 )
 from celery_kafka_backend.producer.stubs import without_bodies
+from celery_kafka_backend.settings import MOST_S
 from celery_kafka_backend.writes import Writes, encode_error
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Chords(Writes):
 
         Raises:
             OperationalError: Kafka did not acknowledge it within ``publish_timeout_s``.
+            ValueError: Its option ``chord_deadline_s`` is no time.
         """
         self.ensure_chords_allowed()
         group_id = header_result_args[0]
@@ -50,11 +52,13 @@ class Chords(Writes):
         held = request is not None and (body.options.get("task_id") in held_ids(request))
         generation = (field(request, names.HLC) if held else None) or clock.tick()
         body.options[names.GENERATION] = generation
+        deadline_s = self._deadline_s(body)
         self.recorder.generations.keep(group_id, generation)
         content_type, content_encoding, encoded = dumps(
             without_bodies(dict(body)), serializer=self.app.conf.task_serializer
         )
         delivery_info = field(request, "delivery_info") or {}
+        at = clock.wall_ms()
         record = chord_records.Declared(
             group=group_id,
             generation=generation,
@@ -69,13 +73,23 @@ class Chords(Writes):
             priority=delivery_info.get("priority"),
             stamps=_stamps(request),
             group_result=self._shape(header_result_args[1]),
-            at=clock.wall_ms(),
+            deadline=int(at + deadline_s * 1000) if deadline_s else None,
+            at=at,
             host=self.recorder.host,
             pid=self.recorder.pid,
         )
         if self.settings.chord_key:
             record = chord_records.sign(record, self.settings.chord_key)
         self._declare(record, "declaring")
+
+    def _deadline_s(self, body: Any) -> float:
+        """Return after how many seconds a chord fails, 0 for never; its option is not for the body's message."""
+        given = body.options.pop(names.DEADLINE, None)
+        if given is None:
+            return self.settings.chord_deadline_s
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given < MOST_S:
+            raise ValueError(f"{names.DEADLINE}={given!r}: give seconds, or 0 for no deadline")
+        return float(given)
 
     def _shape(self, results: Any) -> bytes | None:
         """Return how the header is nested, encoded as the body is; None if it is flat.

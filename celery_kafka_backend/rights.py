@@ -75,7 +75,8 @@ def rights(prefix: str) -> list[Right]:
     ]
     for topic in (log, chord, dead):
         found += [Right(OPERATOR, "topic", topic, operation) for operation in ("Read", "Describe", "DescribeConfigs")]
-    return [*found, Right(OPERATOR, "group", groups, "Read")]
+    # `pipeline chord --fire|--fail|--resend`.
+    return [*found, Right(OPERATOR, "topic", chord, "Write"), Right(OPERATOR, "group", groups, "Read")]
 
 
 def of_role(prefix: str, role: str) -> list[Right]:

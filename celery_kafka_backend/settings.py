@@ -59,6 +59,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         min_insync_replicas: Copies that must have a record before it is acknowledged.
         retention_ms: How long the log keeps events.
         chord_key: Secret for an HMAC over chord declarations; "" for none.
+        chord_deadline_s: How long after its declaration a chord that is not complete fails; 0: it waits. A signature's
+            option of the same name goes before it.
+        chord_max_bytes: Largest sum of members' encoded results that a chord's body is sent; above it the chord fails.
         history: Which views keep every event, by URL scheme; default: each store's own.
         history_limit: Events kept per task where history is bounded (Redis).
         poll_interval_s: Longest pause between two reads of a waiter on a view without push.
@@ -96,6 +99,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     min_insync_replicas: int = 2
     retention_ms: int = 7 * DAY_MS
     chord_key: str = ""
+    chord_deadline_s: float = 0.0
+    chord_max_bytes: int = 64 << 20
     history: dict[str, bool] = {}
     history_limit: int = 200
     poll_interval_s: float = 0.5
@@ -323,7 +328,10 @@ def _check_numbers(settings: Settings) -> None:
     ):
         if not 0 < getattr(settings, name) < 86_400:
             _refuse(name, f"{getattr(settings, name)} is no sensible time", "more than 0 and less than 86400 seconds")
+    if not 0 <= settings.chord_deadline_s < MOST_S:
+        _refuse("chord_deadline_s", f"{settings.chord_deadline_s} is no sensible time", "seconds; 0 for no deadline")
     for name, least, most in (
+        ("chord_max_bytes", 1024, _INT32),
         ("max_message_bytes", 1024, _MOST_BYTES),
         ("claim_check_bytes", 1024, _INT32),
         ("partitions", 1, _INT32),
@@ -369,6 +377,8 @@ def _check_options(where: str, options: Mapping[str, Any], fixed: Mapping[str, t
             )
 
 
+MOST_S: Final = 10 * 366 * 86_400
+"""A longer time is a mistake."""
 _INT32: Final = (1 << 31) - 1
 _MOST_BYTES: Final = 1_000_000_000
 """librdkafka's own limit for a record."""

@@ -10,6 +10,7 @@ import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
+from celery import states
 from celery._state import _task_stack
 from celery.app.task import Context
 from celery.canvas import Signature, maybe_signature
@@ -19,7 +20,7 @@ from kombu.exceptions import OperationalError
 from kombu.serialization import loads, prepare_accept_content
 
 from celery_kafka_backend.chord_records import FAILURE, SUCCESS, Decided, Declared, Part
-from celery_kafka_backend.errors import PublishError
+from celery_kafka_backend.errors import PipelineError, PublishError
 from celery_kafka_backend.producer import headers
 from celery_kafka_backend.producer.members import errbacks, fingerprint, last_tasks
 
@@ -35,6 +36,14 @@ TRANSIENT: Final = (OperationalError, OSError, BackendStoreError, PublishError)
 translates what the operating system says.)"""
 
 
+NO_RUN: Final = 0
+"""No run is so early: what is stored under it counts less than all that is said of a real one."""
+
+
+class BadBody(PipelineError):  # noqa: N818 - named as in `errors`
+    """Raised when what was declared as a chord's body is none that this app can read."""
+
+
 def carry_out(app: Celery, declared: Declared, decided: Decided, parts: Sequence[Part | None]) -> str:
     """Send the body with the members' results, or fail it; return the outcome.
 
@@ -48,8 +57,12 @@ def carry_out(app: Celery, declared: Declared, decided: Decided, parts: Sequence
     Raises:
         TRANSIENT: Nothing, or not everything of a group body, was sent.
     """
-    callback = signature(app, declared)
     last = parts[decided.last] if parts else None
+    try:
+        callback = signature(app, declared)
+    except BadBody as exc:
+        logger.exception("Chord %r: cannot read its body", declared.group)
+        return _fail(app, _stand_in(app, declared), decided, _chord_error(str(exc), exc.__cause__))
     with _within(app, declared, last):
         try:
             args = () if declared.immutable and decided.outcome == SUCCESS else (join(app, declared, decided, parts),)
@@ -75,21 +88,47 @@ def _told(decided: Decided, parts: Sequence[Part | None]) -> Sequence[str]:
 
 
 def give_up(app: Celery, declared: Declared, decided: Decided, why: str) -> str:
-    """Fail a body whose results are lost; return the outcome."""
+    """Fail a body whose results are lost, or too much; return the outcome."""
     with _within(app, declared, None):
-        return _fail(app, signature(app, declared), decided, ChordError(f"Join error: {why}"))
+        try:
+            callback = signature(app, declared)
+        except BadBody:
+            callback = _stand_in(app, declared)
+        return _fail(app, callback, decided, ChordError(f"Join error: {why}"))
+
+
+def refuse(app: Celery, declared: Declared, why: str) -> None:
+    """Store that a body will not be sent, below everything that a run of it ever says.
+
+    So a forged declaration fails nobody's task, and a chord whose secret was only wrong for a while shows what it does.
+    """
+    with _of_run(app.backend, _stand_in(app, declared), NO_RUN):
+        app.backend.store_result(declared.body_task_id, ChordError(f"Chord {declared.group}: {why}"), states.FAILURE)
+
+
+def _stand_in(app: Celery, declared: Declared) -> Signature:
+    """Return a signature for a body that cannot be read: its id and name. Its errbacks nobody knows."""
+    return Signature(declared.body_name or "?", app=app, options={"task_id": declared.body_task_id})
 
 
 def signature(app: Celery, declared: Declared) -> Signature:
-    """Return the body as it was declared, ready to be applied."""
-    decoded = loads(
-        declared.body,
-        declared.content_type,
-        declared.content_encoding,
-        accept=prepare_accept_content(app.conf.accept_content),
-    )
-    callback = maybe_signature(decoded, app=app)
-    assert callback is not None
+    """Return the body as it was declared, ready to be applied.
+
+    Raises:
+        BadBody: It cannot be decoded, or is no signature.
+    """
+    try:
+        decoded = loads(
+            declared.body,
+            declared.content_type,
+            declared.content_encoding,
+            accept=prepare_accept_content(app.conf.accept_content),
+        )
+        callback = maybe_signature(decoded, app=app)
+    except Exception as exc:
+        raise BadBody(f"the body of the chord cannot be read: {exc!r}") from exc
+    if not isinstance(callback, Signature):
+        raise BadBody(f"the body of the chord is no signature, but a {type(decoded).__name__}")
     callback.options.pop(headers.GENERATION, None)
     callback.options.setdefault("task_id", declared.body_task_id)
     return callback
@@ -127,9 +166,11 @@ def join(app: Celery, declared: Declared, decided: Decided, parts: Sequence[Part
     """Return the members' results as the body's argument.
 
     Raises:
-        ChordError: The chord failed; says so of its first failed member, as Celery does.
+        ChordError: The chord failed; says so of its first failed member, as Celery does, or of what ended it.
     """
     backend = app.backend
+    if decided.outcome == FAILURE and decided.why:
+        raise ChordError(f"Chord {declared.group} was {decided.why}")
     if decided.outcome == FAILURE:
         failed = next(part for part in parts if part is not None and part.task == decided.failed and not part.succeeded)
         cause = _exception(backend, failed)
@@ -145,16 +186,30 @@ def join(app: Celery, declared: Declared, decided: Decided, parts: Sequence[Part
         accept=prepare_accept_content(app.conf.accept_content),
     )
     values = {part.task: _value(backend, part) for part in present}
-    nested = _nested(shape, values)
+    nested = _nested(_pruned(shape, values) if decided.why else shape, values)
     return nested if isinstance(nested, list) else [nested]
 
 
 def _nested(shape: Any, values: dict[str, Any]) -> Any:
     """Put values into the shape of a ``GroupResult.as_tuple()``: groups inside the header stay lists."""
+    children = shape[1]
+    if children is None:
+        return values[_id_of(shape)]
+    return [_nested(child, values) for child in children]
+
+
+def _pruned(shape: Any, values: dict[str, Any]) -> Any:
+    """Return the shape without the members of which there is no result."""
     head, children = shape
     if children is None:
-        return values[head[0] if isinstance(head, (list, tuple)) else head]
-    return [_nested(child, values) for child in children]
+        return shape
+    there = [child for child in children if child[1] is not None or _id_of(child) in values]
+    return [head, [_pruned(child, values) for child in there]]
+
+
+def _id_of(leaf: Any) -> str:
+    head = leaf[0]
+    return str(head[0] if isinstance(head, (list, tuple)) else head)
 
 
 def _value(backend: Any, part: Part) -> Any:

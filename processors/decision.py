@@ -12,21 +12,28 @@ it. An *owner* here is one process in one assignment; a later assignment is anot
 2. A chord is *complete* when it is declared and sized and has a part of every member: of ``size``
    plus every extension's delta distinct (task id, index). The set is counted, never the values.
    Of two parts of one member a success beats a failure, then the greater order key wins.
-3. The owner of a complete chord appends `Decided` (after its `Chosen` slices, if it is large): the
+   A chord that is declared and not complete may be *ended*: by the first `Cancelled` that is read, or by its
+   deadline. Complete beats ended: who was away looks at what came meanwhile first.
+3. The owner of a complete or ended chord appends `Decided` (after its `Chosen` slices, if it is large): the
    outcome, the parts, and the run of the body. Then it reads on until it sees a `Decided`.
    **The first by offset is the decision, for everybody and for ever.** Nothing that comes later
    changes it.
 4. Only the author of the first `Decided` sends the body: a zombie, or whoever it overtook, reads
    that it lost. It sends the parts that the decision names, with the task id and the run that the
    decision names.
-5. Then it appends `Fired`, and when it reads that, tombstones for everything but the first
-   `Decided` and `Fired`. Whatever comes later for a fired chord is tombstoned as well.
+5. Then it appends `Fired`, and when it reads that, tombstones for the parts and all else that has served.
+   What stays is what it takes to explain the chord and to send its body again: the declaration, the first
+   `Decided` (and its `Chosen`), `Fired`, and what operators asked. A part that comes later is tombstoned as well.
 6. An owner that finds a decision of another owner and no `Fired` takes over: at once if it was
    there before it had the partition; after `TAKE_OVER_AFTER_MS` if it appeared later (a zombie's
    decision can be first, and the zombie die before it sends). It looks for the body's events of
    that run in the log of the tasks, sends if there are none, and goes on at 5.
-7. Both remaining records are tombstoned after the log's retention: `Decided` first, for `Fired`
-   alone is harmless, and `Decided` alone means: send.
+7. The remaining records are tombstoned after the log's retention: `Fired` last, for it alone is harmless,
+   and a decision without it means: send.
+8. Of a fired chord every `Resent` that is not marked done is carried out by whoever owns the partition: the
+   body is sent with what the decision names, unless its events of that run are in the log; then the same
+   record is written once more, as done. The run follows from the broker's time of the request, so whoever
+   carries it out sends the same.
 
 **Invariants.**
 
@@ -37,8 +44,8 @@ it. An *owner* here is one process in one assignment; a later assignment is anot
   arrived, it drops everything and starts again as a new owner. (Two under one key, and compaction
   would keep the second, behind somebody else's.)
 * A record that a decision names is not tombstoned before `Fired` is in the log.
-* When a finished chord's records have been compacted, `Decided` and `Fired` are left; after
-  retention nothing.
+* When a finished chord's records have been compacted, no part is left; after the retention nothing.
+* A chord that is decided hears no `Cancelled` and no deadline, in whatever order they came.
 
 **Failure.** As in Celery, a chord with a failed member fails when *all* members are in, and says
 so of the first failed one in header order. (Celery's Redis backend counts every part, then joins.)
@@ -46,12 +53,12 @@ so of the first failed one in header order. (Celery's Redis backend counts every
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import msgspec
 
 from celery_kafka_backend import chord_records as records
-from celery_kafka_backend.changes import ChordFact
 from celery_kafka_backend.chord_records import (
     Cancelled,
     Choice,
@@ -67,23 +74,28 @@ from celery_kafka_backend.chord_records import (
     Sized,
 )
 from celery_kafka_backend.order import run_at
+from celery_kafka_backend.processors.chord_state import (
+    DONE,
+    NO_EXTENSIONS,
+    NO_KEYS,
+    NO_MEMBERS,
+    NO_SLICES,
+    Candidate,
+    Chord,
+    Ended,
+    Id,
+    slices_of,
+    stays,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from collections.abc import Set as AbstractSet
 
 TAKE_OVER_AFTER_MS: Final = 30_000
 """Another owner's decision that stays without `Fired` for this long is carried out by us."""
 
 ABANDON_FACTOR: Final = 4
 """A declared chord is given up after this many retention times without any record."""
-
-Id: TypeAlias = tuple[str, int]
-"""Group id and generation."""
-
-Member: TypeAlias = tuple[str, int | None]
-"""Task id and header index."""
-
 
 # -- actions -----------------------------------------------------------------------------------
 
@@ -119,86 +131,21 @@ class Forget(NamedTuple):
     keys: tuple[bytes, ...]
 
 
-Action: TypeAlias = Append | Fire | Forget
+class Resend(NamedTuple):
+    """Send the body of a fired chord again, then append the request once more, as done.
+
+    Attributes:
+        request: What was asked.
+        at_ms: The broker's time of it: its run, and since when to look for it.
+        wanted: Record keys and offsets of declaration, decision and its slices, as far as they are there.
+    """
+
+    request: Resent
+    at_ms: int
+    wanted: dict[bytes, int]
 
 
-# -- state -------------------------------------------------------------------------------------
-
-
-class _Candidate(NamedTuple):
-    """The best part of a member so far. Compares as the rule says."""
-
-    succeeded: bool
-    key: int
-    id: str
-    offset: int
-
-
-class _Chord:
-    """What the log says of one group and generation. Holds no payload."""
-
-    __slots__ = (
-        "body_task_id", "doing", "extended", "fired_at", "first", "first_at", "forgetting", "keep", "live", "members",
-        "seen_ms", "size", "slices",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.live: dict[bytes, int] = {}
-        """Offset of the last record of every key that is not tombstoned."""
-        self.body_task_id: str | None = None
-        self.size: int | None = None
-        self.extended: dict[str, tuple[int, int]] = {}
-        """Task id to delta and offset."""
-        self.members: dict[Member, _Candidate] = {}
-        self.slices: dict[tuple[str, int], tuple[Choice, ...]] = {}
-        self.first: Decided | None = None
-        self.first_at = 0
-        self.keep = b""
-        """Of a fired chord: key of the first decision."""
-        self.fired_at: int | None = None
-        self.seen_ms = 0
-        """Broker's time of the last record."""
-        self.doing = _Doing()
-        self.forgetting: AbstractSet[bytes] = _NO_KEYS
-        """Keys for which a tombstone is under way."""
-
-    @property
-    def complete(self) -> bool:
-        if self.body_task_id is None or self.size is None:
-            return False
-        # Not equality: with a member too many (an unknown one) the body must not wait for ever.
-        return len(self.members) >= self.size + sum(delta for delta, _ in self.extended.values())
-
-    def ordered(self) -> list[tuple[Member, _Candidate]]:
-        """Members in header order; one that a member added comes after it, with the same index."""
-
-        def place(item: tuple[Member, _Candidate]) -> tuple[bool, int, int, str]:
-            task, index = item[0]
-            return index is None, index or 0, self.extended.get(task, (0, -1))[1], task
-
-        return sorted(self.members.items(), key=place)
-
-
-class _Doing:
-    """What the host was told to do for one chord and has not yet shown in the log."""
-
-    __slots__ = ("deciding", "firing", "inherited", "overtaken_at")
-
-    def __init__(self) -> None:
-        self.deciding = False
-        self.firing = False
-        self.inherited = False
-        """The decision was in the log before this owner had the partition."""
-        self.overtaken_at: int | None = None
-        """When, by our wall clock, another owner's decision appeared."""
-
-
-# Shared by all finished chords, and never written to.
-_NO_KEYS: Final[frozenset[bytes]] = frozenset()
-_NO_MEMBERS: Final[dict[Member, _Candidate]] = {}
-_NO_SLICES: Final[dict[tuple[str, int], tuple[Choice, ...]]] = {}
-_NO_EXTENSIONS: Final[dict[str, tuple[int, int]]] = {}
-_DONE: Final = _Doing()
+Action: TypeAlias = Append | Fire | Forget | Resend
 
 
 class Ledger:
@@ -217,9 +164,14 @@ class Ledger:
         self.owner = owner
         self.slice_size = slice_size
         self.retention_ms = retention_ms
-        self._chords: dict[Id, _Chord] = {}
+        self._chords: dict[Id, Chord] = {}
         self._touched: set[Id] = set()
         self._waiting: set[Id] = set()
+        self._deadlines: list[tuple[int, Id]] = []
+        """A heap, which may name chords that are decided by now."""
+        self._asked: dict[bytes, tuple[Resent, int]] = {}
+        """Requests to send a body again that are not done, with the broker's time, by record key."""
+        self._resending: set[bytes] = set()
         self._live = False
 
     def __len__(self) -> int:
@@ -248,15 +200,29 @@ class Ledger:
         id_ = (record.group, record.generation)
         chord = self._chords.get(id_)
         if chord is None:
-            chord = self._chords[id_] = _Chord()
+            chord = self._chords[id_] = Chord()
         chord.live[records.key_of(record)] = offset
         chord.seen_ms = max(chord.seen_ms, at_ms)
         self._touched.add(id_)
-        if chord.fired_at is not None:
-            return  # late: all there is to do is to forget it
+        if isinstance(record, Resent):
+            self._ask(record, at_ms)
+        elif chord.fired_at is None:  # else late: all there is to do is to forget it
+            self._note(id_, chord, record, offset, at_ms)
+
+    def _ask(self, request: Resent, at_ms: int) -> None:
+        key = records.key_of(request)
+        if request.done:
+            self._asked.pop(key, None)
+            self._resending.discard(key)
+        else:
+            self._asked[key] = request, at_ms
+
+    def _note(self, id_: Id, chord: Chord, record: Record, offset: int, at_ms: int) -> None:
         match record:
             case Declared():
-                chord.body_task_id = record.body_task_id
+                chord.body_task_id, chord.deadline = record.body_task_id, record.deadline
+                if record.deadline is not None:
+                    heappush(self._deadlines, (record.deadline, id_))
             case Sized():
                 chord.size = record.size
             case Extended():
@@ -271,14 +237,14 @@ class Ledger:
                     chord.doing.inherited = not self._live
             case Fired():
                 chord.fired_at = at_ms
-            case Cancelled() | Resent():
-                pass  # reserved
+            case Cancelled():
+                chord.cancelled = chord.cancelled or record
 
-    def _part(self, chord: _Chord, part: Part, offset: int) -> None:
+    def _part(self, chord: Chord, part: Part, offset: int) -> None:
         if chord.first is not None:
             return  # frozen
         member = (part.task, part.index)
-        candidate = _Candidate(part.succeeded, part.key, part.id, offset)
+        candidate = Candidate(part.succeeded, part.key, part.id, offset)
         best = chord.members.get(member)
         if best is None or candidate > best:
             chord.members[member] = candidate
@@ -291,6 +257,7 @@ class Ledger:
             return
         raw = records.make_key(key.group, key.generation, key.kind, *key.rest)
         chord.live.pop(raw, None)
+        self._asked.pop(raw, None)
         if raw in chord.forgetting:
             assert isinstance(chord.forgetting, set)
             chord.forgetting.discard(raw)
@@ -298,24 +265,27 @@ class Ledger:
             self._retract(chord, key)
         elif key.kind == records.FIRED:
             # Its time is over; what came late is swept as a chord that nobody declared.
-            late = self._chords[id_] = _Chord()
+            late = self._chords[id_] = Chord()
             late.live, late.seen_ms = chord.live, chord.seen_ms
             chord = late
         elif not chord.forgetting:
             # Emptied, they would keep the room that they once took.
-            chord.forgetting, chord.live = _NO_KEYS, dict(chord.live)
+            chord.forgetting, chord.live = NO_KEYS, dict(chord.live)
         if not chord.live:
             del self._chords[id_]
             self._touched.discard(id_)
             self._waiting.discard(id_)
 
     @staticmethod
-    def _retract(chord: _Chord, key: records.Key) -> None:
+    def _retract(chord: Chord, key: records.Key) -> None:
         match key.kind, key.rest:
             case records.DECLARED, _:
                 chord.body_task_id = None
             case records.SIZED, _:
                 chord.size = None
+            case records.CANCELLED, (request_id,):
+                if chord.cancelled is not None and chord.cancelled.id == request_id:
+                    chord.cancelled = None
             case records.EXTENDED, (task,):
                 chord.extended.pop(task, None)
             case records.PART, (task, index, event_id):
@@ -343,6 +313,8 @@ class Ledger:
         if not self._live:
             return []
         actions: list[Action] = []
+        while self._deadlines and self._deadlines[0][0] <= now_ms:
+            self._touched.add(heappop(self._deadlines)[1])
         looked_at, self._touched = self._touched | self._waiting, set()
         for id_ in sorted(looked_at):
             chord = self._chords.get(id_)
@@ -351,18 +323,31 @@ class Ledger:
             action = self._next(id_, chord, now_ms)
             if action is not None:
                 actions.append(action)
-        return actions
+        return actions + self._resends() if self._asked else actions
 
-    def _next(self, id_: Id, chord: _Chord, now_ms: int) -> Action | None:
+    def _resends(self) -> list[Action]:
+        found: list[Action] = []
+        for key, (request, at_ms) in self._asked.items():
+            chord = self._chords[request.group, request.generation]
+            if chord.fired_at is not None and key not in self._resending:
+                self._resending.add(key)
+                needed = (records.make_key(request.group, request.generation, records.DECLARED), chord.keep)
+                slices = slices_of(chord.keep)
+                wanted = {one: at for one, at in chord.live.items() if one in needed or one.startswith(slices)}
+                found.append(Resend(request, at_ms, wanted))
+        return found
+
+    def _next(self, id_: Id, chord: Chord, now_ms: int) -> Action | None:
         doing = chord.doing
         if chord.fired_at is not None:
             self._waiting.discard(id_)
-            return self._clean(id_, chord)
+            return self._clean(chord)
         if chord.first is None:
-            if not chord.complete or doing.deciding:
+            ended = None if chord.complete else chord.ended(now_ms)
+            if doing.deciding or not (chord.complete or ended):
                 return None
             doing.deciding = True
-            return Append(self._decide(id_, chord, now_ms))
+            return Append(self._decide(id_, chord, ended, now_ms))
         if doing.firing:
             return None
         ours = chord.first.owner == self.owner
@@ -379,9 +364,11 @@ class Ledger:
         parts = self._chosen(id_, chord, chord.first)
         return Fire(chord.first, parts, declared, look_first=not ours, since_ms=chord.first_at)
 
-    def _decide(self, id_: Id, chord: _Chord, now_ms: int) -> tuple[Record, ...]:
+    def _decide(self, id_: Id, chord: Chord, ended: Ended | None, now_ms: int) -> tuple[Record, ...]:
         group, generation = id_
         ordered = chord.ordered()
+        if ended is not None and ended.fire:
+            ordered = [(member, best) for member, best in ordered if best.succeeded]
         parts = tuple(Choice(task, index, best.id, best.offset) for (task, index), best in ordered)
         failed = next((task for (task, _), best in ordered if not best.succeeded), None)
         last = max(range(len(parts)), key=lambda i: parts[i].offset, default=0)
@@ -401,19 +388,20 @@ class Ledger:
             group=group,
             generation=generation,
             owner=self.owner,
-            outcome=records.SUCCESS if failed is None else records.FAILURE,
+            outcome=records.SUCCESS if (failed is None if ended is None else ended.fire) else records.FAILURE,
             body_task_id=chord.body_task_id or "",
             body_run=run_at(now_ms),
             parts=() if slices else parts,
             slices=len(slices),
             size=len(parts),
             last=last,
-            failed=failed,
+            failed=failed if ended is None else None,
+            why=ended.why if ended is not None else "",
             at=now_ms,
         )
         return (*slices, decided)
 
-    def _chosen(self, id_: Id, chord: _Chord, decided: Decided) -> tuple[Choice, ...]:
+    def _chosen(self, id_: Id, chord: Chord, decided: Decided) -> tuple[Choice, ...]:
         """Return a decision's members, each with the offset at which its record stands now."""
         parts: Iterable[Choice] = decided.parts
         if decided.slices:
@@ -426,18 +414,19 @@ class Ledger:
 
         return tuple(now_at(choice) for choice in parts)
 
-    def _clean(self, id_: Id, chord: _Chord) -> Action | None:
-        """Everything but the first decision and `Fired` has served."""
+    @staticmethod
+    def _clean(chord: Chord) -> Action | None:
+        """The parts have served, and all else that neither explains the chord nor sends its body again."""
         if chord.first is not None:
             chord.keep = records.key_of(chord.first)
             chord.first = None
         # Finished chords are most of the memory, until the retention is over.
-        chord.members, chord.slices, chord.extended, chord.doing = _NO_MEMBERS, _NO_SLICES, _NO_EXTENSIONS, _DONE
-        keep = (records.make_key(*id_, records.FIRED), chord.keep)
-        if all(key in keep for key in chord.live):
-            chord.forgetting = _NO_KEYS
+        chord.members, chord.slices, chord.extended, chord.doing = NO_MEMBERS, NO_SLICES, NO_EXTENSIONS, DONE
+        unwanted = [key for key in chord.live if not stays(key, chord.keep)]
+        if not unwanted:
+            chord.forgetting = NO_KEYS
             return None
-        keys = tuple(key for key in chord.live if key not in keep and key not in chord.forgetting)
+        keys = tuple(key for key in unwanted if key not in chord.forgetting)
         chord.forgetting = {*chord.forgetting, *keys}
         return Forget(keys) if keys else None
 
@@ -447,15 +436,15 @@ class Ledger:
             return []
         actions: list[Action] = []
         for id_, chord in self._chords.items():
-            chord.forgetting = _NO_KEYS
+            chord.forgetting = NO_KEYS
             action = self._expire(id_, chord) if self._is_over(chord, now_ms) else None
             if action is None and chord.fired_at is not None:
-                action = self._clean(id_, chord)
+                action = self._clean(chord)
             if action is not None:
                 actions.append(action)
         return actions
 
-    def _is_over(self, chord: _Chord, now_ms: int) -> bool:
+    def _is_over(self, chord: Chord, now_ms: int) -> bool:
         if chord.fired_at is not None:
             return now_ms - chord.fired_at >= self.retention_ms
         if chord.first is not None and chord.body_task_id is not None:
@@ -463,7 +452,7 @@ class Ledger:
         patience = ABANDON_FACTOR if chord.body_task_id is not None else 1
         return now_ms - chord.seen_ms >= self.retention_ms * patience
 
-    def _expire(self, id_: Id, chord: _Chord) -> Action:
+    def _expire(self, id_: Id, chord: Chord) -> Action:
         # `Fired` last: alone it is harmless, a decision alone would be carried out again.
         fired = records.make_key(*id_, records.FIRED)
         keys = tuple(sorted(chord.live, key=lambda key: key == fired))
@@ -479,130 +468,11 @@ class Ledger:
             return False
         return chord.first.owner == decided.owner
 
+    def has_fired(self, group: str, generation: int) -> bool:
+        """Return whether nothing is left to do for a chord."""
+        chord = self._chords.get((group, generation))
+        return chord is not None and chord.fired_at is not None
 
-# -- showing -----------------------------------------------------------------------------------
-
-_FIRST_WINS: Final = 1 << 62
-
-
-class _Progress(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The value of a chord's fact: small, and without any task's result."""
-
-    kind: str
-    generation: int
-    at: int = 0
-    task: str | None = None
-    index: int | None = None
-    state: str | None = None
-    exception: str | None = None
-    ignored: bool = False
-    worker: str | None = None
-    size: int | None = None
-    delta: int | None = None
-    replaces: str | None = None
-    by: str | None = None
-    body: str | None = None
-    name: str | None = None
-    run: int | None = None
-    root: str | None = None
-    parent: str | None = None
-    owner: str | None = None
-    outcome: str | None = None
-    failed: str | None = None
-    found: bool = False
-    host: str | None = None
-    pid: int | None = None
-    reason: str | None = None
-
-
-_encoder = msgspec.json.Encoder()
-
-
-def facts(record: Record | Gone, offset: int, expires_at: int) -> list[ChordFact]:
-    """Return what a view shows of a record, none for what is not shown.
-
-    Args:
-        record: A record of the chords' topic.
-        offset: Its offset.
-        expires_at: When the view may drop it, ms since 1970; 0: never.
-    """
-    if isinstance(record, Gone | Chosen):
-        return []  # a view expires by itself: the log forgets a chord long before people do
-    at, generation, order = record.at, record.generation, offset
-    name = f"{generation}|{type(record).__name__.lower()}"
-    match record:
-        case Declared():
-            shown = _Progress(
-                kind=records.DECLARED,
-                generation=generation,
-                at=at,
-                body=record.body_task_id,
-                name=record.body_name or None,
-                root=record.root,
-                parent=record.parent,
-                host=record.host or None,
-                pid=record.pid or None,
-            )
-        case Sized():
-            shown = _Progress(kind=records.SIZED, generation=generation, at=at, size=record.size)
-        case Extended():
-            name += f"|{record.task}"
-            shown = _Progress(
-                kind=records.EXTENDED,
-                generation=generation,
-                at=at,
-                task=record.task,
-                index=record.index,
-                delta=record.delta,
-                replaces=record.replaces,
-                by=record.by,
-            )
-        case Part():
-            # Without the event id: a member is shown once, as its best part.
-            name += f"|{record.task}|{'-' if record.index is None else record.index}"
-            order = record.key
-            shown = _Progress(
-                kind=records.PART,
-                generation=generation,
-                at=at,
-                task=record.task,
-                index=record.index,
-                state=record.state,
-                exception=record.exception[:200] or None,
-                ignored=record.ignored,
-                worker=record.worker or None,
-            )
-        case Decided():
-            order = _FIRST_WINS - offset
-            shown = _Progress(
-                kind=records.DECIDED,
-                generation=generation,
-                at=at,
-                owner=record.owner,
-                outcome=record.outcome,
-                body=record.body_task_id,
-                run=record.body_run,
-                size=record.size,
-                failed=record.failed,
-            )
-        case Fired():
-            order = _FIRST_WINS - offset
-            shown = _Progress(
-                kind=records.FIRED,
-                generation=generation,
-                at=at,
-                owner=record.owner,
-                outcome=record.outcome,
-                body=record.body_task_id,
-                found=record.found,
-            )
-        case Cancelled() | Resent():
-            name += f"|{record.id}"
-            shown = _Progress(
-                kind=records.CANCELLED if isinstance(record, Cancelled) else records.RESENT,
-                generation=generation,
-                at=at,
-                by=record.by or None,
-                reason=record.reason or None,
-            )
-    return [ChordFact(record.group, name, order, _encoder.encode(shown), expires_at)]
+    def is_asked(self, request: Resent) -> bool:
+        """Return whether a body still waits to be sent again, as far as this owner has read."""
+        return records.key_of(request) in self._asked

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from celery_kafka_backend import chord_records, codec
 from celery_kafka_backend.changes import Logged
 from celery_kafka_backend.errors import CodecError
-from celery_kafka_backend.processors import decision
+from celery_kafka_backend.processors import progress
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -85,4 +85,4 @@ def _facts(message: Message, keep_ms: int) -> list[ChordFact]:
     _, written = message.timestamp()
     offset = message.offset()
     assert offset is not None
-    return decision.facts(record, offset, written + keep_ms if written > 0 else 0)
+    return progress.facts(record, offset, written + keep_ms if written > 0 else 0)

@@ -85,11 +85,15 @@ def _recorder() -> Recorder | None:
 
 
 @_harmless
-def before_publish(headers: dict[str, Any] | None = None, body: Any = None, **_: Any) -> None:
+def before_publish(
+    headers: dict[str, Any] | None = None, body: Any = None, properties: dict[str, Any] | None = None, **_: Any
+) -> None:
     """Put run and HLC into the message, and replace embedded chord bodies by stubs."""
     recorder = _recorder()
     if recorder is None or not headers or "id" not in headers:
         return
+    if properties:
+        properties.pop(names.DEADLINE, None)  # Celery hands a chord's options to its header, too
     task_id = headers["id"]
     clock = recorder.clock
     request = current_request()

@@ -11,7 +11,19 @@ import click
 
 from celery_kafka_backend.cli.command import Group
 
-_COMMANDS: Final = ("run", "init", "status", "doctor", "history", "replay", "verify", "size", "spool", "claims")
+_COMMANDS: Final = (
+    "run",
+    "init",
+    "status",
+    "doctor",
+    "history",
+    "chord",
+    "replay",
+    "verify",
+    "size",
+    "spool",
+    "claims",
+)
 
 
 @click.group(cls=Group, lazy={name: f"{__name__}.{name}" for name in _COMMANDS})
@@ -27,6 +39,7 @@ def pipeline() -> None:
       celery -A proj pipeline status          who folds, and how far behind
       celery -A proj pipeline doctor          one verdict on everything
       celery -A proj pipeline history ID      what happened to a task
+      celery -A proj pipeline chord GROUP_ID  what a chord waits for, and how to end or repair it
 
     Every option has an environment variable, CELERY_PIPELINE_<COMMAND>_<OPTION>, which its help names. Global
     options of Celery (-A, --workdir, --result-backend …) stand before "pipeline".

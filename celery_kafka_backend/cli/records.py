@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from confluent_kafka import KafkaError, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, KafkaError, TopicPartition
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -55,6 +55,39 @@ def scan(broker: Broker, topic: str, partition: int, quiet_s: float = 30.0) -> I
         lambda: broker.consumer.get_watermark_offsets(TopicPartition(*at), timeout=broker.timeout_s),
     )
     yield from _read(broker.reader(), {at: low}, {at: high}, quiet_s)
+
+
+def since(broker: Broker, topic: str, at_ms: int, quiet_s: float = 30.0) -> Iterator[Message]:
+    """Yield every record of a topic that Kafka wrote at ``at_ms`` or later, up to its end as it is now."""
+    ends = {(topic, n): marks for n, marks in broker.ends(topic).items()}
+    asked = [TopicPartition(*at, at_ms) for at in ends]
+    found = broker.ask(
+        f"asking where {topic} was at that time",
+        lambda: broker.consumer.offsets_for_times(asked, timeout=broker.timeout_s),
+    )
+    # Kafka says -1 where there is nothing so late; librdkafka's embedded broker, which keeps no times, always does.
+    starts = {(one.topic, one.partition): one.offset for one in found}
+    if broker.embedded:
+        starts = {at: low for at, (low, _) in ends.items()}
+    starts = {at: start if start >= 0 else ends[at][1] for at, start in starts.items()}
+    yield from _read(broker.reader(), starts, {at: high for at, (_, high) in ends.items()}, quiet_s)
+
+
+def tail(broker: Broker, topic: str, partition: int, timeout_s: float) -> Iterator[Message | None]:
+    """Yield every record of a partition, then those that come, for so long; None at each end."""
+    consumer = broker.reader()
+    consumer.assign([TopicPartition(topic, partition, OFFSET_BEGINNING)])
+    deadline = time.monotonic() + timeout_s
+    try:
+        while time.monotonic() < deadline:
+            for message in consumer.consume(1000, SLICE_S):
+                error = message.error()
+                if error is None:
+                    yield message
+                elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001
+                    yield None
+    finally:
+        consumer.close()
 
 
 def last_records(broker: Broker, topic: str, count: int) -> list[Message]:

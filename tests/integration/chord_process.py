@@ -16,6 +16,7 @@ from threading import Thread
 
 from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend.processors.chords import ChordProcessor
+from celery_kafka_backend.processors.sending import Sender
 from tests.integration.chord_world import make_app, make_settings
 
 
@@ -23,8 +24,8 @@ def say(what, **more):
     print(json.dumps({"what": what, **more}), flush=True)
 
 
-class Watched(ChordProcessor):
-    """Says what it does, and waits at ``hold`` until the file ``release`` exists."""
+class Point:
+    """Waits at ``hold`` until the file ``release`` exists."""
 
     hold = ""
     release = Path()
@@ -36,24 +37,47 @@ class Watched(ChordProcessor):
                 time.sleep(0.02)
             say(f"released at {point}")
 
-    def _once(self, held, fire, lost_at):
+
+class WatchedSender(Sender):
+    """Says what it does."""
+
+    point: Point
+
+    def once(self, held, fire, wanted, lost):
         say("decision seen", owner=fire.decided.owner, look_first=fire.look_first)
-        self.wait_at("before reading")
-        fired = super()._once(held, fire, lost_at)
+        self.point.wait_at("before reading")
+        fired = super().once(held, fire, wanted, lost)
         if fired is None:
             say("not sent: it was no longer ours to do")
         elif fired.found:
             say("not sent: its events are in the log")
         return fired
 
+    def again(self, held, resend, wanted, lost):
+        self.point.wait_at("before sending again")
+        done = super().again(held, resend, wanted, lost)
+        say("sent again", found=done.found, outcome=done.outcome)
+        self.point.wait_at("after sending again")
+        return done
+
     def send(self, declared, decided, parts):
-        self.wait_at("before sending")
+        self.point.wait_at("before sending")
         outcome = super().send(declared, decided, parts)
-        self.wait_at("after sending")
+        self.point.wait_at("after sending")
         return outcome
 
+
+class Watched(ChordProcessor):
+    """Likewise."""
+
+    make_sender = WatchedSender
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.point = self.sender.point = Point()
+
     def _append(self, held, records):
-        self.wait_at("before deciding")
+        self.point.wait_at("before deciding")
         super()._append(held, records)
 
 
@@ -62,7 +86,7 @@ def main():
     settings = make_settings(given["servers"], given["prefix"])
     assert isinstance(settings, settings_module.Settings)
     processor = Watched(make_app(given["folder"]), settings, owner=given["owner"])
-    processor.hold, processor.release = given.get("hold", ""), Path(given["folder"], "release")
+    processor.point.hold, processor.point.release = given.get("hold", ""), Path(given["folder"], "release")
     signal.signal(signal.SIGTERM, lambda *_: processor.stop())
     parent = os.getppid()
 

@@ -16,6 +16,7 @@ import time
 from itertools import permutations
 from pathlib import Path
 
+import msgspec
 import pytest
 from celery.canvas import chain, group
 
@@ -159,7 +160,7 @@ def test_one_run_twice_is_one_part_and_a_success_beats_a_failure(app, fleet, sta
     assert body["args"] == [[5, 10, 20]]
 
 
-def test_a_finished_chord_leaves_decided_and_fired_and_a_late_part_goes_at_once(app, fleet, start):
+def test_a_finished_chord_leaves_no_part_and_a_late_one_goes_at_once(app, fleet, start):
     chord = Chord(app, app.tasks["proj.xsum"].s())
     start()
     fleet.append(chord.declared, chord.sized, *chord.parts())
@@ -167,10 +168,10 @@ def test_a_finished_chord_leaves_decided_and_fired_and_a_late_part_goes_at_once(
     def kinds():
         return sorted(type(record).__name__ for record in fleet.left(chord.group))
 
-    until(lambda: kinds() == ["Decided", "Fired"], "clean")
-    fleet.append(chord.part(1, 7, event="late"), chord.declared)
-    assert len(kinds()) >= 2
-    until(lambda: kinds() == ["Decided", "Fired"], "clean again")
+    until(lambda: kinds() == ["Decided", "Declared", "Fired"], "clean")
+    fleet.append(chord.part(1, 7, event="late"), chord.declared, chord.sized)
+    assert len(kinds()) >= 3
+    until(lambda: kinds() == ["Decided", "Declared", "Fired"], "clean again")
 
 
 def test_a_failed_member_fails_the_body_as_celery_does_when_all_are_in(app, fleet, start, tmp_path):
@@ -250,8 +251,6 @@ def test_a_large_decision_is_written_in_slices(app, fleet, start, tmp_path):
 
 
 def test_a_declaration_with_a_wrong_mac_is_a_dead_letter(app, fleet, start, tmp_path, config):
-    import msgspec  # noqa: PLC0415 - only here
-
     secret = msgspec.structs.replace(config, chord_key="secret")
     good, bad = Chord(app, app.tasks["proj.xsum"].s()), Chord(app, app.tasks["proj.xsum"].s())
     start(settings=secret)
@@ -260,6 +259,8 @@ def test_a_declaration_with_a_wrong_mac_is_a_dead_letter(app, fleet, start, tmp_
     until(lambda: fired(fleet, good.group), "fired")
     until(lambda: dead_letters(config), "dead letter")
     assert [body["headers"]["id"] for body in sent_bodies(tmp_path)] == [good.body_id]
+    until(lambda: app.backend.get_state(bad.body_id) == "FAILURE", "an end of the chord that will not be decided")
+    assert "declared without our chord_key" in str(app.backend.get_result(bad.body_id))
 
 
 def dead_letters(config):
@@ -345,6 +346,110 @@ def test_a_zombies_decision_that_came_first_is_the_decision(app, fleet, start, t
     (body,) = sent_bodies(tmp_path)
     assert body["args"] == [[0, 10, 20]]
     assert body["headers"][headers.RUN] == 4711
+
+
+# -- what cannot be sent -----------------------------------------------------------------------
+
+
+def ends_with(app, fleet, start, chord, *records_, **settings):
+    """Run a chord to its end and return its body's error."""
+    start(**settings)
+    fleet.append(chord.declared, chord.sized, *records_)
+    until(lambda: fired(fleet, chord.group), "fired")
+    meta = app.backend.get_task_meta(chord.body_id, cache=False)
+    assert meta["status"] == "FAILURE"
+    return str(meta["result"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"body": b"[1, 2]"},
+        {"body": b"nonsense"},
+        {
+            "body": b"gASVBQAAAAAAAABLKi4=",
+            "content_type": "application/x-python-serialize",
+            "content_encoding": "binary",
+        },
+    ],
+    ids=["no signature", "not JSON", "a serializer that this app does not accept"],
+)
+def test_a_body_that_cannot_be_read_fails(app, fleet, start, more):
+    chord = Chord(app, app.tasks["proj.xsum"].s())
+    chord.declared = msgspec.structs.replace(chord.declared, **more)
+    assert "the body of the chord" in ends_with(app, fleet, start, chord, *chord.parts())
+
+
+def test_a_member_s_result_that_this_app_does_not_accept_fails_the_chord(app, fleet, start):
+    chord = Chord(app, app.tasks["proj.xsum"].s())
+    pickled = records.Part(
+        **chord.here, task="t0", index=0, id="e", key=1, result=b"x", content_type="application/x-python-serialize",
+        content_encoding="binary",
+    )  # fmt: skip
+    assert "ContentDisallowed" in ends_with(app, fleet, start, chord, pickled, *chord.parts()[1:])
+
+
+@pytest.mark.parametrize(
+    "forged", [b'{"exc_type":"system","exc_module":"os","exc_message":["touch /tmp/x"]}', b'{"no":1}', b"\xff"]
+)
+def test_a_forged_exception_is_not_made_and_the_chord_fails(app, fleet, start, forged):
+    chord = Chord(app, app.tasks["proj.xsum"].s())
+    part = records.Part(
+        **chord.here, task="t0", index=0, id="e", key=1, state="FAILURE", result=forged, content_type="application/json",
+        content_encoding="utf-8", exception="ValueError('as text')",
+    )  # fmt: skip
+    error = ends_with(app, fleet, start, chord, part, *chord.parts()[1:])
+    assert error == "Dependency t0 raised ValueError('as text')"
+
+
+def test_results_that_are_too_much_fail_the_body_and_call_its_errbacks(app, fleet, start, tmp_path, config):
+    callback = app.tasks["proj.xsum"].s()
+    callback.link_error(app.signature("proj.note"))
+    chord = Chord(app, callback)
+    small = msgspec.structs.replace(config, chord_max_bytes=1024)
+    error = ends_with(app, fleet, start, chord, *(chord.part(n, "x" * 500) for n in range(3)), settings=small)
+    assert "the members' results are more than 1024 bytes (kafka_backend_settings['chord_max_bytes'])" in error
+    (errback,) = sent_bodies(tmp_path)
+    assert errback["args"] == [chord.body_id]
+
+
+def test_an_immutable_body_joins_nothing_however_much_there_is(app, fleet, start, tmp_path, config):
+    chord = Chord(app, app.tasks["proj.note"].si("me"))
+    start(settings=msgspec.structs.replace(config, chord_max_bytes=1024))
+    unreadable = [
+        msgspec.structs.replace(chord.part(n, "x" * 2000), content_type="application/x-unknown") for n in range(3)
+    ]
+    fleet.append(chord.declared, chord.sized, *unreadable)
+    until(lambda: fired(fleet, chord.group), "fired")
+    assert sent_bodies(tmp_path)[0]["args"] == ["me"]
+
+
+def test_a_body_goes_where_its_route_says_with_its_own_options(app, fleet, start, tmp_path):
+    app.conf.task_routes = {"proj.xsum": {"queue": "sums"}}
+    routed = Chord(app, app.tasks["proj.xsum"].s())
+    chosen = Chord(app, app.tasks["proj.xsum"].s().set(queue="mine", priority=3))
+    start()
+    for chord in (routed, chosen):
+        fleet.append(chord.declared, chord.sized, *chord.parts())
+    until(lambda: fired(fleet, routed.group) and fired(fleet, chosen.group), "fired")
+    messages = [json.loads(file.read_text()) for file in Path(tmp_path, "queue").glob("*.msg")]
+    went = {one["headers"]["id"]: one["properties"] for one in messages}
+    assert went[routed.body_id]["delivery_info"]["routing_key"] == "sums"
+    assert went[chosen.body_id]["delivery_info"]["routing_key"] == "mine"
+    assert went[chosen.body_id]["priority"] == 3
+
+
+def test_a_size_that_changes_counts_as_said_last(app, fleet, start, tmp_path):
+    shrunk, grown = (Chord(app, app.tasks["proj.xsum"].s()) for _ in range(2))
+    zero, one, two = grown.parts()
+    start()
+    fleet.append(shrunk.declared, records.Sized(**shrunk.here, size=9), *shrunk.parts(), shrunk.sized)
+    until(lambda: fired(fleet, shrunk.group), "fired")
+    fleet.append(grown.declared, records.Sized(**grown.here, size=9), zero, one, grown.sized)
+    assert not fired(fleet, grown.group)
+    fleet.append(two)
+    until(lambda: fired(fleet, grown.group), "fired")
+    assert [body["args"] for body in sent_bodies(tmp_path)] == [[[0, 10, 20]]] * 2
 
 
 # -- processes that are killed, or stopped for a while -------------------------------------------
@@ -458,6 +563,65 @@ def test_an_owner_killed_between_sending_and_fired(app, fleet, process, tmp_path
     assert set(map(str, same)) == {str((chord.body_id, run, [[0, 10, 20]]))}
 
 
+def test_an_owner_killed_between_a_request_and_its_end(app, fleet, process, tmp_path):
+    """The next one carries it out, with what the first one decided."""
+    chord = Chord(app, app.tasks["proj.xsum"].s())
+    first = process("first", "before deciding")
+    fleet.append(chord.declared, chord.sized, *chord.parts()[:2])
+    asked = [records.Cancelled(**chord.here, id=f"c{n}", by="ann", reason="enough", fire=True) for n in range(2)]
+    fleet.append(*asked)
+    first.wait_for("before deciding")
+    first.signal(signal.SIGKILL)
+    second = process("second", "after sending again")
+    second.wait_for("after sending")
+    until(lambda: fired(fleet, chord.group), "fired")
+    assert [body["args"] for body in sent_bodies(tmp_path)] == [[[0, 10]]]
+    assert decided(fleet, chord.group).why == "fired by ann with 2 of 3 members in: enough"
+    events_of_members(fleet, chord, 2)
+    fleet.append(records.Resent(**chord.here, id="r", by="ann", reason="lost"))
+    second.wait_for("after sending again")
+    second.signal(signal.SIGKILL)
+    third = process("third")
+    third.wait_for("sent again")
+    done = until(lambda: [one for one in fleet.left(chord.group) if getattr(one, "done", 0)], "done")
+    assert [(one.id, one.outcome, one.reason) for one in done] == [("r", "success", "lost")]
+    bodies = sent_bodies(tmp_path)
+    assert len(bodies) == 3
+    assert len({str((b["headers"]["id"], b["args"])) for b in bodies}) == 1
+    first_run, *again = (body["headers"][headers.RUN] for body in bodies)
+    assert again == [done[0].run] * 2
+    assert done[0].run > first_run
+
+
+def events_of_members(fleet, chord, count):
+    """What the members' workers said in the log of the tasks."""
+    log = topics.task_events(fleet.config.topic_prefix)
+    for n in range(count):
+        part = chord.part(n)
+        document = json.dumps({"status": "SUCCESS", "result": n * 10, "traceback": None, "children": []}).encode()
+        said = Event(
+            id=part.id, kind="success", task=part.task, at=1, hlc=1, key=1, state="SUCCESS", doc=msgspec.Raw(document)
+        )
+        partition = topics.chord_partition(part.task, 4)
+        fleet.producer.produce(log, codec.encode(said), part.task.encode(), partition=partition)
+    assert fleet.producer.flush(20) == 0
+
+
+def test_a_deadline_survives_its_owner(app, fleet, process):
+    chord = Chord(app, app.tasks["proj.xsum"].s(), deadline=int(time.time() * 1000) + 3000)
+    first = process("first")
+    fleet.append(chord.declared, chord.sized, chord.parts()[0])
+    first.wait_for("running")
+    first.signal(signal.SIGKILL)
+    process("second")
+    until(lambda: fired(fleet, chord.group), "fired")
+    result = app.backend.get_task_meta(chord.body_id, cache=False)
+    assert str(result["result"]) == f"Chord {chord.group} was ended by its deadline with 1 of 3 members in"
+    late = chord.parts()[1]
+    fleet.append(late)
+    until(lambda: records.key_of(late) not in map(records.key_of, fleet.left(chord.group)), "the late part is gone")
+
+
 @pytest.mark.parametrize(("point", "sent"), [("before reading", 1), ("before sending", 2)])
 def test_a_zombie_that_wakes_up(app, fleet, process, tmp_path, point, sent):
     """It notices that the body was sent, unless it sleeps in the very moment before it sends: then the same again."""
@@ -477,7 +641,7 @@ def test_a_zombie_that_wakes_up(app, fleet, process, tmp_path, point, sent):
     bodies = sent_bodies(tmp_path)
     assert len(bodies) == sent
     assert len({str((b["headers"]["id"], b["headers"][headers.RUN], b["args"])) for b in bodies}) == 1
-    assert sorted(type(r).__name__ for r in fleet.left(chord.group)) == ["Decided", "Fired"]
+    assert sorted(type(r).__name__ for r in fleet.left(chord.group)) == ["Decided", "Declared", "Fired"]
 
 
 def test_kafkas_own_partitioner_puts_an_event_where_we_look_for_it(config):

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from celery_kafka_backend import chord_records as records
 from celery_kafka_backend.chord_records import (
+    Cancelled,
     Chosen,
     Decided,
     Declared,
@@ -27,10 +28,11 @@ from celery_kafka_backend.chord_records import (
     Fired,
     Gone,
     Part,
+    Resent,
     Sized,
 )
 from celery_kafka_backend.processors import decision
-from celery_kafka_backend.processors.decision import Append, Fire, Forget, Ledger
+from celery_kafka_backend.processors.decision import Append, Fire, Forget, Ledger, Resend
 
 RETENTION_MS = 10**9
 
@@ -73,6 +75,11 @@ class Log:
 
     def at(self, offset):
         return next((entry for entry in self.entries if entry.offset == offset), None)
+
+    def live_from(self, key, offset):
+        """The last record with this key, if it is not a tombstone."""
+        found = [entry for entry in self.entries if entry.key == key and entry.offset >= offset]
+        return found[-1] if found and found[-1].value is not None else None
 
     def compact(self, bound, slowest_reader):
         last = {entry.key: entry.offset for entry in self.entries if entry.offset < bound}
@@ -147,6 +154,8 @@ class Owner:
                 self.work.append([lambda record=record: self.append(record) for record in appended])
             case Fire():
                 self.work.append([lambda: self.read_parts(action)])
+            case Resend():
+                self.work.append([lambda: self.send_again(action)])
             case Forget(keys):
                 self.work.append([lambda key=key: self.world.log.append(key, None, self.world.now) for key in keys])
 
@@ -196,6 +205,28 @@ class Owner:
             self.sent_unfired.add(id_)
         return [lambda: self.append(fired)]
 
+    def send_again(self, resend):
+        """Carry an operator's request out; what it needs must be in the log."""
+        request = resend.request
+        found = {}
+        for key, offset in resend.wanted.items():
+            entry = self.world.log.live_from(key, offset)
+            if entry is None:
+                self.world.restart(self)  # finished, or expired, meanwhile
+                return []
+            found[key] = records.decode(key, entry.value)
+        kinds = sorted(type(record).__name__ for record in found.values())
+        assert kinds[-2:] == ["Decided", "Declared"], kinds
+        decided = next(record for record in found.values() if isinstance(record, Decided))
+        id_ = (request.group, request.generation)
+        assert decided == self.world.log.first_decided(id_), "sent again what was not decided"
+        assert len(found) == 2 + decided.slices
+        if not self.ledger.is_asked(request):
+            return []
+        self.world.resent[id_, request.id].add((resend.at_ms, decided.body_run))
+        done = Resent(group=id_[0], generation=id_[1], id=request.id, done=self.world.now, outcome="success")
+        return [lambda: self.append(done)]
+
 
 class World:
     """A workload of chords, a log, owners, and what is known of them for the checks."""
@@ -214,6 +245,8 @@ class World:
         self.excused = Counter()
         self.decided_from = {}
         self.complete_ids = set()
+        self.asked = set()
+        self.resent = defaultdict(set)
         self.pending = self.workload()
         self.steps = 0
         self.add_owner()
@@ -232,21 +265,30 @@ class World:
                 extended = [(f"x{i}", 0) for i in range(rng.choice([0, 0, 1, 2]))]
                 complete = rng.random() < 0.85
                 here = {"group": group, "generation": generation}
-                facts = [Declared(**here, body=b"body", body_task_id=f"b-{group}-{generation}")]
+                deadline = self.now + rng.randint(1, 400_000) if rng.random() < 0.2 else None
+                declared = Declared(**here, body=b"body", body_task_id=f"b-{group}-{generation}", deadline=deadline)
+                facts = [declared]
+                cancels = rng.choice([0, 0, 0, 1, 2])
+                facts += [Cancelled(**here, id=f"c{n}", fire=rng.random() < 0.5) for n in range(cancels)]
                 facts.append(Sized(**here, size=len(members)))
                 facts += [Extended(**here, task=task, index=index) for task, index in extended]
                 everyone = members + extended
                 absent = rng.choice(everyone) if everyone and not complete else None
-                if complete or not everyone:
+                if complete or not everyone or cancels or deadline:
                     self.complete_ids.add((group, generation))
+                    requests = [Resent(**here, id=f"r{n}") for n in range(rng.choice([0, 0, 1, 2]))]
+                    self.asked |= {((group, generation), request.id) for request in requests}
+                    facts += requests
                 for task, index in everyone:
                     if (task, index) != absent:
                         facts += self.parts(here, task, index)
                 rng.shuffle(facts)
                 # An extension is acknowledged before its member is sent, and before its author's part.
                 facts.sort(key=lambda fact: not isinstance(fact, Extended))
+                # What an operator asks is appended once, by an idempotent producer: whoever asks again, asks anew.
+                repeatable = [fact for fact in facts if not isinstance(fact, Resent)]
                 for _ in range(rng.choice([0, 0, 1, 3])):
-                    facts.insert(rng.randint(0, len(facts)), rng.choice(facts))
+                    facts.insert(rng.randint(0, len(facts)), rng.choice(repeatable))
                 facts.sort(key=lambda fact: not isinstance(fact, Extended))
                 queues.append(facts)
         return queues
@@ -315,13 +357,15 @@ class World:
 
     def check_complete(self, id_, has_read, parts, decided):
         """Compare with a second, plainer reading of the rule: by what the author had read."""
-        declared, size, extended, best = False, None, {}, {}
+        declared, size, extended, best, ended = None, None, {}, {}, []
         for record in has_read:
             if (record.group, record.generation) != id_:
                 continue
             match record:
                 case Declared():
-                    declared = True
+                    declared = record
+                case Cancelled():
+                    ended.append(record)
                 case Sized():
                     size = record.size
                 case Extended():
@@ -330,8 +374,17 @@ class World:
                     rank = (record.state == "SUCCESS", record.key, record.id)
                     best[record.task, record.index] = max(best.get((record.task, record.index), (False, 0, "")), rank)
         assert declared, "sent before it was declared"
-        assert size is not None, "sent before it was sized"
-        assert len(best) >= size + sum(extended.values()), "sent before all parts were there"
+        complete = size is not None and len(best) >= size + sum(extended.values())
+        if decided.why:
+            assert not complete, "ended though it was complete"
+            expired = declared.deadline is not None and decided.at >= declared.deadline
+            assert ended or expired, "ended by nobody"
+            if decided.outcome == "success":
+                assert any(request.fire for request in ended)
+                best = {member: rank for member, rank in best.items() if rank[0]}
+            assert {(task, index): event for task, index, event, _ in parts} == {m: r[2] for m, r in best.items()}
+            return
+        assert complete, "sent before all parts were there"
         assert {(task, index): event for task, index, event, _ in parts} == {m: rank[2] for m, rank in best.items()}
         assert (decided.outcome == "success") == all(rank[0] for rank in best.values())
 
@@ -390,7 +443,7 @@ class World:
         for _ in range(3):
             while self.owners[-1].step(self.rng):
                 pass
-            self.now += decision.TAKE_OVER_AFTER_MS
+            self.now += max(decision.TAKE_OVER_AFTER_MS, 400_000)  # and every deadline
         return self
 
     def sweep(self):
@@ -420,6 +473,9 @@ def check_sends(world):
         assert id_ in world.complete_ids
         assert len({sent[2:] for sent in sends}) == 1, "two sendings of one chord differ"
         assert len(sends) <= 1 + world.excused[id_], "sent again without need"
+    assert set(world.resent) == world.asked, "asked to send again, and not done"
+    for runs in world.resent.values():
+        assert len(runs) == 1, "two sendings of one request differ"
     assert set(world.sends) | {id_ for id_, runs in world.seen_runs.items() if runs} == world.complete_ids
 
 
@@ -438,13 +494,14 @@ def test_without_a_crash_each_body_is_sent_exactly_once(seed):
 
 @MANY
 @given(SEEDS)
-def test_a_finished_chord_leaves_decided_and_fired_and_after_the_retention_nothing(seed):
+def test_a_finished_chord_leaves_no_part_and_after_the_retention_nothing(seed):
     world = World(seed, faults=True).run().settle()
     world.sweep()
     left = world.left()
     for id_ in world.complete_ids:
-        kinds = sorted(type(record).__name__ for record in left[id_])
-        assert kinds == ["Decided", "Fired"], kinds
+        kinds = sorted(type(record).__name__ for record in left[id_] if not isinstance(record, Cancelled | Resent))
+        assert kinds == ["Decided", "Declared", "Fired"], kinds
+        assert all(record.done for record in left[id_] if isinstance(record, Resent))
     world.now += RETENTION_MS
     world.sweep()
     assert not {id_ for id_ in world.left() if id_ in world.complete_ids}
@@ -496,7 +553,8 @@ class CountsAny(Ledger):
 
     def _part(self, chord, part, offset):
         super()._part(chord, part, offset)
-        chord.members.setdefault((part.task + part.id, part.index), chord.members[part.task, part.index])
+        if (best := chord.members.get((part.task, part.index))) is not None:
+            chord.members.setdefault((part.task + part.id, part.index), best)
 
 
 class NeverTakesOver(Ledger):
@@ -515,6 +573,17 @@ class ReadsWhereItWas(Ledger):
         return decided.parts
 
 
+class EndsTheComplete(Ledger):
+    """Lets a request or a deadline go before what is complete."""
+
+    def _next(self, id_, chord, now_ms):
+        ended = chord.ended(now_ms)
+        if chord.first is None and chord.fired_at is None and not chord.doing.deciding and ended:
+            chord.doing.deciding = True
+            return Append(self._decide(id_, chord, ended, now_ms))
+        return super()._next(id_, chord, now_ms)
+
+
 class SweepsUpTooSoon(Ledger):
     """Forgets the parts once the decision is in the log, not the body."""
 
@@ -528,7 +597,8 @@ class SweepsUpTooSoon(Ledger):
 
 
 @pytest.mark.parametrize(
-    "broken", [ActsTooEarly, TrustsTheLast, CountsAny, NeverTakesOver, ReadsWhereItWas, SweepsUpTooSoon]
+    "broken",
+    [ActsTooEarly, TrustsTheLast, CountsAny, NeverTakesOver, ReadsWhereItWas, SweepsUpTooSoon, EndsTheComplete],
 )
 def test_the_simulation_catches_a_broken_protocol(broken):
     caught = 0

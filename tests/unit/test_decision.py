@@ -7,10 +7,21 @@ import json
 import pytest
 
 from celery_kafka_backend import chord_records as records
-from celery_kafka_backend.chord_records import Chosen, Decided, Declared, Extended, Fired, Part, Sized
+from celery_kafka_backend.chord_records import (
+    Cancelled,
+    Chosen,
+    Decided,
+    Declared,
+    Extended,
+    Fired,
+    Part,
+    Resent,
+    Sized,
+)
 from celery_kafka_backend.order import run_at
 from celery_kafka_backend.processors import decision
-from celery_kafka_backend.processors.decision import Append, Fire, Forget, Ledger, facts
+from celery_kafka_backend.processors.decision import Append, Fire, Forget, Ledger, Resend
+from celery_kafka_backend.processors.progress import facts
 
 NOW = 1_790_000_000_000
 DAY = 86_400_000
@@ -166,7 +177,7 @@ def test_a_part_sent_again_is_read_where_it_is_now():
     assert fire.parts[0].offset == 3
 
 
-def test_after_fired_everything_but_the_first_decided_and_fired_is_forgotten():
+def test_after_fired_parts_and_what_lost_are_forgotten():
     log = Log()
     parts = [part("a", 0), part("b", 1), part("b", 1, event="f")]
     mine = decided_of(log.add(DECLARED, Sized(**HERE, size=2), *parts))
@@ -174,12 +185,13 @@ def test_after_fired_everything_but_the_first_decided_and_fired_is_forgotten():
     log.add(mine, loser)
     fired = Fired(**HERE, owner="me", body_task_id="b")
     ((keys,),) = log.add(fired)
-    expected = [DECLARED, Sized(**HERE, size=2), *parts, loser]
+    expected = [Sized(**HERE, size=2), *parts, loser]
     assert set(keys) == {records.key_of(record) for record in expected}
     assert log.tombstone(*keys) == []
     late = part("c", 2)
     assert log.add(late) == [Forget((records.key_of(late),))]
-    assert log.add(DECLARED) == [Forget((records.key_of(DECLARED),))]
+    assert log.add(DECLARED) == []
+    assert log.add(Sized(**HERE, size=2)) == [Forget((records.key_of(Sized(**HERE, size=2)),))]
 
 
 def test_after_the_retention_fired_is_the_last_to_go():
@@ -187,10 +199,11 @@ def test_after_the_retention_fired_is_the_last_to_go():
     mine = decided_of(log.add(DECLARED, Sized(**HERE, size=0)))
     fired = Fired(**HERE, owner="me", body_task_id="b")
     log.add(mine, fired)
-    log.tombstone(records.key_of(DECLARED), records.key_of(Sized(**HERE, size=0)))
+    log.tombstone(records.key_of(Sized(**HERE, size=0)))
     assert log.ledger.sweep(NOW + DAY - 1) == []
     ((keys,),) = log.ledger.sweep(NOW + DAY)
-    assert keys == (records.key_of(mine), records.key_of(fired))
+    assert set(keys) == {records.key_of(DECLARED), records.key_of(mine), records.key_of(fired)}
+    assert keys[-1] == records.key_of(fired)
     log.tombstone(*keys)
     assert len(log.ledger) == 0
 
@@ -233,6 +246,132 @@ def test_nothing_is_open_after_fired():
     assert log.ledger.is_open(mine)
     log.add(Fired(**HERE, owner="other", body_task_id="b"))
     assert not log.ledger.is_open(mine)
+
+
+# -- ended before it was complete ------------------------------------------------------------------
+
+
+def cancel(*, fire=False, request="c", by="ann"):
+    return Cancelled(**HERE, id=request, by=by, reason="stuck", fire=fire)
+
+
+def test_a_cancelled_chord_fails_with_what_is_there_in_whatever_order_it_came():
+    for facts_ in ([DECLARED, part("a", 0), cancel()], [cancel(), part("a", 0), DECLARED]):
+        log = Log()
+        assert log.add(*facts_[:2]) == []
+        decided = decided_of(log.add(facts_[2]))
+        assert (decided.outcome, decided.failed, decided.size) == ("failure", None, 1)
+        assert decided.why == "cancelled by ann with 1 of ? members in: stuck"
+
+
+def test_a_chord_may_be_fired_with_the_successes_that_are_there():
+    log = Log()
+    log.add(DECLARED, Sized(**HERE, size=4), part("c", 2), part("b", 1, state="FAILURE"), part("a", 0))
+    decided = decided_of(log.add(cancel(fire=True)))
+    assert (decided.outcome, [one.task for one in decided.parts], decided.last) == ("success", ["a", "c"], 0)
+    assert decided.why == "fired by ann with 3 of 4 members in: stuck"
+    (fire,) = log.add(decided)
+    assert isinstance(fire, Fire)
+    assert log.add(part("d", 3)) == [], "frozen"
+
+
+def test_a_complete_chord_hears_no_cancel():
+    log = Log()
+    decided = decided_of(log.add(DECLARED, Sized(**HERE, size=1), part("a", 0), cancel()))
+    assert (decided.outcome, decided.why) == ("success", "")
+    assert [type(one) for one in log.add(decided, cancel(request="late"))] == [Fire]
+
+
+def test_of_two_requests_the_first_counts():
+    decided = decided_of(Log().add(DECLARED, cancel(fire=True), cancel(request="d", by="bob")))
+    assert decided.why.startswith("fired by ann")
+
+
+def test_a_deadline_ends_a_chord_and_a_part_that_comes_later_changes_nothing():
+    limited = Declared(**HERE, body=b"{}", body_task_id="b", deadline=NOW + 1000)
+    log = Log()
+    assert log.add(limited, Sized(**HERE, size=2), part("a", 0)) == []
+    assert log.ledger.due(NOW + 999) == []
+    decided = decided_of(log.ledger.due(NOW + 1000))
+    assert (decided.outcome, decided.why) == ("failure", "ended by its deadline with 1 of 2 members in")
+    assert log.ledger.due(NOW + 2000) == []
+    assert [type(one) for one in log.add(decided, part("b", 1))] == [Fire]
+
+
+def test_a_deadline_that_passed_while_nobody_ran_ends_only_what_is_not_complete():
+    limited = Declared(**HERE, body=b"{}", body_task_id="b", deadline=NOW - 1000)
+    for parts, outcome in (([part("a", 0)], "success"), ([], "failure")):
+        rebuild = Ledger("me", DAY)
+        for offset, record in enumerate([limited, Sized(**HERE, size=1), *parts]):
+            rebuild.apply(record, offset, NOW)
+        assert rebuild.due(NOW) == []
+        rebuild.caught_up()
+        assert decided_of(rebuild.due(NOW)).outcome == outcome
+
+
+def test_the_deadline_of_the_latest_declaration_counts():
+    first, again = (Declared(**HERE, body=b"{}", body_task_id="b", deadline=NOW + ms) for ms in (1000, 5000))
+    log = Log()
+    log.add(first, again)
+    assert log.ledger.due(NOW + 1000) == []
+    assert decided_of(log.ledger.due(NOW + 5000)).outcome == "failure"
+
+
+def fired_log(size=1, **options):
+    """A log with a chord that has fired, and the offsets of what it kept."""
+    log = Log(**options)
+    (append,) = log.add(DECLARED, Sized(**HERE, size=size), *(part(f"t{n}", n) for n in range(size)))
+    log.add(*append.records)
+    log.add(Fired(**HERE, owner="me", body_task_id="b"))
+    kept = {records.key_of(one): log.offset - 2 for one in append.records[-1:]}
+    return log, kept | {records.key_of(DECLARED): 0}
+
+
+def test_a_fired_chord_is_sent_again_once_per_request():
+    log, kept = fired_log()
+    asked = Resent(**HERE, id="r", by="ann", reason="lost")
+    (resend,) = log.add(asked, at=NOW + 5)
+    assert resend == Resend(asked, NOW + 5, kept)
+    assert log.ledger.is_asked(asked)
+    assert log.ledger.due(NOW + 6) == []
+    done = Resent(**HERE, id="r", by="ann", reason="lost", done=9, outcome="success")
+    assert log.add(done) == []
+    assert not log.ledger.is_asked(asked)
+    assert [type(one) for one in log.add(Resent(**HERE, id="s"))] == [Resend]
+
+
+def test_a_request_waits_for_the_chord_to_fire_and_survives_the_owner():
+    log = Log()
+    decided = decided_of(log.add(DECLARED, Sized(**HERE, size=0), Resent(**HERE, id="r")))
+    assert [type(one) for one in log.add(decided)] == [Fire]
+    (_, resend) = log.add(Fired(**HERE, owner="me", body_task_id="b"))
+    assert isinstance(resend, Resend)
+    rebuild = Ledger("other", DAY)
+    fired = Fired(**HERE, owner="me", body_task_id="b")
+    for offset, record in enumerate([DECLARED, decided, fired, Resent(**HERE, id="r")]):
+        rebuild.apply(record, offset, NOW)
+    rebuild.caught_up()
+    (again,) = rebuild.due(NOW)
+    assert isinstance(again, Resend)
+
+
+def test_what_a_large_chord_is_sent_again_with_is_kept():
+    log, _ = fired_log(size=5, slice_size=2)
+    (resend,) = log.add(Resent(**HERE, id="r"))
+    kinds = sorted(records.parse_key(key).kind for key in resend.wanted)
+    assert kinds == ["chosen", "chosen", "chosen", "decided", "declared"]
+
+
+def test_what_operators_asked_is_kept_until_the_retention_is_over():
+    log = Log()
+    decided = decided_of(log.add(DECLARED, part("a", 0), cancel()))
+    ((keys,),) = (log.add(decided, Fired(**HERE, owner="me", body_task_id="b", outcome="failure")),)
+    assert keys == Forget((records.key_of(part("a", 0)),))
+    log.tombstone(*keys.keys)
+    ((keys,),) = log.ledger.sweep(NOW + DAY)
+    assert {records.parse_key(key).kind for key in keys} == {"declared", "cancelled", "decided", "fired"}
+    log.tombstone(*keys)
+    assert len(log.ledger) == 0
 
 
 def test_facts_show_progress_without_results():

@@ -20,7 +20,7 @@ def test_the_rights_are_the_least_that_work():
     assert roles(log, "Write") == {"client", "worker", "processor"}
     assert roles(log, "Read") == {"worker", "processor", "operator"}
     assert roles(chords, "Read") == {"processor", "operator"}
-    assert roles(chords, "Write") == {"client", "worker", "processor"}
+    assert roles(chords, "Write") == {"client", "worker", "processor", "operator"}
     assert roles(dead, "Write") == {"processor"}
     groups = {(right.role, right.operation) for right in found if right.resource == "group"}
     assert groups == {("processor", "Read"), ("operator", "Read"), ("worker", "Describe")}
