@@ -15,7 +15,7 @@ BOUNDED := timeout --foreground --signal=INT --kill-after=60
 PYTEST := $(BIN)/python -m pytest -p faulthandler -o faulthandler_timeout=300
 
 QUICK_TESTS := $(wildcard tests/unit tests/property tests/contract)
-SOURCES := $(wildcard $(foreach folder,celery_kafka_backend producer processors sinks,$(addprefix $(folder)/*.,py lua sql)))
+SOURCES := $(wildcard $(foreach folder,celery_kafka_backend producer processors sinks,$(addprefix $(folder)/*.,py lua painless sql)))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -52,7 +52,7 @@ test: preflight $(READY) services lint  ## everything that CI checks
 	$(BOUNDED) 4200 $(PYTEST) -n 2 --dist loadfile $(ARGS)
 
 test-quick: $(READY)  ## the tests that need no server
-	$(BOUNDED) 300 $(PYTEST) -n 3 $(QUICK_TESTS) -m "not kafka and not redis and not mongodb" $(ARGS)
+	$(BOUNDED) 300 $(PYTEST) -n 3 $(QUICK_TESTS) -m "not kafka and not redis and not mongodb and not elasticsearch" $(ARGS)
 
 delivery-table: $(READY)  ## docs/delivery.md at its real times: Kafka away for 5 s and 60 s
 	DELIVERY_TIMEOUT_S=30 $(BOUNDED) 3600 $(PYTEST) tests/integration/test_delivery_table.py $(ARGS)

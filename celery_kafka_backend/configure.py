@@ -29,6 +29,13 @@ _REDIS: Final = {
 }
 # Celery's name within ``mongodb_backend_settings``, pymongo's name; all others are pymongo's own, or the store's.
 _MONGODB: Final = {"user": "username", "max_pool_size": "maxPoolSize", "mongo_host": "host"}
+# Celery's name, the driver's; the last one is the store's own.
+_ELASTICSEARCH: Final = {
+    "elasticsearch_timeout": "request_timeout",
+    "elasticsearch_max_retries": "max_retries",
+    "elasticsearch_retry_on_timeout": "retry_on_timeout",
+    "elasticsearch_save_meta_as_text": "save_meta_as_text",
+}
 _CERT: Final = {"CERT_REQUIRED": "required", "CERT_OPTIONAL": "optional", "CERT_NONE": "none"}
 
 
@@ -104,10 +111,7 @@ def store_options(app: Celery, settings: Settings, url: str) -> StoreOptions:
     scheme = url.partition("://")[0]
     options: dict[str, Any] = {}
     if scheme in ("redis", "rediss"):
-        for theirs, driver in _REDIS.items():
-            value = app.conf.get(theirs)
-            if value is not None:
-                options[driver] = value
+        options.update(_renamed(app, _REDIS))
         tls = app.conf.get("redis_backend_use_ssl")
         if isinstance(tls, dict):
             options.update(tls)
@@ -118,6 +122,9 @@ def store_options(app: Celery, settings: Settings, url: str) -> StoreOptions:
             options["ssl_cert_reqs"] = _CERT[requirement]
     elif scheme in ("mongodb", "mongodb+srv"):
         options.update(_mongodb_options(app))
+    elif scheme.startswith("elasticsearch"):
+        options.update(_renamed(app, _ELASTICSEARCH))
+        options.update(settings.view_options.get("elasticsearch", {}))
     options.update(settings.view_options.get(scheme, {}))
     prefix = (app.conf.get("result_backend_transport_options") or {}).get("global_keyprefix") or ""
     if prefix and prefix[-1] not in ":_-.":
@@ -125,11 +132,16 @@ def store_options(app: Celery, settings: Settings, url: str) -> StoreOptions:
     return StoreOptions(
         namespace=settings.topic_prefix,
         key_prefix=prefix,
-        history=settings.history.get(scheme),
+        history=settings.history.get(scheme, settings.history.get(scheme.partition("+")[0])),
         history_limit=settings.history_limit,
         serializer=app.conf.result_serializer,
         options=options,
     )
+
+
+def _renamed(app: Celery, names: dict[str, str]) -> dict[str, Any]:
+    """Return Celery's settings under the driver's names; what is not set is not passed."""
+    return {driver: value for theirs, driver in names.items() if (value := app.conf.get(theirs)) is not None}
 
 
 def _mongodb_options(app: Celery) -> dict[str, Any]:

@@ -27,8 +27,17 @@ _STORES: Final = {
     "rediss": "celery_kafka_backend.sinks.redis",
     "mongodb": "celery_kafka_backend.sinks.mongodb",
     "mongodb+srv": "celery_kafka_backend.sinks.mongodb",
+    "elasticsearch": "celery_kafka_backend.sinks.elasticsearch",
+    "elasticsearch+http": "celery_kafka_backend.sinks.elasticsearch",
+    "elasticsearch+https": "celery_kafka_backend.sinks.elasticsearch",
 }
-_EXTRAS: Final = {"redis": "redis", "pymongo": "mongodb", "bson": "mongodb"}
+_EXTRAS: Final = {
+    "redis": "redis",
+    "pymongo": "mongodb",
+    "bson": "mongodb",
+    "elasticsearch": "elasticsearch",
+    "elastic_transport": "elasticsearch",
+}
 
 
 class Store(Protocol):

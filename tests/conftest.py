@@ -1,7 +1,7 @@
 """What every test may use: real servers, started when the first test asks, and the proof that nothing outlives the run.
 
 A server that is missing or does not start skips only the tests that asked for it. Where ``REQUIRE_SERVICES`` names it
-(``all``, or a comma list of ``kafka``, ``kafka3``, ``redis``, ``mongodb``), they fail instead: that is how CI notices.
+(``all``, or a comma list of ``kafka``, ``kafka3``, ``redis``, ``mongodb``, ``elasticsearch``), they fail instead: that is how CI notices.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.services.catalogue import Server
+    from tests.services.elasticsearch import ElasticServer
     from tests.services.kafka import KafkaCluster
     from tests.services.mongodb import MongoServer
     from tests.services.redis import RedisServer
@@ -94,6 +95,20 @@ def mongodb() -> Iterator[MongoServer]:
 def mongodb_url(mongodb: MongoServer) -> str:
     """A database of the shared MongoDB, for one test."""
     return mongodb.clean_database()
+
+
+@pytest.fixture(scope="session")
+def elasticsearch() -> Iterator[ElasticServer]:
+    """An Elasticsearch shared by the whole run; a test that kills one starts its own."""
+    yield from cast("Iterator[ElasticServer]", _running("elasticsearch"))
+
+
+@pytest.fixture
+def elasticsearch_url(elasticsearch: ElasticServer) -> Iterator[str]:
+    """An index of the shared Elasticsearch, for one test."""
+    url = elasticsearch.clean_index()
+    yield url
+    elasticsearch.drop(url)
 
 
 @pytest.fixture

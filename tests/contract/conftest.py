@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from celery_kafka_backend.sinks.contract import Row, Sink, View
+    from tests.services.elasticsearch import ElasticServer
 
 
 class Place:
@@ -144,7 +145,34 @@ class _Mongo(Place):
         return 1001
 
 
-REAL = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("redis", "mongodb")]
+class _Elastic(Place):
+    """One index for all cases: to make one takes longer than most of them."""
+
+    def __init__(self, server: ElasticServer, url: str) -> None:
+        super().__init__(url)
+        self._server = server
+
+    def empty(self) -> None:
+        self._server.empty(self.url)
+
+    def stock(self, task: str, state: str) -> None:
+        from celery import Celery  # noqa: PLC0415 - the cases of the other stores run without it
+
+        backend = Celery("stock", backend=self.url, set_as_current=False).backend
+        backend._set_with_state(f"celery-task-meta-{task}", json_document(task, state, "stock").decode(), state)
+        backend.server.close()
+
+    def poison(self, sink: Sink) -> int:
+        sink._limit = 1000
+        return 1001
+
+
+REAL = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("redis", "mongodb", "elasticsearch")]
+
+
+@pytest.fixture(scope="session")
+def elastic(elasticsearch: ElasticServer) -> tuple[ElasticServer, str]:
+    return elasticsearch, elasticsearch.clean_index()
 
 
 @pytest.fixture(params=["memory", "sqlite", *REAL])
@@ -157,11 +185,13 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
         found = _Sqlite(f"sqlite:///{tmp_path / 'view.db'}")
     elif request.param == "mongodb":
         found = _Mongo(request.getfixturevalue("mongodb_url"))
+    elif request.param == "elasticsearch":
+        found = _Elastic(*request.getfixturevalue("elastic"))
     else:
         found = _Redis(request.getfixturevalue("redis_url"))
     yield found
     found.close()
-    if isinstance(found, _Memory):
+    if isinstance(found, (_Memory, _Elastic)):
         found.empty()
 
 

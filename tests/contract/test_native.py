@@ -69,9 +69,9 @@ def documents(conf: dict[str, Any], suffix: str) -> list[events.Event]:
             event = stated(state, at, task=task, document=encoded, id=event_id(task), **about)
         else:
             parts = {
-                part: ensure_bytes(backend.encode(meta[part]))
+                part: ensure_bytes(backend._encode(meta[part])[2])
                 for part in ("result", "children", "args", "kwargs")
-                if meta.get(part)
+                if part == "result" or meta.get(part) is not None
             }
             opaque = Opaque(
                 meta=encoded, content_type=backend.content_type, traceback=trace, plain=_plain(meta), **parts
@@ -115,7 +115,9 @@ def test_a_stock_client_reads_every_state_in_every_serializer(place: Place) -> N
     pytest.importorskip("sqlalchemy")
     jobs, sink = [], place.sink()
     compressions = [None] if url.startswith("db+") else [None, "gzip"]
-    for serializer in available():
+    # Elasticsearch holds JSON: Celery's own backend for it fails on bytes, and msgpack has no other form.
+    unsaid = {"msgpack"} if url.startswith("elasticsearch") else set()
+    for serializer in [name for name in available() if name not in unsaid]:
         for extended in (False, True):
             for compression in compressions:
                 conf = {"result_serializer": serializer, "result_extended": extended, "accept_content": SERIALIZERS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from tests.services import kafka, mongodb, redis
+from tests.services import elasticsearch, kafka, mongodb, redis
 from tests.services.errors import Missing, ServiceError
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class Service(NamedTuple):
 
 
 SERVICES = {
+    "elasticsearch": Service(
+        elasticsearch.missing, elasticsearch.install, elasticsearch.start, lambda server: server.url
+    ),
     "kafka": Service(kafka.missing, kafka.install, kafka.start, lambda cluster: cluster.bootstrap),
     "kafka3": Service(
         kafka.missing, kafka.install, functools.partial(kafka.start, 3), lambda cluster: cluster.bootstrap

@@ -96,6 +96,14 @@ def mongodb(*, ready: Callable[[int], bool]) -> Container:
     return Container(project, "mongodb", port, functools.partial(ready, port))
 
 
+def elasticsearch(*, ready: Callable[[int], bool]) -> Container:
+    """Start an Elasticsearch, without waiting for it; ``ready`` is given its port."""
+    (port,) = ports.free(1)
+    project = Project(ONE, {"CKB_ELASTICSEARCH_PORT": str(port)})
+    project.compose("up", "--detach", "elasticsearch", timeout_s=PULL_TIMEOUT_S)
+    return Container(project, "elasticsearch", port, functools.partial(ready, port))
+
+
 class Project:
     """One compose project: its containers, network and volumes have a name that no other run has."""
 

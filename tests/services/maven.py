@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.services import commands
@@ -12,7 +14,6 @@ from tests.services.errors import Missing, ServiceError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 JAVA_AT_LEAST = 17
 DOWNLOAD_TIMEOUT_S = 900
@@ -63,7 +64,40 @@ def copy_jars(coordinates: Sequence[str], into: Path) -> None:
     pom.write_text(POM.format(dependencies="\n".join(DEPENDENCY(*name.split(":")) for name in coordinates)))
     command = ["mvn", "--batch-mode", "--quiet", "--update-snapshots", "--file", str(pom)]
     command += ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={into / 'libs'}"]
-    problem = f"Maven could not fetch {', '.join(coordinates)}"
+    _fetch(command, f"Maven could not fetch {', '.join(coordinates)}")
+
+
+def unpack(coordinate: str, members: str, into: Path) -> Path:
+    """Fetch the archive ``group:artifact:version:zip`` and unpack what matches ``members``; returns ``into``.
+
+    Maven's copy of the archive is thrown away: it may be a hundred times what is wanted of it.
+
+    Raises:
+        ServiceError: Maven failed; its output is in the message.
+    """
+    with tempfile.TemporaryDirectory(dir=into) as repository:
+        pom = Path(repository) / "pom.xml"  # a project of its own, or Maven leaves a marker in the working directory
+        pom.write_text(POM.format(dependencies=""))
+        command = ["mvn", "--batch-mode", "--quiet", f"-Dmaven.repo.local={repository}", "--file", str(pom)]
+        command += ["dependency:unpack", f"-Dartifact={coordinate}", f"-Dmdep.unpack.includes={members}"]
+        command.append(f"-DoutputDirectory={into}")
+        _fetch(command, f"Maven could not fetch {coordinate}")
+    return into
+
+
+def java_home() -> Path:
+    """Where the Java on PATH lives.
+
+    Raises:
+        ServiceError: There is none.
+    """
+    found = shutil.which("java")
+    if found is None:
+        raise ServiceError("; ".join(map(str, missing())))
+    return Path(found).resolve().parent.parent
+
+
+def _fetch(command: Sequence[str], problem: str) -> None:
     for left in reversed(range(ATTEMPTS)):
         try:
             commands.run(command, DOWNLOAD_TIMEOUT_S, problem)

@@ -37,6 +37,16 @@ def test_view_options_are_laid_over_celery_s():
     assert found == {"database": "b"}
 
 
+@pytest.mark.parametrize("view", ["elasticsearch://h/i", "elasticsearch+https://h/i"])
+def test_elasticsearch_s_settings_by_name(view):
+    given = {"timeout": 3.5, "max_retries": 1, "retry_on_timeout": True, "save_meta_as_text": False}
+    found = options(view, {"elasticsearch": {"api_key": "k"}}, **{f"elasticsearch_{n}": v for n, v in given.items()})
+    assert found == {
+        "request_timeout": 3.5, "max_retries": 1, "retry_on_timeout": True, "save_meta_as_text": False, "api_key": "k",
+    }  # fmt: skip
+    assert options(view) == {"save_meta_as_text": True}
+
+
 def test_mongodb_s_settings_must_be_a_dictionary():
     with pytest.raises(ImproperlyConfigured, match="mongodb_backend_settings"):
         options("mongodb://h/db", mongodb_backend_settings="database")

@@ -1,0 +1,263 @@
+"""The read side of the Elasticsearch store; indices and guarantee are in `elasticsearch`."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final
+
+from elasticsearch import exceptions
+
+from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
+from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, View, document_row, side_row
+from celery_kafka_backend.sinks.elasticsearch_indices import NEVER
+from celery_kafka_backend.sinks.elasticsearch_native import stock_document, taken
+from celery_kafka_backend.sinks.elasticsearch_wire import Place, bounded, translated, within
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from elasticsearch import Elasticsearch
+
+CHUNK: Final = 1000
+"""Documents per round trip of a read."""
+KEEP_ALIVE: Final = "2m"
+REQUEST_TIMEOUT_S: Final = 10.0
+_NOTHING: Final = Shown(None, 0, "", None)
+
+
+def chord_id(group: str) -> str:
+    """Return the id of what is known of a chord as a whole."""
+    return f"chord-{group}"
+
+
+def positions_id(namespace: str) -> str:
+    """Return the id of the document with a pipeline's positions."""
+    return f"positions-{namespace}"
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class ElasticView(View):
+    """Reads a view in Elasticsearch."""
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        self._place = Place(url, options)
+        self.url = self._place.url
+        self._namespace = options.namespace
+        self._parked: list[Elasticsearch] = []
+        self._opened: Elasticsearch | None = None
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+
+    @property
+    def _client(self) -> Elasticsearch:
+        if self._pid != os.getpid():
+            self.after_fork()
+        client = self._opened
+        if client is None:
+            with self._lock:
+                client = self._opened = self._opened or self._place.connect()
+        return bounded(client, REQUEST_TIMEOUT_S)
+
+    def after_fork(self) -> None:
+        """Park what the parent uses: to close a connection with TLS would end the parent's."""
+        self._lock = threading.Lock()
+        if self._pid != os.getpid() and self._opened is not None:
+            self._parked.append(self._opened)
+            self._opened = None
+        self._pid = os.getpid()
+
+    def close(self) -> None:
+        """Disconnect; a later read connects anew."""
+        if self._pid == os.getpid() and self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def within(self, timeout_s: float) -> AbstractContextManager[None]:
+        """Bound what this thread asks for."""
+        return within(timeout_s)
+
+    # -- by id: as of now, not of a refresh ----------------------------------------------------
+
+    def documents(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Read by id, a thousand at a time."""
+        return self._documents(TASK, ids)
+
+    def groups(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Read by id, a thousand at a time."""
+        return self._documents(GROUP, ids)
+
+    def _documents(self, subject: str, ids: Sequence[str]) -> dict[str, bytes]:
+        with translated(self.url):
+            found = {each: shown.document for each, shown in self._find(subject, ids)}
+        return {each: document for each, document in found.items() if document is not None}
+
+    def shown(self, ids: Sequence[str]) -> dict[str, Shown]:
+        """Read by id: the side record is in the same document."""
+        with translated(self.url):
+            return {each: shown for each, shown in self._find(TASK, ids) if shown != _NOTHING}
+
+    def _find(self, subject: str, ids: Sequence[str]) -> Iterator[tuple[str, Shown]]:
+        prefix = self._place.prefixes[subject]
+        for start in range(0, len(ids), CHUNK):
+            keys = [prefix + each for each in ids[start : start + CHUNK]]
+            now_ms = _now_ms()
+            for found in self._mget(self._place.native, keys):
+                yield found["_id"][len(prefix) :], _shown(found["_source"], now_ms, task=subject == TASK)
+
+    def _mget(self, index: str, keys: Sequence[str]) -> list[Any]:
+        """Return what there is; an index that nobody has made yet holds nothing."""
+        docs = self._client.mget(index=index, ids=list(keys), filter_path="docs._id,docs.found,docs._source,docs.error")
+        found = docs.body.get("docs", [])
+        for each in found:
+            error = each.get("error")
+            if error is not None and error.get("type") != "index_not_found_exception":
+                raise exceptions.TransportError(f"{error.get('type')}: {error.get('reason')}")
+        return [each for each in found if each.get("found")]
+
+    def positions(self) -> dict[Partition, int]:
+        """Read all of this pipeline's, which are one document."""
+        found: dict[Partition, int] = {}
+        with translated(self.url):
+            for document in self._mget(self._place.beside, [positions_id(self._namespace)]):
+                for name, offset in document["_source"]["next"].items():
+                    topic, _, number = name.rpartition(":")
+                    found[Partition(topic, int(number))] = offset
+        return found
+
+    # -- by search -----------------------------------------------------------------------------
+
+    def history(self, task_id: str) -> list[bytes]:
+        """Search the history's indices, refreshed."""
+        with translated(self.url):
+            pattern = f"{self._place.history}-*"
+            found = self._search(pattern, {"term": {"task": task_id}}, [{"hlc": "asc"}, {"event": "asc"}])
+            now_ms = _now_ms()
+            return [_bytes(entry) for _, entry in found if entry.get("x", NEVER) > now_ms]
+
+    def chord(self, group_id: str) -> dict[str, bytes]:
+        """Search for all facts of a group that has not expired."""
+        with translated(self.url):
+            for chord in self._mget(self._place.beside, [chord_id(group_id)]):
+                if chord["_source"]["x"] > _now_ms():
+                    facts = self._facts([group_id], {group_id: chord["_source"]})
+                    return {fact["n"]: _bytes(fact) for fact in facts}
+        return {}
+
+    def _facts(self, groups: Sequence[str], chords: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the facts that were not there before their chord last expired."""
+        which = {"bool": {"filter": [{"term": {"what": "fact"}}, {"terms": {"g": list(groups)}}]}}
+        for _, fact in self._search(self._place.beside, which):
+            if fact["x"] > chords[fact["g"]]["born"]:
+                yield fact
+
+    def _search(
+        self, index: str, query: dict[str, Any], sort: Sequence[dict[str, str]] = ({"_shard_doc": "asc"},)
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield id and source of all that matches, of one moment; nothing where there is no such index."""
+        client = self._client
+        try:
+            client.indices.refresh(index=index, ignore_unavailable=True)
+            moment = client.open_point_in_time(index=index, keep_alive=KEEP_ALIVE, ignore_unavailable=True)["id"]
+        except exceptions.NotFoundError:
+            return
+        try:
+            after = None
+            while True:
+                page = self._client.search(
+                    pit={"id": moment, "keep_alive": KEEP_ALIVE}, query=query, sort=list(sort), size=CHUNK,
+                    search_after=after, track_total_hits=False,
+                )  # fmt: skip
+                for hit in page["hits"]["hits"]:
+                    yield hit["_id"], hit["_source"]
+                    after = hit["sort"]
+                if len(page["hits"]["hits"]) < CHUNK:
+                    return
+        finally:
+            self._client.close_point_in_time(id=moment)
+
+    # -- all of it -----------------------------------------------------------------------------
+
+    def rows(self) -> Iterator[Row]:
+        """Scan the indices; each is of one moment, together they are not."""
+        with translated(self.url):
+            now_ms = _now_ms()
+            alive: dict[str, Any] = {"range": {"ckb.x": {"gt": now_ms}}}
+            for key, source in self._search(self._place.native, alive):
+                for subject, prefix in self._place.prefixes.items():
+                    if key.startswith(prefix):
+                        yield from _native_rows(subject, key[len(prefix) :], source, now_ms)
+            for _, entry in self._search(f"{self._place.history}-*", {"match_all": {}}):
+                if entry.get("x", NEVER) > now_ms:
+                    where = f"{entry['task']}/{entry['hlc']}/{entry['event']}"
+                    yield Row("history", where, {"value": _bytes(entry)}, _expiry_ms(entry.get("x", 0)))
+            yield from self._chord_rows(now_ms)
+
+    def _chord_rows(self, now_ms: int) -> Iterator[Row]:
+        alive = {"bool": {"filter": [{"term": {"what": "chord"}}, {"range": {"x": {"gt": now_ms}}}]}}
+        for chunk in _chunks(chord for _, chord in self._search(self._place.beside, alive)):
+            chords = {each["g"]: each for each in chunk}
+            for fact in self._facts(list(chords), chords):
+                columns = {"k": fact["k"], "value": _bytes(fact)}
+                yield Row("chord", f"{fact['g']}/{fact['n']}", columns, _expiry_ms(chords[fact["g"]]["x"]))
+
+
+def _chunks(found: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    source = iter(found)
+    while chunk := list(islice(source, CHUNK)):
+        yield chunk
+
+
+def _native_rows(subject: str, each: str, source: dict[str, Any], now_ms: int) -> Iterator[Row]:
+    shown, ckb = _shown(source, now_ms, task=subject == TASK), source["ckb"]
+    if shown.document is not None and shown.key:
+        until = ckb.get("u", 0)
+        yield document_row(subject, each, shown.document, until)
+        if subject == TASK:
+            columns: dict[str, Any] = {name: source[name] for name in ("result", "@timestamp") if name in source}
+            yield Row("native", each, columns, until)
+    side = shown.side or Side(expires_at=_expiry_ms(ckb["x"]))
+    yield side_row(subject, each, ckb["k"], ckb["e"], side)
+
+
+def _shown(source: Mapping[str, Any], now_ms: int, *, task: bool) -> Shown:
+    """Return what one of Celery's documents shows now."""
+    ckb = source.get("ckb") or {}
+    ours = "t" in ckb and ckb["t"] == source.get("@timestamp")
+    alive = ckb.get("x", 0) > now_ms
+    side = _side(ckb) if alive and task and "seen" in ckb else None
+    if not ours and "result" in source:
+        return Shown(stock_document(source), 0, "", side)
+    if not alive:
+        return _NOTHING
+    visible = ours and ckb.get("u", NEVER) > now_ms
+    document = (taken(ckb) or str(source["result"]).encode()) if visible else None
+    return Shown(document, ckb["k"], ckb["e"], side)
+
+
+def _side(ckb: Mapping[str, Any]) -> Side:
+    return Side(
+        run=ckb["run"],
+        seen=ckb["seen"],
+        sent=ckb.get("sent", 0),
+        received=ckb.get("received", 0),
+        started=ckb.get("started", 0),
+        attempts=ckb["attempts"],
+        workers=tuple(sorted(ckb["workers"])),
+        expires_at=_expiry_ms(ckb["x"]),
+    )
+
+
+def _bytes(entry: Mapping[str, Any]) -> bytes:
+    return taken(entry) or b""
+
+
+def _expiry_ms(stored: int) -> int:
+    """Return an expiry, ms since 1970; 0: never."""
+    return 0 if stored == NEVER else stored
