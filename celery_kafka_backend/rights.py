@@ -50,33 +50,23 @@ def rights(prefix: str) -> list[Right]:
     """Return the least rights of each role."""
     log, chord, dead = topics.task_events(prefix), topics.chords(prefix), topics.dead_letters(prefix)
     groups = f"{prefix}.*"
-    found = [
-        Right(CLIENT, "topic", log, "Write"),
-        Right(CLIENT, "topic", log, "Describe"),
-        Right(CLIENT, "topic", chord, "Write"),
-        Right(CLIENT, "topic", chord, "Describe"),
-        Right(WORKER, "topic", log, "Write"),
-        Right(WORKER, "topic", log, "Read"),
-        Right(WORKER, "topic", log, "Describe"),
-        Right(WORKER, "topic", chord, "Write"),
-        Right(WORKER, "topic", chord, "Describe"),
+    needed = [
+        (CLIENT, "topic", log, "Write Describe"),
+        (CLIENT, "topic", chord, "Write Describe"),
+        (WORKER, "topic", log, "Write Read Describe"),
+        (WORKER, "topic", chord, "Write Describe"),
         # Whose log it is: asked when a worker starts.
-        Right(WORKER, "group", f"{prefix}.app", "Describe"),
-        Right(PROCESSOR, "topic", log, "Read"),
-        # The chord processor publishes bodies, and a chord's failure is its body's FAILURE.
-        Right(PROCESSOR, "topic", log, "Write"),
-        Right(PROCESSOR, "topic", log, "Describe"),
-        Right(PROCESSOR, "topic", chord, "Read"),
-        Right(PROCESSOR, "topic", chord, "Write"),
-        Right(PROCESSOR, "topic", chord, "Describe"),
-        Right(PROCESSOR, "topic", dead, "Write"),
-        Right(PROCESSOR, "topic", dead, "Describe"),
-        Right(PROCESSOR, "group", groups, "Read"),
+        (WORKER, "group", f"{prefix}.app", "Describe"),
+        # The chord processor publishes bodies, and a chord's failure is its body's FAILURE: it writes the log, too.
+        (PROCESSOR, "topic", log, "Read Write Describe"),
+        (PROCESSOR, "topic", chord, "Read Write Describe"),
+        (PROCESSOR, "topic", dead, "Write Describe"),
+        (PROCESSOR, "group", groups, "Read"),
+        *((OPERATOR, "topic", topic, "Read Describe DescribeConfigs") for topic in (log, chord, dead)),
+        (OPERATOR, "topic", chord, "Write"),  # `pipeline chord --fire|--fail|--resend`
+        (OPERATOR, "group", groups, "Read"),
     ]
-    for topic in (log, chord, dead):
-        found += [Right(OPERATOR, "topic", topic, operation) for operation in ("Read", "Describe", "DescribeConfigs")]
-    # `pipeline chord --fire|--fail|--resend`.
-    return [*found, Right(OPERATOR, "topic", chord, "Write"), Right(OPERATOR, "group", groups, "Read")]
+    return [Right(role, kind, name, each) for role, kind, name, operations in needed for each in operations.split()]
 
 
 def of_role(prefix: str, role: str) -> list[Right]:
