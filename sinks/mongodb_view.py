@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -25,6 +23,7 @@ from celery_kafka_backend.sinks.mongodb_wire import (
     expiry_ms,
     translated,
 )
+from celery_kafka_backend.sinks.per_process import PerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -48,34 +47,19 @@ class MongoView(View):
         self.url = self._place.url
         self._namespace = options.namespace
         self._json = options.serializer == "json"
-        self._parked: list[MongoClient[dict[str, Any]]] = []
-        self._opened: MongoClient[dict[str, Any]] | None = None
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._own = PerProcess(self._place.connect, lambda client: client.close())
 
     @property
     def _client(self) -> MongoClient[dict[str, Any]]:
-        if self._pid != os.getpid():
-            self.after_fork()
-        client = self._opened
-        if client is None:
-            with self._lock:
-                client = self._opened = self._opened or self._place.connect()
-        return client
+        return self._own.client
 
     def after_fork(self) -> None:
-        """Park what the parent uses: a client is not fork-safe, and closing it would tell the parent's server."""
-        self._lock = threading.Lock()
-        if self._pid != os.getpid() and self._opened is not None:
-            self._parked.append(self._opened)
-            self._opened = None
-        self._pid = os.getpid()
+        """Leave the parent its client."""
+        self._own.after_fork()
 
     def close(self) -> None:
         """Disconnect; a later read connects anew."""
-        if self._pid == os.getpid() and self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        self._own.close()
 
     def _collection(self, name: str) -> Collection[dict[str, Any]]:
         return self._place.collection(self._client, name)

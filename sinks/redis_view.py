@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -14,6 +12,7 @@ from celery_kafka_backend.errors import Unavailable
 from celery_kafka_backend.order import KEY_DIGITS
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, Subscription, View, document_row, side_row
+from celery_kafka_backend.sinks.per_process import PerProcess
 from celery_kafka_backend.sinks.redis_wire import (
     CHORD,
     CHORD_EXPIRY,
@@ -85,33 +84,19 @@ class RedisView(View):
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         self.url = mask(url)
-        self._given = url
         self._options = options
-        self._lock = threading.Lock()
-        self._opened: redis.Redis | None = None
-        self._pid = 0
-        self._parked: list[redis.Redis] = []
+        self._own = PerProcess(lambda: connect(url, options, retries=1), _disconnect)
         self._prefixes = {subject: options.key_prefix.encode() + name for subject, name in NATIVE.items()}
         self._chord_prefix = options.key_prefix.encode() + CHORD
         self._channel = f"celery-kafka:{options.namespace}:client:"
 
     @property
     def _client(self) -> redis.Redis:
-        if self._pid != os.getpid():
-            self.after_fork()
-        client = self._opened
-        if client is None:
-            with self._lock:
-                client = self._opened = self._opened or connect(self._given, self._options, retries=1)
-        return client
+        return self._own.client
 
     def after_fork(self) -> None:
-        """Park what the parent uses: closing it here could disturb the parent's TLS streams."""
-        self._lock = threading.Lock()
-        if self._pid != os.getpid() and self._opened is not None:
-            self._parked.append(self._opened)
-            self._opened = None
-        self._pid = os.getpid()
+        """Leave the parent its pool."""
+        self._own.after_fork()
 
     def within(self, timeout_s: float) -> AbstractContextManager[None]:
         """Bound each wait on the socket."""
@@ -119,10 +104,7 @@ class RedisView(View):
 
     def close(self) -> None:
         """Close the pool; a later read opens a new one."""
-        if self._pid == os.getpid() and self._opened is not None:
-            self._opened.close()
-            self._opened.connection_pool.disconnect()
-            self._opened = None
+        self._own.close()
 
     def _natives(self, ids: Iterable[str], subject: str = TASK) -> list[bytes]:
         return [self._prefixes[subject] + each.encode() for each in ids]
@@ -251,6 +233,11 @@ class RedisView(View):
                 kind = "side" if key.endswith(b"k") else "history"
                 return subject, kind, key[len(prefix) + 1 : -3].decode()
         return None
+
+
+def _disconnect(client: redis.Redis) -> None:
+    client.close()
+    client.connection_pool.disconnect()
 
 
 def _present(ids: Sequence[str], values: Sequence[bytes | None]) -> dict[str, bytes]:
