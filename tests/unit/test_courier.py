@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
@@ -16,50 +15,9 @@ from celery_kafka_backend.producer.courier import Courier, Retries
 from celery_kafka_backend.producer.detour import Detour
 from celery_kafka_backend.producer.publisher import Publisher, Record
 from celery_kafka_backend.producer.spool import Spool
+from tests.unit.scripted_handle import TIMED_OUT, Handle
 
-OK = None
-TIMED_OUT = KafkaError._MSG_TIMED_OUT
 ALWAYS = Retries(most=float("inf"), base_ms=1, longest_ms=2)
-
-
-class Message:
-    def topic(self):
-        return "t"
-
-    def partition(self):
-        return 0
-
-    def offset(self):
-        return 7
-
-
-class Handle:
-    """Answers the next record with the next of ``answers``; a full queue is a `BufferError`."""
-
-    def __init__(self):
-        self.answers = deque()
-        self.produced = []
-        self._due = deque()
-
-    def produce(self, topic, value=None, key=None, headers=None, partition=-1, on_delivery=None):
-        answer = self.answers.popleft() if self.answers else OK
-        if answer is BufferError or isinstance(answer, KafkaException):
-            raise answer
-        self.produced.append(value)
-        self._due.append((on_delivery, None if answer is OK else KafkaError(answer)))
-
-    def __len__(self):
-        return len(self._due)
-
-    def poll(self, timeout):
-        time.sleep(min(timeout, 0.001))
-        while self._due:
-            answer, error = self._due.popleft()
-            answer(error, Message())
-
-    def flush(self, _timeout):
-        self.poll(0)
-        return len(self._due)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 import pytest
@@ -13,53 +12,7 @@ from celery_kafka_backend.errors import NotAcknowledged, SpoolError
 from celery_kafka_backend.producer.drain import drain
 from celery_kafka_backend.producer.publisher import Publisher, Record
 from celery_kafka_backend.producer.spool import Spool
-
-TIMED_OUT = KafkaError._MSG_TIMED_OUT
-
-
-class Answer:
-    def topic(self):
-        return "t"
-
-    def partition(self):
-        return 0
-
-    def offset(self):
-        return 7
-
-
-class Handle:
-    """Refuses each value that ``refuses`` names, with that error, and takes the others."""
-
-    def __init__(self):
-        self.refuses = {}
-        self.produced = []
-        self._due = []
-
-    def produce(self, topic, value=None, key=None, headers=None, partition=-1, on_delivery=None):
-        self.produced.append(value)
-        code = self.refuses.get(value)
-        self._due.append((on_delivery, None if code is None else KafkaError(code)))
-
-    def poll(self, timeout):
-        time.sleep(min(timeout, 0.001))
-        while self._due:
-            answer, error = self._due.pop(0)
-            answer(error, Answer())
-
-    def flush(self, _timeout):
-        self.poll(0)
-        return 0
-
-    def list_topics(self, topic, timeout):
-        class Topic:
-            error = None
-            partitions = range(4)
-
-        class Found:
-            topics = {topic: Topic}  # noqa: RUF012
-
-        return Found
+from tests.unit.scripted_handle import TIMED_OUT, Handle
 
 
 @pytest.fixture
