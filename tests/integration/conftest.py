@@ -21,6 +21,7 @@ from tests.services.errors import ServiceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Self
 
     from tests.integration.locked_kafka import LockedKafka
 
@@ -29,7 +30,7 @@ READY_S = 60.0
 
 
 class Fleet:
-    """An app on its own topics and databases, and the processes that serve it."""
+    """An app on its own topics and databases, and the processes that serve it; they end with the ``with`` block."""
 
     def __init__(
         self, kafka: str, broker: str, view: str, folder: Path, settings: dict[str, Any], conf: dict[str, Any]
@@ -57,6 +58,12 @@ class Fleet:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._app: Any = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def celery(self, *arguments: str) -> list[str]:
         """The command line of `celery -A fleet_app …`."""
         return [sys.executable, "-m", "celery", "-A", "fleet_app", *arguments]
@@ -83,17 +90,24 @@ class Fleet:
                 )
             time.sleep(0.05)
 
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `celery -A fleet_app …` to its end; it may fail, but not with a traceback."""
+        done = subprocess.run(
+            self.celery(*arguments), env=self.environment, capture_output=True, text=True, timeout=READY_S, check=False
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
     def init(self) -> None:
         """Create the topics."""
-        done = subprocess.run(
-            self.celery("pipeline", "init"),
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = self.run("pipeline", "init")
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def serve(self, *worker: str) -> None:
+        """Create the topics, and start the processors and a worker with these arguments."""
+        self.init()
+        self.pipeline()
+        self.worker(*worker)
 
     def worker(self, *arguments: str, name: str = "worker") -> None:
         """Start a prefork worker."""
@@ -164,18 +178,13 @@ def fleet(
 ) -> Iterator[Fleet]:
     """A running fleet for a module; parametrize indirectly with {"settings": …, "conf": …} to change it."""
     more = getattr(request, "param", {})
-    made = Fleet(
+    with Fleet(
         kafka.bootstrap,
         redis_server.clean_database(),
         redis_server.clean_database(),
         tmp_path_factory.mktemp("fleet"),
         more.get("settings", {}),
         more.get("conf", {}),
-    )
-    try:
-        made.init()
-        made.pipeline()
-        made.worker()
+    ) as made:
+        made.serve()
         yield made
-    finally:
-        made.stop()

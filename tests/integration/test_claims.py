@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
@@ -26,31 +25,14 @@ def claimed(kafka, redis_server, tmp_path_factory):
     """A fleet with a claim check in a folder that its processes share."""
     folder = tmp_path_factory.mktemp("claimed")
     settings = {"claim_check": f"file://{folder}/objects", "claim_check_bytes": 100_000}
-    made = Fleet(kafka.bootstrap, redis_server.clean_database(), redis_server.clean_database(), folder, settings, {})
-    try:
-        made.init()
-        made.pipeline()
-        made.worker()
+    databases = redis_server.clean_database(), redis_server.clean_database()
+    with Fleet(kafka.bootstrap, *databases, folder, settings, {}) as made:
+        made.serve()
         yield made
-    finally:
-        made.stop()
 
 
 def objects(fleet):
     return [path for path in (fleet.folder / "objects").rglob("*") if path.is_file()]
-
-
-def pipeline(fleet, *arguments):
-    done = subprocess.run(
-        fleet.celery("pipeline", *arguments),
-        env=fleet.environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
 
 
 def test_a_result_over_the_limit_fails_the_task_and_says_so(fleet):
@@ -118,7 +100,7 @@ def test_a_stock_client_raises_instead_of_returning_the_reference(claimed):
 def test_history_shows_the_reference(claimed):
     result = claimed.app.big.delay(300_000)
     result.get(timeout=30)
-    done = pipeline(claimed, "history", result.id, "--json")
+    done = claimed.run("pipeline", "history", result.id, "--json")
     assert done.returncode == 0, done.stderr
     (ending,) = [one for one in json.loads(done.stdout) if one["kind"] == "success"]
     assert ending["claim"]["bytes"] > 300_000
@@ -132,9 +114,9 @@ def test_what_has_passed_its_day_is_removed_and_nothing_else(claimed):
     for day in ("2026-01-01", "2026-01-02", "never", "not-ours"):
         (base / day).mkdir(parents=True)
         (base / day / ("0" * 32)).write_bytes(b"old")
-    dry = pipeline(claimed, "claims", "expire", "--dry-run")
+    dry = claimed.run("pipeline", "claims", "expire", "--dry-run")
     assert (dry.returncode, (base / "2026-01-01").exists()) == (0, True), dry.stderr
-    done = pipeline(claimed, "claims", "expire")
+    done = claimed.run("pipeline", "claims", "expire")
     assert done.returncode == 0, done.stderr
     assert "2026-01-01: 1 object removed" in done.stdout
     assert {one.name for one in base.iterdir()} >= {"never", "not-ours"}
@@ -143,7 +125,7 @@ def test_what_has_passed_its_day_is_removed_and_nothing_else(claimed):
 
 
 def test_doctor_looks_whether_the_store_can_be_written(claimed):
-    assert "ok    claim check" in pipeline(claimed, "doctor").stdout
+    assert "ok    claim check" in claimed.run("pipeline", "doctor").stdout
 
 
 def test_a_store_that_is_away_is_as_kafka_away(claimed):

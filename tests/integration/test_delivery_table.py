@@ -106,9 +106,7 @@ def away(redis_server, tmp_path_factory):
         tmp_path_factory.mktemp("away"), SETTINGS, {},
     )  # fmt: skip
     try:
-        made.init()
-        made.pipeline()
-        made.worker("-c", "3")
+        made.serve("-c", "3")
         yield made, proxy, cluster
     finally:
         made.stop()
@@ -234,9 +232,7 @@ def test_the_leader_moves(kafka3, redis_server, tmp_path):
         {**SETTINGS, "replication_factor": 3, "min_insync_replicas": 2, "delivery_timeout_s": max(TIMEOUT_S, 20)}, {},
     )  # fmt: skip
     try:
-        fleet.init()
-        fleet.pipeline()
-        fleet.worker("-c", "3")
+        fleet.serve("-c", "3")
         row = Row(fleet, tmp_path)
         kafka3.brokers[0].kill()
         row.come_to(**dict.fromkeys(COLUMNS, SUCCESS))
@@ -254,9 +250,7 @@ def test_the_broker_s_disk_takes_no_more(redis_server, tmp_path):
         cluster.bootstrap, redis_server.clean_database(), redis_server.clean_database(), tmp_path, SETTINGS, {}
     )
     try:
-        fleet.init()
-        fleet.pipeline()
-        fleet.worker("-c", "3")
+        fleet.serve("-c", "3")
         row = Row(fleet, tmp_path)
         resource.prlimit(cluster.brokers[0].pid, resource.RLIMIT_FSIZE, (1, 1))
         row.until(lambda: row.runs(AGAIN) > 1, "the third ran again")

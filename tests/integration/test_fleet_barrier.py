@@ -189,12 +189,9 @@ def _group_in_worker(fleet, path, group_id):
 @contextlib.contextmanager
 def a_fleet(kafka_address, redis_server, folder, settings=None, **conf):
     databases = redis_server.clean_database(), redis_server.clean_database()
-    made = Fleet(kafka_address, *databases, folder, settings or {}, conf)
-    try:
+    with Fleet(kafka_address, *databases, folder, settings or {}, conf) as made:
         made.init()
         yield made
-    finally:
-        made.stop()
 
 
 def test_a_redelivered_task_that_has_succeeded_does_not_run_again(kafka, redis_server, tmp_path):

@@ -13,6 +13,22 @@ SECRET = "p4ssw0rd"
 GOOD = f"kafka://127.0.0.1:9/?view=redis://:{SECRET}@127.0.0.1:9/0"
 
 
+def refusal(**environment):
+    """What a worker says that ends at once with the exit code for a configuration."""
+    done = subprocess.run(
+        [sys.executable, "-m", "celery", "-A", "fleet_app", "worker", "-c", "1"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 3, said
+    assert "Traceback" not in said
+    return said
+
+
 @pytest.mark.parametrize(
     ("backend", "settings", "words"),
     [
@@ -46,23 +62,7 @@ GOOD = f"kafka://127.0.0.1:9/?view=redis://:{SECRET}@127.0.0.1:9/0"
     ],
 )
 def test_a_wrong_setting_ends_the_worker_with_one_line(backend, settings, words):
-    done = subprocess.run(
-        [sys.executable, "-m", "celery", "-A", "fleet_app", "worker", "-c", "1"],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parent),
-            "FLEET_BROKER": "memory://",
-            "FLEET_BACKEND": backend,
-            "FLEET_SETTINGS": settings,
-        },
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode == 3, said
-    assert "Traceback" not in said
+    said = refusal(FLEET_BROKER="memory://", FLEET_BACKEND=backend, FLEET_SETTINGS=settings)
     assert SECRET not in said
     for word in words:
         assert word in said
@@ -72,21 +72,9 @@ def test_a_wrong_setting_ends_the_worker_with_one_line(backend, settings, words)
 @pytest.mark.redis
 @pytest.mark.parametrize("pool", ["gevent", "eventlet"])
 def test_a_pool_of_greenlets_without_monkey_patching_is_refused(kafka, redis_url, pool):
-    done = subprocess.run(
-        [sys.executable, "-m", "celery", "-A", "fleet_app", "worker", "-c", "1"],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parent),
-            "FLEET_BROKER": redis_url,
-            "FLEET_BACKEND": f"kafka://{kafka.bootstrap}/?view={redis_url}",
-            "FLEET_CONF": f'{{"worker_pool": "{pool}"}}',
-        },
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+    said = refusal(
+        FLEET_BROKER=redis_url,
+        FLEET_BACKEND=f"kafka://{kafka.bootstrap}/?view={redis_url}",
+        FLEET_CONF=f'{{"worker_pool": "{pool}"}}',
     )
-    said = done.stdout + done.stderr
-    assert done.returncode == 3, said
-    assert "Traceback" not in said
     assert f"Start the worker with -P {pool}" in said

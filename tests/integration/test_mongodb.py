@@ -28,17 +28,12 @@ SOON = 40
 
 @pytest.fixture(scope="module")
 def mongo_fleet(kafka, redis_server, mongodb, tmp_path_factory):
-    made = Fleet(
+    with Fleet(
         kafka.bootstrap, redis_server.clean_database(), mongodb.clean_database(), tmp_path_factory.mktemp("fleet"),
         {"history": {"mongodb": True}, "poll_interval_s": 0.1}, {},
-    )  # fmt: skip
-    try:
-        made.init()
-        made.pipeline()
-        made.worker()
+    ) as made:  # fmt: skip
+        made.serve()
         yield made
-    finally:
-        made.stop()
 
 
 @pytest.mark.redis

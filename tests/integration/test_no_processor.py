@@ -12,8 +12,8 @@ pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
 
 def test_a_worker_that_nobody_folds_for_says_so_once_and_its_results_come_later(kafka, redis_server, tmp_path):
-    fleet = Fleet(kafka.bootstrap, redis_server.clean_database(), redis_server.clean_database(), tmp_path, {}, {})
-    try:
+    databases = redis_server.clean_database(), redis_server.clean_database()
+    with Fleet(kafka.bootstrap, *databases, tmp_path, {}, {}) as fleet:
         fleet.init()
         fleet.worker()
         result = fleet.app.add.delay(1, 2)
@@ -23,5 +23,3 @@ def test_a_worker_that_nobody_folds_for_says_so_once_and_its_results_come_later(
         assert fleet.log("worker").count("no processor folds") == 1
         fleet.pipeline()
         assert result.get(timeout=30) == 3
-    finally:
-        fleet.stop()

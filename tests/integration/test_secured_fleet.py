@@ -95,9 +95,7 @@ def secured(locked, redis_server, tmp_path):
     def start(how):
         fleet = SecuredFleet(locked, *how(locked), redis_server, tmp_path)
         made.append(fleet)
-        fleet.init()
-        fleet.pipeline()
-        fleet.worker()
+        fleet.serve()
         return fleet
 
     yield start

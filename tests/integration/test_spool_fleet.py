@@ -93,10 +93,7 @@ class Spooling:
         self.until(self.spool.empty, f"never drained: {self.spool.state()}")
 
     def cli(self, *arguments):
-        return subprocess.run(
-            self.fleet.celery("pipeline", "spool", *arguments),
-            env=self.fleet.environment, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+        return self.fleet.run("pipeline", "spool", *arguments)
 
     def successes(self):
         """The log's SUCCESS events: how often each event id is there, by task."""
