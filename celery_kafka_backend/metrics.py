@@ -109,6 +109,9 @@ VIEW_RETRIES: Final = Metric(
 VIEW_MISSED: Final = Metric(
     f"{PREFIX}view_missed_records_total", "counter", "Records that Kafka deleted before they were read.", ("view",)
 )
+VIEW_REWOUND: Final = Metric(
+    f"{PREFIX}view_rewound_partitions_total", "counter", "Partitions read again, as the view had lost some.", ("view",)
+)
 VIEW_REBALANCES: Final = Metric(
     f"{PREFIX}view_rebalances_total", "counter", "Times that partitions came or went.",
     ("view", "event"), ("assigned", "revoked", "lost"),
@@ -127,7 +130,7 @@ VIEW_LAG_SECONDS: Final = Metric(
 
 VIEW_CELLS: Final = (
     VIEW_EVENTS, VIEW_FACTS, VIEW_CHANGES, VIEW_BATCH, VIEW_WRITE, VIEW_LETTERS, VIEW_RETRIES, VIEW_MISSED,
-    VIEW_REBALANCES, VIEW_PAUSED,
+    VIEW_REWOUND, VIEW_REBALANCES, VIEW_PAUSED,
 )  # fmt: skip
 
 # -- the chord processor -----------------------------------------------------------------------------

@@ -6,13 +6,17 @@ A batch loop on Kafka's own consumer groups, one group per view, any number of p
        ▲                          │ Unavailable, or dead letters not acknowledged
        └── paused, still polled ◀─┘ back off, then the same batch again
 
+**A store may forget** what it acknowledged: a Redis that is restarted empty, a failover to a replica that
+was behind, a file put back from a backup. With each batch the view is told how far it is; when it says
+that it is not so far any more, what it lost is read again from the log, as far back as Kafka keeps it.
+
 **Guarantee.** At least once into the sink, whose writes are idempotent: effectively once. An offset
 is committed only after everything below it is in the view, or acknowledged in the dead letters. A
 crash at any point repeats at most the batches since the last commit; a stop by `Materializer.stop`
 repeats nothing. A zombie may write late; the guards in the sink make that harmless.
 
-The loop, retry, pause and positions live here; what a batch means is `fold`, what is in a record is
-`intake`, how it gets into a store is a sink. docs/adr/0005 has the reasons and figures.
+The loop and retry live here; reading, positions and pauses are `consumers`, what a batch means is `fold`,
+what is in a record is `intake`, how it gets into a store is a sink. docs/adr/0005 has the reasons and figures.
 """
 
 from __future__ import annotations
@@ -22,52 +26,42 @@ import hashlib
 import logging
 import random
 import signal
-import threading
 import time
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlsplit
 
-import msgspec
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import Producer
 
 from celery_kafka_backend import topics as names
-from celery_kafka_backend.changes import Batch, Partition
+from celery_kafka_backend.changes import Batch
 from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import PublishError, Rejected, Unavailable
-from celery_kafka_backend.kafka import consumer_config, producer_config, refusal, translate
+from celery_kafka_backend.kafka import producer_config
 from celery_kafka_backend.processors import intake
 from celery_kafka_backend.processors.backoff import backoff_s
+from celery_kafka_backend.processors.consumers import IDLE_S, Consumers, Counts, place
 from celery_kafka_backend.processors.deadletters import DeadLetters
 from celery_kafka_backend.processors.fold import fold
-from celery_kafka_backend.rights import PROCESSOR, Right
-from celery_kafka_backend.sinks.registry import open_sink
+from celery_kafka_backend.sinks.registry import open_sink, open_view
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from confluent_kafka import Message
 
+    from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.processors.metering import Place, ViewMeter
     from celery_kafka_backend.settings import Settings
-    from celery_kafka_backend.sinks.contract import Sink, StoreOptions
+    from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
 
 logger = logging.getLogger(__name__)
 
-MAX_RECORDS: Final = 5_000
-"""Records per batch and topic. Beyond it a store's round trip no longer matters, only memory and latency do."""
-MAX_BYTES: Final = 8 << 20
-"""Bytes per batch and topic; overshot by at most one chunk, of which librdkafka holds 32 MB at most."""
-CHUNK: Final = 1_000
-
-COMMIT_EVERY_S: Final = 0.1
-"""A commit per lone result cost a sixth of Kafka's CPU at 200 tasks/s."""
-
-IDLE_S: Final = 0.2
-"""Longest wait in librdkafka, where Python's signal handlers do not run."""
-FINISH_S: Final = 10.0
-"""Bound on the last commit, and on leaving the group after it."""
+CHECK_S: Final = 5.0
+"""How often the view is asked where it is; and after each trouble, and when partitions come."""
+CONFIRM_S: Final = 1.0
+"""… and asked once more before it is believed: a store may show its own last write late."""
 REPORT_S: Final = 30.0
 LOGGED_LETTERS: Final = 10
 """Dead letters per batch that get a line in the log; a batch can hold thousands."""
@@ -91,8 +85,8 @@ def view_name(url: str) -> str:
     return f"{parts.scheme}-{digest[:8]}"
 
 
-class Statistics(msgspec.Struct):
-    """What a materializer has done since it was made.
+class Statistics(Counts):
+    """What a materializer has done since it was made, and what happened to its partitions.
 
     Attributes:
         events: Events folded.
@@ -101,10 +95,6 @@ class Statistics(msgspec.Struct):
         batches: Batches written.
         dead_letters: Records given up, and acknowledged as such.
         retries: Failed attempts to write, because the store or the dead letters were away.
-        missed: Records that Kafka had deleted before they were read.
-        assigned: Times that we got partitions.
-        revoked: … gave some away.
-        lost: … had lost some.
         lag: Records in the assigned partitions behind what was written, as last asked.
     """
 
@@ -114,11 +104,14 @@ class Statistics(msgspec.Struct):
     batches: int = 0
     dead_letters: int = 0
     retries: int = 0
-    missed: int = 0
-    assigned: int = 0
-    revoked: int = 0
-    lost: int = 0
     lag: int = 0
+
+
+class _Rewound(Exception):  # noqa: N818 - no error: says what was done
+    """Partitions are read again from an earlier offset: what is in hand of them is old."""
+
+    def __init__(self, partitions: Collection[Partition]) -> None:
+        self.partitions = partitions
 
 
 class Materializer:
@@ -127,6 +120,7 @@ class Materializer:
     Args:
         settings: The user's.
         sink: The view's write side, not yet opened.
+        view: Its read side, which is asked where it is.
         group: Consumer group; the same for every process that feeds this view.
         dead_letters: For what cannot be folded or written.
         topics: What to read, the one that must not wait first; the log and the chords by default.
@@ -138,6 +132,7 @@ class Materializer:
         self,
         settings: Settings,
         sink: Sink,
+        view: View,
         *,
         group: str,
         dead_letters: DeadLetters,
@@ -148,12 +143,14 @@ class Materializer:
         prefix = settings.topic_prefix
         self.group = group
         self.statistics = Statistics()
-        self._settings = settings
+        self._retention_ms = settings.retention_ms
         self._sink = sink
+        self._view = view
         self._dead_letters = dead_letters
-        self._events_topic = names.task_events(prefix)
         self._chords_topic = names.chords(prefix)
-        self._topics = list(topics or (self._events_topic, self._chords_topic))
+        log = names.task_events(prefix)
+        self._topics = list(topics or (log, self._chords_topic))
+        self._consumers = Consumers(settings, group, self._topics, [log], self.statistics, clock)
         self._clock = clock
         self._jitter = jitter
         self._stopping = False
@@ -161,26 +158,10 @@ class Materializer:
         """Who is told what happens; set before `run`."""
         self.paused = ""
         """What we wait for, and why; "" if we do not."""
-        # librdkafka keeps a pause beyond the assignment: a partition that leaves and comes back is paused still.
-        self._still: set[Partition] = set()
-        # One per topic, in the one group: with both topics in one subscription, the assignor balances
-        # their sum, and gave the first of two processes all events and the second all chords (seen).
-        self._consumers: dict[str, Consumer] = {}
-        self._held: set[Partition] = set()
-        # Next offset of each of them: up to here everything is in the view. Absent until known.
-        self._done: dict[Partition, int] = {}
-        # What the batch in hand, or a commit that failed, still has to commit. A revoked partition
-        # leaves both: its new owner reads on from what is committed.
-        self._moved: dict[Partition, int] = {}
-        self._uncommitted: dict[Partition, int] = {}
-        self._committing: set[str] = set()
-        self._committed_at = clock() - COMMIT_EVERY_S
-        # Where partitions end, as far as asked for while paused.
-        self._ends: dict[Partition, int] = {}
-        self._stray: list[Message] = []
+        # Whether the view may have lost something since it was last asked.
+        self._unsure = True
         self._asked_at = clock()
         self._reported = (clock(), 0)
-        self._complained: dict[str, float] = {}
 
     def stop(self) -> None:
         """Ask `run` to finish the batch in hand, commit, leave the group and return.
@@ -202,66 +183,28 @@ class Materializer:
             if not self._insist(self._sink.open, "opening the view"):
                 return
             try:
-                for topic in self._topics:
-                    self._join(topic)
+                self._consumers.join()
                 logger.info("%s: reading %s into %s", self.group, ", ".join(self._topics), self._sink.url)
                 self._loop()
             finally:
-                self._leave()
+                self._consumers.leave()
         finally:
             self._sink.close()
+            self._view.close()
         logger.info("%s: stopped", self.group)
-
-    def _join(self, topic: str) -> None:
-        config = consumer_config(self._settings, self.group)
-        config["on_commit"] = lambda error, results: self._on_commit(topic, error, results)
-        consumer = self._consumers[topic] = Complaints(self._settings).handle(Consumer, config)
-        consumer.subscribe([topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost)
 
     def _loop(self) -> None:
         while not self._stopping:
-            messages = self._gather()
-            if not self._process(messages):
+            if not self._is_sure() or not self._process(self._consumers.gather()):
                 break
             self._report()
             if self.meter is not None:
                 self.meter.turned(self)
-        self._finish()
+        self._consumers.finish()
         if self.meter is not None:
             self.meter.turned(self)
 
     # -- one batch ---------------------------------------------------------------------------
-
-    def _gather(self) -> list[Message]:
-        """Wait for the first message, then take what is there already."""
-        messages, self._stray = self._stray, []
-        # Only the first topic, the log, is waited for: the others are looked at five times a second.
-        wait_s = 0 if messages else IDLE_S
-        for consumer in self._consumers.values():
-            first = consumer.poll(wait_s)
-            if first is not None:
-                messages.append(first)
-            wait_s = 0
-        if not messages:
-            return []
-        for consumer in self._consumers.values():
-            # Each topic has its own share, so that a log far behind does not starve the chords.
-            records = size = 0
-            # Not consume(MAX_RECORDS, timeout): it waits for all of them, and a lone result with it.
-            while records < MAX_RECORDS and size < MAX_BYTES and (more := consumer.consume(CHUNK, 0)):
-                messages += more
-                records += len(more)
-                size += sum(map(len, more))
-        return self._without_errors(messages)
-
-    def _without_errors(self, messages: list[Message]) -> list[Message]:
-        good = [message for message in messages if message.error() is None]
-        if len(good) < len(messages):
-            for message in messages:
-                error = message.error()
-                if error is not None:
-                    self._complain(error)
-        return good
 
     def _process(self, messages: list[Message]) -> bool:
         """Write a batch and commit it; return False if stopped before it was written.
@@ -269,15 +212,20 @@ class Materializer:
         A batch without messages is written too if positions have moved (past control records):
         readers wait on positions.
         """
-        self._moved = self._progress(messages)
-        if not messages and not self._moved:
-            self._commit_now_and_then()
-            return True
-        found = intake.read(messages, self._chords_topic, self._settings.retention_ms)
-        batch = Batch(fold(found.logged), found.facts, self._moved)
-        self._give_up(found.poison)
-        if not self._insist(lambda: self._write(batch, messages), "writing to the view"):
+        if (self._consumers.progress(messages) or messages) and not self._fold(messages):
             return False
+        self._consumers.commit_now_and_then()
+        return True
+
+    def _fold(self, messages: list[Message]) -> bool:
+        found = intake.read(messages, self._chords_topic, self._retention_ms)
+        batch = Batch(fold(found.logged), found.facts, self._consumers.moved)
+        try:
+            if not self._insist(lambda: self._write(batch, messages), "writing to the view"):
+                return False
+        except _Rewound as rewound:
+            return self._fold([message for message in messages if place(message) not in rewound.partitions])
+        self._give_up(found.poison)
         if not self._insist(self._dead_letters.flush, "dead letters"):
             return False
         counts = self.statistics
@@ -285,13 +233,12 @@ class Materializer:
         counts.facts += len(found.facts)
         counts.changes += len(batch.changes)
         counts.batches += 1
-        self._done.update(self._moved)
-        self._uncommitted.update(self._moved)
-        self._moved = {}
-        self._commit_now_and_then()
+        self._consumers.written()
         return True
 
     def _write(self, batch: Batch, messages: list[Message]) -> None:
+        if self._unsure or self._consumers.newly_assigned:
+            self._ask_the_view()  # before the batch's positions hide what was lost before them
         try:
             with nullcontext() if self.meter is None else self.meter.writing(len(messages)):
                 self._sink.write(batch)
@@ -314,176 +261,42 @@ class Materializer:
         if len(poison) > LOGGED_LETTERS:
             logger.error("%s: and %d more dead letters in this batch", self.group, len(poison) - LOGGED_LETTERS)
 
-    # -- positions ---------------------------------------------------------------------------
+    # -- what the view has lost --------------------------------------------------------------
 
-    def _progress(self, messages: list[Message]) -> dict[Partition, int]:
-        """Return the consumer's positions that are beyond what is done.
-
-        ``position()``, not last offset + 1: after control records that is less than the end that
-        readers wait for.
-        """
-        moved = {}
-        steps = 0
-        unknown = False
-        for at in self._positions(messages):
-            if at.offset < 0:
-                continue
-            partition = Partition(at.topic, at.partition)
-            done = self._done.get(partition)
-            if done != at.offset:
-                moved[partition] = at.offset
-                if done is None:
-                    unknown = True
-                else:
-                    steps += at.offset - done
-        if not unknown and steps != len(messages):
-            self._look_for_gaps(moved)
-        return moved
-
-    def _positions(self, messages: list[Message]) -> list[TopicPartition]:
-        """Ask about the partitions that were read, and now and then about all: asking took 0.15 ms of each batch."""
-        now = self._clock()
-        if not messages or now - self._asked_at >= IDLE_S:
-            self._asked_at = now
-            return [at for consumer in self._consumers.values() for at in consumer.position(consumer.assignment())]
-        read = {Partition(message.topic() or "", message.partition() or 0) for message in messages}
-        found = []
-        for topic, consumer in self._consumers.items():
-            # Not what was revoked after it was read: that is the next owner's.
-            asked = [TopicPartition(*each) for each in read & self._held if each.topic == topic]
-            if asked:
-                found += consumer.position(asked)
-        return found
-
-    def _look_for_gaps(self, moved: dict[Partition, int]) -> None:
-        """Say so if Kafka deleted records before we came.
-
-        Only asked where offsets were skipped: by control records, a compacted topic, or retention.
-        """
-        for partition, position in moved.items():
-            done = self._done.get(partition)
-            if done is None or partition.topic == self._chords_topic:
-                continue
-            try:
-                consumer = self._consumers[partition.topic]
-                low, _ = consumer.get_watermark_offsets(TopicPartition(*partition), timeout=2.0)
-            except KafkaException as exc:
-                logger.warning("%s: cannot tell whether records are missing: %s", self.group, exc)
-                continue
-            missed = min(low, position) - done
-            if missed > 0:
-                self.statistics.missed += missed
-                logger.error(
-                    "%s: %d records of %s/%d are gone, offsets %d to %d: Kafka deleted them before they were"
-                    " read. What they said is not in the view. Raise retention, or run more materializers.",
-                    self.group, missed, *partition, done, done + missed - 1,
-                )  # fmt: skip
-
-    def _commit_now_and_then(self) -> None:
-        """Commit what is done, if the last time was a while ago: a crash repeats that much, harmlessly."""
-        if self._uncommitted and self._clock() - self._committed_at >= COMMIT_EVERY_S:
-            self._commit()
-
-    def _commit(self, *, wait: bool = False) -> None:
-        """Commit what is done; where a commit is under way, the next one takes it along.
-
-        Its result comes with a later poll. A commit that waits would sit in librdkafka, where no
-        signal is heard, for as long as the group's coordinator is frozen: more than 4 minutes (seen).
-        """
-        self._committed_at = self._clock()
-        for topic, consumer in self._consumers.items():
-            if topic in self._committing and not wait:
-                continue
-            offsets = [TopicPartition(*at, offset) for at, offset in self._uncommitted.items() if at.topic == topic]
-            if not offsets:
-                continue
-            try:
-                if wait:
-                    self._on_commit(topic, None, consumer.commit(offsets=offsets, asynchronous=False) or [])
-                else:
-                    self._committing.add(topic)
-                    consumer.commit(offsets=offsets, asynchronous=True)
-            except KafkaException as exc:
-                self._on_commit(topic, exc.args[0], [])
-
-    def _on_commit(self, topic: str, error: KafkaError | None, results: list[TopicPartition]) -> None:
-        """Learn the result; what failed is committed with the next batch, or with its next owner's."""
-        self._committing.discard(topic)
-        if error is not None:
-            # During a rebalance Kafka refuses it; the positions stay ours, or leave with the partition.
-            # A fatal error comes with the messages too: raised in a callback it would lose its type.
-            logger.info("%s: commit postponed: %s", self.group, error.str())
-            return
-        for result in results:
-            partition = Partition(result.topic, result.partition)
-            if result.error is None and self._uncommitted.get(partition) == result.offset:
-                del self._uncommitted[partition]
-
-    def _finish(self) -> None:
-        """Commit the rest before leaving the group; what cannot be committed in time is repeated by others."""
-        end = self._clock() + FINISH_S
-        while self._uncommitted and self._clock() < end:
-            self._commit()
-            for consumer in self._consumers.values():
-                consumer.poll(0.05)  # what comes is not ours any more: nothing of it is committed
-        if self._uncommitted:
-            logger.warning("%s: %d partitions could not be committed", self.group, len(self._uncommitted))
-            self._uncommitted.clear()  # or leaving the group would wait for them
-
-    def _leave(self) -> None:
-        """Leave the group, in bounded time: a frozen coordinator held close() for over 2 minutes (seen)."""
-        consumers = list(self._consumers.values())
-        self._consumers.clear()
-
-        def close() -> None:
-            for consumer in consumers:
-                consumer.close()
-
-        closing = threading.Thread(target=close, name="leave", daemon=True)
-        closing.start()
-        closing.join(FINISH_S)
-        if closing.is_alive():
-            logger.warning("%s: Kafka does not answer; it will notice by itself that we left", self.group)
-
-    # -- rebalancing, called from within poll() and consume() ----------------------------------
-
-    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Learn where we start, to notice what is missing. librdkafka assigns after this."""
-        self._held.update(Partition(at.topic, at.partition) for at in partitions)
+    def _is_sure(self) -> bool:
+        """Ask the view where it is, if that was a while ago; return False if stopped before it answered."""
+        if self._clock() - self._asked_at < CHECK_S and not self._unsure and not self._consumers.newly_assigned:
+            return True
         try:
-            for at in consumer.committed(partitions, timeout=5.0):
-                if at.offset >= 0:
-                    self._done[Partition(at.topic, at.partition)] = at.offset
-        except KafkaException as exc:
-            logger.warning("%s: cannot read the committed offsets now: %s", self.group, exc)
-        self.statistics.assigned += bool(partitions)
-        self._log_partitions("assigned", partitions)
+            return self._insist(self._ask_the_view, "asking the view where it is")
+        except _Rewound:
+            return True
 
-    def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Give partitions away: what is written gets committed, what is in hand is the next owner's."""
-        # Kafka has just told us to: the coordinator answers, so this wait is short.
-        self._commit(wait=True)
-        self._forget(partitions)
-        self.statistics.revoked += bool(partitions)
-        self._log_partitions("revoked", partitions)
+    def _ask_the_view(self) -> None:
+        """Have what the view does not have any more read again.
 
-    def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        """Somebody else has them already; a commit would be refused."""
-        self._forget(partitions)
-        self.statistics.lost += bool(partitions)
-        self._log_partitions("lost", partitions)
+        Raises:
+            _Rewound: There was something.
+            Unavailable: The store is away.
+        """
+        behind = self._behind_us()
+        if behind:
+            time.sleep(CONFIRM_S)
+            behind = self._behind_us()
+        for at, offset in behind.items():
+            logger.warning(
+                "%s: the view has lost %s/%d from %d to %d: reading it again",
+                self.group, *at, offset, self._consumers.done[at] - 1,
+            )  # fmt: skip
+        self._consumers.rewind(behind)
+        self._unsure = self._consumers.newly_assigned = False
+        self._asked_at = self._clock()
+        if behind:
+            raise _Rewound(behind)
 
-    def _forget(self, partitions: list[TopicPartition]) -> None:
-        for at in partitions:
-            partition = Partition(at.topic, at.partition)
-            self._held.discard(partition)
-            for positions in (self._done, self._moved, self._uncommitted):
-                positions.pop(partition, None)
-
-    def _log_partitions(self, what: str, partitions: list[TopicPartition]) -> None:
-        if partitions:
-            listed = ", ".join(sorted(f"{at.topic}/{at.partition}" for at in partitions))
-            logger.info("%s: %s %s", self.group, what, listed)
+    def _behind_us(self) -> dict[Partition, int]:
+        there = self._view.positions()
+        return {at: there.get(at, 0) for at, done in self._consumers.done.items() if there.get(at, 0) < done}
 
     # -- trouble -----------------------------------------------------------------------------
 
@@ -493,7 +306,12 @@ class Materializer:
         while True:
             try:
                 action()
+            except _Rewound:
+                if failures:
+                    self._resume()
+                raise
             except (Unavailable, PublishError) as exc:
+                self._unsure = True
                 failures += 1
                 self.statistics.retries += 1
                 if not self.paused:
@@ -516,41 +334,13 @@ class Materializer:
         while not self._stopping and (left := end - self._clock()) > 0:
             slice_s = min(left, IDLE_S)
             if self.meter is not None:
-                self._ask_an_end(slice_s)
+                self._consumers.ask_an_end(slice_s)
                 self.meter.turned(self)
-            if not self._consumers:
-                time.sleep(slice_s)
-            for consumer in self._consumers.values():
-                # Each time anew: a rebalance may have brought partitions.
-                assigned = consumer.assignment()
-                consumer.pause(assigned)
-                self._still.update(Partition(at.topic, at.partition) for at in assigned)
-                message = consumer.poll(slice_s / len(self._consumers))
-                if message is not None:
-                    # Of a partition that came with this very poll: it is ahead of the batch in hand.
-                    self._stray.append(message)
+            self._consumers.wait(slice_s)
 
     def _resume(self) -> None:
         self.paused = ""
-        self._ends.clear()
-        for topic, consumer in self._consumers.items():
-            consumer.resume([TopicPartition(*at) for at in self._still if at.topic == topic])
-        self._still.clear()
-
-    def _complain(self, error: KafkaError) -> None:
-        """Log what librdkafka tells us, each thing once per report interval; it retries by itself."""
-        if error.fatal():
-            raise translate(error, "consume")
-        text = error.str()
-        now = self._clock()
-        if now - self._complained.get(text, -REPORT_S) >= REPORT_S:
-            self._complained[text] = now
-            logger.warning("%s", refusal(self._settings, error, self.group, self._needed(error)))
-
-    def _needed(self, error: KafkaError) -> list[Right]:
-        if error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED:
-            return [Right(PROCESSOR, "group", self.group, "Read")]
-        return [Right(PROCESSOR, "topic", topic, "Read") for topic in self._topics]
+        self._consumers.resume()
 
     def _report(self) -> None:
         then, before = self._reported
@@ -577,39 +367,16 @@ class Materializer:
 
     def behind(self) -> dict[Partition, int]:
         """Return likewise how many of each partition, as far as known."""
-        behind = {}
-        for partition, done in self._done.items():
-            consumer = self._consumers.get(partition.topic)
-            marks: object = consumer and consumer.get_watermark_offsets(TopicPartition(*partition), cached=True)
-            # None if nothing is cached yet, whatever the stubs say.
-            if isinstance(marks, tuple):
-                behind[partition] = max(marks[1] - done, self._ends.get(partition, 0) - done, 0)
-        return behind
-
-    def _ask_an_end(self, timeout_s: float) -> None:
-        """Learn where the next partition ends: while paused nothing is fetched, which would tell."""
-        if not self._done:
-            return
-        partition = min(self._done, key=lambda one: (one in self._ends, one))
-        if partition in self._ends:  # all are known: once more from the start
-            self._ends.clear()
-            return
-        try:
-            marks = self._consumers[partition.topic].get_watermark_offsets(TopicPartition(*partition), timeout_s)
-        except KafkaException as exc:
-            logger.debug("%s: cannot ask where %s/%d ends: %s", self.group, *partition, exc)
-            return
-        self._ends[partition] = marks[1]
+        return self._consumers.behind()
 
     def partitions(self) -> int:
         """Return how many partitions we have."""
-        return sum(len(consumer.assignment()) for consumer in self._consumers.values())
+        return self._consumers.partitions()
 
     def wrong(self) -> list[str]:
         """Return why nothing can be written now; [] if it can, or if there is nothing for us to do."""
-        outside = [topic for topic, consumer in self._consumers.items() if not consumer.memberid()]
         found = [f"paused, {self.paused}"] if self.paused else []
-        return found + [f"not in its consumer group for {topic} (yet)" for topic in outside]
+        return found + [f"not in its consumer group for {topic} (yet)" for topic in self._consumers.outside()]
 
 
 def materializer(settings: Settings, url: str, options: StoreOptions) -> Materializer:
@@ -619,7 +386,8 @@ def materializer(settings: Settings, url: str, options: StoreOptions) -> Materia
     roomy = {**producer_config(settings), "message.max.bytes": settings.max_message_bytes + names.DEAD_LETTER_ROOM}
     make = partial(Complaints(settings).handle, Producer)
     letters = DeadLetters(roomy, names.dead_letters(settings.topic_prefix), by=group, make=make)
-    return Materializer(settings, open_sink(url, options), group=group, dead_letters=letters)
+    sink, view = open_sink(url, options), open_view(url, options)
+    return Materializer(settings, sink, view, group=group, dead_letters=letters)
 
 
 def materialize(settings: Settings, url: str, options: StoreOptions, place: Place | None = None) -> None:

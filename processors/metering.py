@@ -41,6 +41,7 @@ _VIEW_COUNTERS: Final = {
     "dead_letters": VIEW.at(metrics.VIEW_LETTERS),
     "retries": VIEW.at(metrics.VIEW_RETRIES),
     "missed": VIEW.at(metrics.VIEW_MISSED),
+    "rewound": VIEW.at(metrics.VIEW_REWOUND),
     **{event: VIEW.at(metrics.VIEW_REBALANCES, event) for event in metrics.VIEW_REBALANCES.own},
 }
 _CHORD_COUNTERS: Final = {

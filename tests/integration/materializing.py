@@ -25,7 +25,7 @@ from celery_kafka_backend.kafka import producer_config
 from celery_kafka_backend.processors.deadletters import DeadLetters
 from celery_kafka_backend.processors.materializer import Materializer, view_name
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions
-from celery_kafka_backend.sinks.registry import open_sink
+from celery_kafka_backend.sinks.registry import open_sink, open_view
 
 POINTS = ("consumed", "mid-write", "written")
 
@@ -78,6 +78,7 @@ def main(bootstrap: str, prefix: str, view: str, hang_at: str = "") -> None:
     work = Materializer(
         config,
         Announcing(open_sink(view, options(prefix)), hang_at),
+        open_view(view, options(prefix)),
         group=group,
         dead_letters=DeadLetters(producer_config(config), topics.dead_letters(prefix), by=group),
     )

@@ -210,7 +210,8 @@ def running(log: Log, sink: Sink, group: str = "") -> Iterator[Materializer]:
     """A materializer in a thread of this process."""
     config = settings(log.bootstrap, log.prefix)
     letters = DeadLetters(producer_config(config), topics.dead_letters(log.prefix), by="test")
-    work = Materializer(config, sink, group=group or f"{log.prefix}.test", dead_letters=letters)
+    view = open_view(sink.url, options(log.prefix))
+    work = Materializer(config, sink, view, group=group or f"{log.prefix}.test", dead_letters=letters)
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -413,6 +414,21 @@ def test_the_same_batch_is_written_again_when_the_store_is_back(mock_log: Log) -
         until(lambda: caught_up(view, mock_log))
     assert seen[0] == seen[1] == seen[2] == seen[3]
     assert work.statistics.retries == 3
+    assert_same(view, mock_log.expected())
+
+
+def test_what_a_view_lost_while_nobody_folded_is_read_again(mock_log: Log) -> None:
+    mock_log.run_tasks(100)
+    first, group = memory(), f"{mock_log.prefix}.same"
+    with running(mock_log, Wrapped(first, mock_log.prefix, lambda _: None), group):
+        until(lambda: caught_up(open_view(first, options(mock_log.prefix)), mock_log))
+    mock_log.run_tasks(10)
+    empty = memory()  # the same view to Kafka, and the store has nothing of it
+    view = open_view(empty, options(mock_log.prefix))
+    with running(mock_log, Wrapped(empty, mock_log.prefix, lambda _: None), group) as work:
+        until(lambda: caught_up(view, mock_log))
+    assert work.statistics.rewound == PARTITIONS
+    assert work.statistics.missed == 0
     assert_same(view, mock_log.expected())
 
 
@@ -633,6 +649,44 @@ def test_a_store_that_is_away_is_waited_for_in_bounded_memory(
         until(lambda: caught_up(view, log), 60)
         assert one.stop() == 0
         assert_same(view, log.expected())
+    finally:
+        server.stop()
+
+
+@pytest.mark.kafka
+@pytest.mark.redis
+def test_a_redis_that_comes_back_empty_is_filled_again_from_the_log(log: Log, process: Callable[..., Process]) -> None:
+    """Killed while it is written to; killed while nothing is written; and emptied without a word."""
+    server = redis_service.start()
+    try:
+        view = open_view(server.url, options(log.prefix))
+        one, other = process(log, server.url), process(log, server.url)
+        feeding = threading.Event()
+
+        def feed() -> None:
+            while not feeding.is_set():
+                log.run_tasks(50)
+
+        thread = threading.Thread(target=feed)
+        thread.start()
+        try:
+            for _ in range(3):
+                ends = log.ends()
+                until(lambda: all(view.positions().get(at, 0) >= end for at, end in ends.items()))  # noqa: B023 - called at once
+                server.restart()
+        finally:
+            feeding.set()
+            thread.join()
+        until(lambda: caught_up(view, log))
+        assert_same(view, log.expected())
+        server.restart()
+        until(lambda: caught_up(view, log))
+        assert_same(view, log.expected())
+        assert redis_service.ask(server.port, "FLUSHALL") == ["+OK"]
+        until(lambda: caught_up(view, log))
+        assert_same(view, log.expected())
+        assert one.stop() == other.stop() == 0
+        assert "the view has lost" in one.said + other.said
     finally:
         server.stop()
 
