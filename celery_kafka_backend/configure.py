@@ -5,6 +5,8 @@ from __future__ import annotations
 import ssl
 from typing import TYPE_CHECKING, Any, Final
 
+from celery.app.defaults import DEFAULTS
+
 from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend.errors import SettingsError, SpoolError
 from celery_kafka_backend.settings import SETTING, Settings
@@ -15,8 +17,12 @@ if TYPE_CHECKING:
     from celery import Celery
     from celery.exceptions import ImproperlyConfigured
 
-# Celery's name, redis-py's name. What is not set is not passed: redis-py's own default holds.
+# Celery's name, redis-py's name. What the URL says counts more. What is as Celery has it by default is not passed: two
+# minutes without an answer are too long for a processor.
 _REDIS: Final = {
+    "redis_host": "host",
+    "redis_port": "port",
+    "redis_db": "db",
     "redis_max_connections": "max_connections",
     "redis_username": "username",
     "redis_password": "password",
@@ -36,6 +42,10 @@ _ELASTICSEARCH: Final = {
     "elasticsearch_retry_on_timeout": "retry_on_timeout",
     "elasticsearch_save_meta_as_text": "save_meta_as_text",
 }
+_INTERVALS: Final = {"start": 0.0, "step": 1.0, "max": 1.0}
+MOST_RETRIES: Final = 1_000
+"""Where Celery would try for ever."""
+_SENTINEL: Final = ("master_name", "min_other_sentinels", "sentinel_kwargs")
 _CERT: Final = {"CERT_REQUIRED": "required", "CERT_OPTIONAL": "optional", "CERT_NONE": "none"}
 
 
@@ -110,23 +120,16 @@ def store_options(app: Celery, settings: Settings, url: str) -> StoreOptions:
     """Return what a view's store needs beside its URL, Celery's own settings for it included."""
     scheme = url.partition("://")[0]
     options: dict[str, Any] = {}
-    if scheme in ("redis", "rediss"):
-        options.update(_renamed(app, _REDIS))
-        tls = app.conf.get("redis_backend_use_ssl")
-        if isinstance(tls, dict):
-            options.update(tls)
-        requirement = options.get("ssl_cert_reqs")
-        if isinstance(requirement, ssl.VerifyMode):
-            options["ssl_cert_reqs"] = requirement.name.removeprefix("CERT_").lower()
-        elif requirement in _CERT:
-            options["ssl_cert_reqs"] = _CERT[requirement]
+    transport: dict[str, Any] = app.conf.get("result_backend_transport_options") or {}
+    if scheme in ("redis", "rediss", "sentinel"):
+        options.update(_redis_options(app, scheme, transport))
     elif scheme in ("mongodb", "mongodb+srv"):
         options.update(_mongodb_options(app))
     elif scheme.startswith("elasticsearch"):
         options.update(_renamed(app, _ELASTICSEARCH))
         options.update(settings.view_options.get("elasticsearch", {}))
     options.update(settings.view_options.get(scheme, {}))
-    prefix = (app.conf.get("result_backend_transport_options") or {}).get("global_keyprefix") or ""
+    prefix = transport.get("global_keyprefix") or ""
     if prefix and prefix[-1] not in ":_-.":
         prefix += "_"
     return StoreOptions(
@@ -136,12 +139,41 @@ def store_options(app: Celery, settings: Settings, url: str) -> StoreOptions:
         history_limit=settings.history_limit,
         serializer=app.conf.result_serializer,
         options=options,
+        **_pauses(transport.get("retry_policy") or {}),
     )
 
 
 def _renamed(app: Celery, names: dict[str, str]) -> dict[str, Any]:
-    """Return Celery's settings under the driver's names; what is not set is not passed."""
-    return {driver: value for theirs, driver in names.items() if (value := app.conf.get(theirs)) is not None}
+    """Return Celery's settings under the driver's names; what is as Celery has it by default is not passed."""
+    given = {driver: (app.conf.get(theirs), DEFAULTS.get(theirs)) for theirs, driver in names.items()}
+    return {driver: value for driver, (value, default) in given.items() if value != default}
+
+
+def _pauses(policy: dict[str, Any]) -> dict[str, Any]:
+    """Return when a reader asks again, as Celery's ``retry_policy`` says; by default as `StoreOptions` says."""
+    if not policy:
+        return {}
+    first, step, most = (policy.get(f"interval_{name}", default) for name, default in _INTERVALS.items())
+    times = policy.get("max_retries", 20) or MOST_RETRIES
+    return {"pauses_s": tuple(min(first + n * step, most) for n in range(min(times, MOST_RETRIES)))}
+
+
+def _redis_options(app: Celery, scheme: str, transport: dict[str, Any]) -> dict[str, Any]:
+    found = _renamed(app, _REDIS)
+    tls = app.conf.get("redis_backend_use_ssl")
+    if isinstance(tls, dict):
+        found |= tls
+        if scheme == "sentinel":  # its URL cannot say so
+            found["ssl"] = True
+    if scheme == "sentinel":
+        found |= {name: transport[name] for name in _SENTINEL if name in transport}
+        found = {name: value for name, value in found.items() if name not in ("host", "port")}
+    requirement = found.get("ssl_cert_reqs")
+    if isinstance(requirement, int):
+        found["ssl_cert_reqs"] = ssl.VerifyMode(requirement).name.removeprefix("CERT_").lower()
+    elif requirement in _CERT:
+        found["ssl_cert_reqs"] = _CERT[requirement]
+    return found
 
 
 def _mongodb_options(app: Celery) -> dict[str, Any]:

@@ -34,7 +34,6 @@ REREAD_FIRST_S: Final = 1.0
 REREAD_MAX_S: Final = 25.0
 """Twice before a registration ends, for it is renewed at the same time."""
 POLL_FIRST_S: Final = 0.005
-READ_ATTEMPTS: Final = 4
 
 
 _Found = TypeVar("_Found")
@@ -50,6 +49,7 @@ class Reader:
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         self.view: View = open_view(url, options)
+        self._pauses_s = options.pauses_s
         self._pid = os.getpid()
 
     def live(self) -> View:
@@ -63,18 +63,14 @@ class Reader:
         """Read from the view, again after short pauses if the store blinks.
 
         Raises:
-            Unavailable: It did not come back within about a second.
+            Unavailable: It did not come back: by default within about a second.
         """
-        pause = RETRY_FIRST_S
-        for attempt in range(READ_ATTEMPTS):
+        for pause in self._pauses_s:
             try:
                 return read(self.live())
             except Unavailable:
-                if attempt == READ_ATTEMPTS - 1:
-                    raise
                 time.sleep(pause)
-                pause *= 4
-        raise AssertionError("unreachable")
+        return read(self.live())
 
     def documents(self, ids: Sequence[str]) -> dict[str, bytes]:
         """Return the documents there are of these tasks."""

@@ -48,6 +48,7 @@ from celery_kafka_backend.sinks.registry import open_sink, open_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
+    from urllib.parse import SplitResult
 
     from confluent_kafka import Message
 
@@ -66,23 +67,31 @@ REPORT_S: Final = 30.0
 LOGGED_LETTERS: Final = 10
 """Dead letters per batch that get a line in the log; a batch can hold thousands."""
 
-_PORTS: Final = {"redis": ":6379", "rediss": ":6379"}
+_PORTS: Final = {"redis": ":6379", "rediss": ":6379", "sentinel": ":26379"}
 
 
 def view_name(url: str) -> str:
     """Return the stable name of a view, for its consumer group: ``redis-1a2b3c4d``.
 
     Made from scheme, host, port and path (Redis: also ``db=``), so that a changed password or
-    timeout is the same view. Two SQLite paths that are spelt differently are two views.
+    timeout is the same view. Two SQLite paths that are spelt differently are two views, and so are
+    two lists of sentinels.
     """
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2].lower()
+    first, *others = url.split(";") if url.startswith("sentinel:") else [url]
+    parts = urlsplit(first)
     path = parts.path
     if parts.scheme in _PORTS:
-        host = host if ":" in host.rpartition("]")[2] else (host or "localhost") + _PORTS[parts.scheme]
         path = path.strip("/") or dict(parse_qsl(parts.query)).get("db", "0")
-    digest = hashlib.sha256(f"{parts.scheme}://{host}/{path}".encode()).hexdigest()
+    hosts = ",".join(sorted(_host(urlsplit(each)) for each in [first, *others]))
+    digest = hashlib.sha256(f"{parts.scheme}://{hosts}/{path}".encode()).hexdigest()
     return f"{parts.scheme}-{digest[:8]}"
+
+
+def _host(parts: SplitResult) -> str:
+    host = parts.netloc.rpartition("@")[2].lower()
+    if parts.scheme not in _PORTS or ":" in host.rpartition("]")[2]:
+        return host
+    return (host or "localhost") + _PORTS[parts.scheme]
 
 
 class Statistics(Counts):

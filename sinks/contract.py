@@ -51,6 +51,7 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
             keeps all.
         serializer: Name of the app's result serializer (the SQL columns need none).
         options: The store's own options, as Celery names them.
+        pauses_s: How long a reader waits before it asks a store again that did not answer, once each.
     """
 
     namespace: str = "celery"
@@ -59,6 +60,7 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
     history_limit: int = 200
     serializer: str = "json"
     options: Mapping[str, Any] = {}
+    pauses_s: tuple[float, ...] = (0.05, 0.2, 0.8)
 
 
 class Shown(NamedTuple):

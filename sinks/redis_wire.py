@@ -12,6 +12,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 import redis
+import redis.connection
+import redis.sentinel
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -30,6 +32,7 @@ CHORD_EXPIRY: Final = b""
 """The one field of a chord's hash that is no fact: no fact's name is empty."""
 PIPELINE: Final = 256
 """Commands sent before the replies to the ones before are read: Redis works while we encode."""
+SENTINEL_PORT: Final = 26379
 SHORTEST_S: Final = 0.01
 """A wait of 0 s would be none at all, not even for what is there."""
 AWAY: Final = re.compile(
@@ -120,11 +123,30 @@ def connect(url: str, options: StoreOptions, retries: int) -> redis.Redis:
     # Celery writes ssl_cert_reqs=CERT_REQUIRED, redis-py required.
     url = re.sub(r"(ssl_cert_reqs=)CERT_(\w+)", lambda found: found[1] + found[2].lower(), url)
     try:
-        client = redis.Redis.from_url(url, **given)
+        client = _by_sentinels(url, given) if url.startswith("sentinel:") else redis.Redis.from_url(url, **given)
     except (ValueError, TypeError, redis.RedisError) as exc:
         raise SettingsError("view", f"{mask(url)}: {exc}") from exc
     pool = client.connection_pool
     pool.connection_class = type("Bounded", (_Bounded, pool.connection_class), {})
+    return client
+
+
+def _by_sentinels(url: str, given: dict[str, Any]) -> redis.Redis:
+    """Return a client of the primary that the sentinels of a URL name; user, password and database are the primary's."""
+    service = given.pop("master_name", None)
+    if not service:
+        remedy = "result_backend_transport_options = {'master_name': …}"
+        raise SettingsError("view", f"{mask(url)}: which primary the sentinels are to be asked for is not set", remedy)
+    known = {"socket_timeout": 5.0, "socket_connect_timeout": 5.0}
+    asking = {
+        "min_other_sentinels": given.pop("min_other_sentinels", 0),
+        "sentinel_kwargs": known | given.pop("sentinel_kwargs", {}),
+    }
+    places = [redis.connection.parse_url(each.replace("sentinel://", "redis://", 1)) for each in url.split(";")]
+    for place in reversed(places):  # what the first one says counts, as in Celery
+        given |= {name: value for name, value in place.items() if name not in ("host", "port")}
+    hosts = [(place.get("host", "localhost"), place.get("port", SENTINEL_PORT)) for place in places]
+    client: redis.Redis = redis.sentinel.Sentinel(hosts, **asking, **given).master_for(service)
     return client
 
 

@@ -25,6 +25,7 @@ _STORES: Final = {
     "sqlite": "celery_kafka_backend.sinks.sqlite",
     "redis": "celery_kafka_backend.sinks.redis",
     "rediss": "celery_kafka_backend.sinks.redis",
+    "sentinel": "celery_kafka_backend.sinks.redis",
     "mongodb": "celery_kafka_backend.sinks.mongodb",
     "mongodb+srv": "celery_kafka_backend.sinks.mongodb",
     "elasticsearch": "celery_kafka_backend.sinks.elasticsearch",

@@ -664,13 +664,13 @@ def test_a_redis_that_comes_back_empty_is_filled_again_from_the_log(log: Log, pr
         feeding = threading.Event()
 
         def feed() -> None:
-            while not feeding.is_set():
-                log.run_tasks(50)
+            while not feeding.wait(0.1):
+                log.run_tasks(10)
 
         thread = threading.Thread(target=feed)
         thread.start()
         try:
-            for _ in range(3):
+            for _ in range(2):
                 ends = log.ends()
                 until(lambda: all(view.positions().get(at, 0) >= end for at, end in ends.items()))  # noqa: B023 - called at once
                 server.restart()

@@ -73,21 +73,27 @@ def install() -> None:
     if docker.chosen():
         docker.pull("redis")
     else:
-        _binary()
+        executable()
 
 
-def start(*, appendonly: bool = False) -> RedisServer:
+def start(*, appendonly: bool = False, **options: str) -> RedisServer:
     """Start a server of its own; with ``appendonly`` it keeps its data over ``kill`` and ``restart``.
+
+    Args:
+        appendonly: Write everything to disk, at once.
+        options: More of redis.conf, with ``_`` for ``-``; only where the server is a process of this machine.
 
     Raises:
         ServiceError: It could not be installed, or did not start; nothing is left running.
     """
-    if docker.chosen():
-        container = docker.redis(appendonly=appendonly, ready=_answers)
+    if docker.chosen() and not options:
+        container = docker.redis(appendonly=appendonly, ready=answers)
         container.wait()
         return RedisServer(container)
-    binary = _binary()
+    binary = executable()
     folder = scratch.folder("redis")
+    config = folder / "redis.conf"
+    config.write_bytes(CONFIG.read_bytes())  # a sentinel has a server write to its own
     (port,) = ports.free(1)
     own = {
         "port": str(port),
@@ -96,13 +102,14 @@ def start(*, appendonly: bool = False) -> RedisServer:
         "daemonize": "no",
         "appendonly": "yes" if appendonly else "no",
         "appendfsync": "always",  # with Redis's default a kill may cost the last second
+        **{name.replace("_", "-"): value for name, value in options.items()},
     }
     node = Process(
         name="Redis",
         port=port,
-        command=[str(binary), str(CONFIG), *(word for key, value in own.items() for word in (f"--{key}", value))],
+        command=[str(binary), str(config), *(word for key, value in own.items() for word in (f"--{key}", value))],
         log=folder / "redis.log",
-        ready=functools.partial(_answers, port),
+        ready=functools.partial(answers, port),
         start_timeout_s=START_TIMEOUT_S,
     )
     node.launch()
@@ -121,11 +128,11 @@ def ask(port: int, *commands: str) -> list[str]:
         return []
 
 
-def _answers(port: int) -> bool:
-    return ask(port, "PING") == ["+PONG"]
+def answers(port: int) -> bool:
+    return ask(port, "PING") in (["+PONG"], ["-NOAUTH Authentication required."])
 
 
-def _binary() -> Path:
+def executable() -> Path:
     """A server's executable, installed if need be."""
     found = shutil.which("redis-server")
     if found is None and _apt_works():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import functools
 import os
@@ -21,11 +22,18 @@ def folder(name: str) -> Path:
 @functools.cache
 def _root() -> Path:
     _sweep()
-    root = Path(tempfile.mkdtemp(prefix=PREFIX))
+    while (root := _locked()) is None:  # another process swept it between its making and its locking
+        pass
     root.chmod(0o755)  # a server that must not run as root has to reach its own folder below
-    fcntl.flock(os.open(root, os.O_RDONLY), fcntl.LOCK_EX)  # held, unclosed, for as long as this process lives
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return root
+
+
+def _locked() -> Path | None:
+    made = Path(tempfile.mkdtemp(prefix=PREFIX))
+    with contextlib.suppress(FileNotFoundError):
+        fcntl.flock(os.open(made, os.O_RDONLY), fcntl.LOCK_EX)  # held, unclosed, for as long as this process lives
+    return made if made.exists() else None
 
 
 def _sweep() -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import ssl
+
 import pytest
 from celery import Celery
 from celery.exceptions import ImproperlyConfigured
 
-from celery_kafka_backend.configure import store_options
+from celery_kafka_backend.configure import MOST_RETRIES, store_options
 from celery_kafka_backend.settings import parse
+from celery_kafka_backend.sinks.contract import StoreOptions
 
 
 def options(view: str, view_options: dict | None = None, **conf):
+    return store(view, view_options, **conf).options
+
+
+def store(view: str, view_options: dict | None = None, **conf):
     app = Celery("options", set_as_current=False)
     app.conf.update(conf)
     settings = parse(f"kafka://b/?view={view}", {"view_options": view_options or {}})
-    return store_options(app, settings, view).options
+    return store_options(app, settings, view)
 
 
 @pytest.mark.parametrize("view", ["mongodb://h/db", "mongodb+srv://h/db"])
@@ -50,3 +57,49 @@ def test_elasticsearch_s_settings_by_name(view):
 def test_mongodb_s_settings_must_be_a_dictionary():
     with pytest.raises(ImproperlyConfigured, match="mongodb_backend_settings"):
         options("mongodb://h/db", mongodb_backend_settings="database")
+
+
+def test_redis_s_settings_by_name():
+    given = {
+        "redis_host": "h", "redis_port": 1, "redis_db": 2, "redis_username": "u", "redis_password": "p",
+        "redis_max_connections": 3, "redis_socket_timeout": 4.0, "redis_socket_connect_timeout": 5.0,
+        "redis_socket_keepalive": True, "redis_retry_on_timeout": True, "redis_backend_health_check_interval": 6,
+        "redis_client_name": "c",
+    }  # fmt: skip
+    assert options("redis://", **given) == {
+        "host": "h", "port": 1, "db": 2, "username": "u", "password": "p", "max_connections": 3, "socket_timeout": 4.0,
+        "socket_connect_timeout": 5.0, "socket_keepalive": True, "retry_on_timeout": True, "health_check_interval": 6,
+        "client_name": "c",
+    }  # fmt: skip
+    assert options("redis://") == options("mongodb://h/db", **given) == {}
+
+
+@pytest.mark.parametrize("required", [ssl.CERT_REQUIRED, 2, "CERT_REQUIRED", "required"])
+def test_redis_s_tls_as_celery_writes_it(required):
+    tls = {"ssl_cert_reqs": required, "ssl_ca_certs": "ca.pem"}
+    found = {"ssl_cert_reqs": "required", "ssl_ca_certs": "ca.pem"}
+    assert options("rediss://h", redis_backend_use_ssl=tls) == found
+    assert options("sentinel://h", redis_backend_use_ssl=tls) == {**found, "ssl": True}
+
+
+def test_sentinels_are_asked_as_the_transport_options_say():
+    transport = {
+        "master_name": "m",
+        "sentinel_kwargs": {"password": "s"},
+        "min_other_sentinels": 1,
+        "priority_steps": [],
+    }
+    found = {"master_name": "m", "sentinel_kwargs": {"password": "s"}, "min_other_sentinels": 1, "password": "p"}
+    given = {"redis_password": "p", "redis_host": "elsewhere", "result_backend_transport_options": transport}
+    assert options("sentinel://h:1;sentinel://h:2", **given) == found
+    assert options("redis://h", **given) == {"password": "p", "host": "elsewhere"}
+
+
+def test_a_reader_asks_again_as_celery_s_retry_policy_says():
+    def pauses(**policy):
+        return store("redis://h", result_backend_transport_options={"retry_policy": policy}).pauses_s
+
+    assert pauses(max_retries=3, interval_start=0.5, interval_step=0.25, interval_max=0.8) == (0.5, 0.75, 0.8)
+    assert pauses(max_retries=2) == (0.0, 1.0)
+    assert len(pauses(max_retries=None)) == MOST_RETRIES
+    assert pauses() == StoreOptions().pauses_s

@@ -53,3 +53,10 @@ def test_another_host_port_database_or_path_is_another_view() -> None:
 
 def test_it_never_shows_a_password() -> None:
     assert "secret" not in view_name("redis://:secret@host/0")
+
+
+def test_sentinels_are_one_view_in_any_order_and_with_any_password() -> None:
+    name = view_name("sentinel://a:26379/0;sentinel://b:26379/0")
+    assert name == view_name("sentinel://:new@b/0;sentinel://:new@a/0")
+    assert name != view_name("sentinel://a/1;sentinel://b/1")
+    assert name != view_name("sentinel://a/0")
