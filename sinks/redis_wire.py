@@ -142,11 +142,13 @@ def _by_sentinels(url: str, given: dict[str, Any]) -> redis.Redis:
         "min_other_sentinels": given.pop("min_other_sentinels", 0),
         "sentinel_kwargs": known | given.pop("sentinel_kwargs", {}),
     }
-    places = [redis.connection.parse_url(each.replace("sentinel://", "redis://", 1)) for each in url.split(";")]
+    parse: Any = redis.connection.parse_url  # these two are without types
+    places = [parse(each.replace("sentinel://", "redis://", 1)) for each in url.split(";")]
     for place in reversed(places):  # what the first one says counts, as in Celery
         given |= {name: value for name, value in place.items() if name not in ("host", "port")}
     hosts = [(place.get("host", "localhost"), place.get("port", SENTINEL_PORT)) for place in places]
-    client: redis.Redis = redis.sentinel.Sentinel(hosts, **asking, **given).master_for(service)
+    sentinels: Any = redis.sentinel.Sentinel
+    client: redis.Redis = sentinels(hosts, **asking, **given).master_for(service)
     return client
 
 
