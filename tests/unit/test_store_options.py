@@ -51,7 +51,7 @@ def test_elasticsearch_s_settings_by_name(view):
     assert found == {
         "request_timeout": 3.5, "max_retries": 1, "retry_on_timeout": True, "save_meta_as_text": False, "api_key": "k",
     }  # fmt: skip
-    assert options(view) == {"save_meta_as_text": True}
+    assert options(view) == {}
 
 
 def test_mongodb_s_settings_must_be_a_dictionary():
