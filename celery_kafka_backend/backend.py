@@ -27,6 +27,7 @@ from celery_kafka_backend.producer.recorder import (
     field,
     recorder_for,
 )
+from celery_kafka_backend.producer.stubs import is_declared
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.waiting import ResultConsumer
 from celery_kafka_backend.writes import Ending
@@ -157,7 +158,7 @@ class KafkaBackend(AsyncBackendMixin, Chords):  # type: ignore[misc]
         ending = Ending(task_id, self._identity(task_id, state, request), kind or self._kind(result, state), more or {})
         outer = getattr(here, "planned", None), getattr(here, "parted", None)
         try:
-            if field(request, "chord") and field(request, "id") == task_id:
+            if is_declared(field(request, "chord")) and field(request, "id") == task_id:
                 self._send_part(request, state, result, ending.who, stored)
                 here.parted = task_id
             if stored:

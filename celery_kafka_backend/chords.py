@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from celery import states
 from celery.result import GroupResult
 from celery.utils.functional import _regen
-from celery.utils.log import get_logger
 from kombu.exceptions import OperationalError
 from kombu.serialization import dumps
 from kombu.utils.encoding import ensure_bytes
@@ -22,28 +21,30 @@ from celery_kafka_backend.producer.recorder import (
     held_ids,
     plain,
 )
-from celery_kafka_backend.producer.stubs import without_bodies
+from celery_kafka_backend.producer.stubs import is_declared, without_bodies
 from celery_kafka_backend.settings import MOST_S
-from celery_kafka_backend.writes import Writes, encode_error
+from celery_kafka_backend.stock_chords import StockChords
+from celery_kafka_backend.writes import encode_error
 
 if TYPE_CHECKING:
     from celery_kafka_backend.producer.recorder import Identity
 
-logger = get_logger(__name__)
 
-
-class Chords(Writes):
+class Chords(StockChords):
     """The chords' part of `backend.KafkaBackend`."""
 
     # -- chords ------------------------------------------------------------------------------
 
-    def apply_chord(self, header_result_args: tuple[Any, ...], body: Any, **_: Any) -> None:
+    def apply_chord(self, header_result_args: tuple[Any, ...], body: Any, **options: Any) -> None:
         """Declare a chord; acknowledged before any header task is sent.
 
         Raises:
             OperationalError: Kafka did not acknowledge it within ``publish_timeout_s``.
             ValueError: Its option ``chord_deadline_s`` is no time.
         """
+        if self.settings.chords == "view":
+            self._apply_stock_chord(header_result_args, body, **options)
+            return
         self.ensure_chords_allowed()
         group_id = header_result_args[0]
         request = current_request()
@@ -112,7 +113,8 @@ class Chords(Writes):
             request = current_request()
             generation = _generation(field(request, "chord")) if field(request, "group") == group_id else None
         if generation is None:
-            return  # a group inside a chord declared elsewhere: its size is part of that one's
+            self._set_stock_chord_size(group_id, chord_size)
+            return
         at = self.recorder.clock.wall_ms()
         self._declare(chord_records.Sized(group=group_id, generation=generation, size=chord_size, at=at), "sizing")
 
@@ -125,6 +127,7 @@ class Chords(Writes):
         request = current_request()
         generation = _generation(field(request, "chord")) or self.recorder.generations.get(chord_id)
         if generation is None:
+            self._add_to_stock_chord(chord_id, result)
             return
         record = chord_records.Extended(
             group=chord_id,
@@ -153,19 +156,15 @@ class Chords(Writes):
             return
         # Of a failed chain, or a chord's body failed by the chord processor: any canvas, none of which ever ran.
         for member in members(request):
+            if not is_declared(field(member, "chord")):
+                self._count_stock_part(member, state, result)
+                continue
             self._send_part(member, state, result, self._identity(member.id, state, member), stored=True)
 
     def _send_part(self, request: Any, state: str, result: Any, who: Identity, stored: bool) -> None:
         group_id, task_id, chord = field(request, "group"), field(request, "id"), field(request, "chord")
         generation = _generation(chord)
-        if not group_id or not task_id:
-            return
-        if generation is None:
-            logger.error(
-                "task %s belongs to a chord that was begun on another result backend: %s will not hear of it",
-                task_id,
-                group_id,
-            )
+        if not group_id or not task_id or generation is None:
             return
         succeeded = state == states.SUCCESS
         ignored = succeeded and not stored

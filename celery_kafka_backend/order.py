@@ -118,6 +118,11 @@ def run_of_key(key: int) -> int | None:
     return key >> (_T_BITS + 2)
 
 
+def rank_of_key(key: int) -> Rank:
+    """Return what the event of a key claims."""
+    return Rank(key >> (_T_BITS if run_of_key(key) is not None else _GUESS_BITS) & 3)
+
+
 def key_text(key: int) -> str:
     """Return a key as text that compares like the number (in stores whose numbers are doubles)."""
     return f"{key:0{KEY_DIGITS}d}"

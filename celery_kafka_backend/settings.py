@@ -24,6 +24,7 @@ DAY_MS: Final = 86_400_000
 SETTING: Final = "kafka_backend_settings"
 
 Delivery = Literal["acknowledged", "pipelined", "buffered"]
+Chords = Literal["kafka", "view"]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,6 +54,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         claim_check: URL, as fsspec takes it, of where larger documents of results are stored; "": nowhere.
         claim_check_bytes: … and from which size on.
         claim_check_options: Options for that store's driver, under fsspec's names.
+        chords: Where a chord that this process begins is counted: in ``kafka``, or, while a fleet is being switched, in
+            the primary ``view``, as Celery's own backend for that store does. Either kind is finished wherever it is met.
         partitions: Partitions of the log.
         chord_partitions: Partitions of the chords' topic; may never change.
         replication_factor: Copies of each partition.
@@ -93,6 +96,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     claim_check: str = ""
     claim_check_bytes: int = 262_144
     claim_check_options: dict[str, Any] = {}
+    chords: Chords = "kafka"
     partitions: int = 12
     chord_partitions: int = 12
     replication_factor: int = 3
@@ -151,6 +155,7 @@ _OWN: Final = {
 
 _REMEDIES: Final = {
     "delivery": "one of acknowledged, pipelined, buffered",
+    "chords": "one of kafka, view",
     "views": "a list of URLs, the primary view's first",
     "exclude": "a list of task names",
     "record": "a list of kinds of events",

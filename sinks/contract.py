@@ -8,7 +8,9 @@ replaced only by a greater ``(order key, event id)``; side records are merged fi
 history is a set by event id; positions never go back. Never read, decide, then write.
 
 A document without our key (written by Celery's own backend) counts as key 0, but a stock
-SUCCESS stays: only a forget removes it.
+SUCCESS stays: only a forget removes it. Where workers with Celery's own backend may write beside
+us (Redis, MongoDB: docs/switching.md), nothing unready of ours replaces a stock failure either,
+and a stock document over one of ours is known as such.
 
 **What has expired is not there.** A document whose ``expires_at`` has passed is not shown, also
 if it arrives only then; its key guards on for as long as the side record lives. A side record

@@ -36,6 +36,7 @@ from pymongo import InsertOne, UpdateOne, errors
 
 from celery_kafka_backend.changes import GROUP, TASK, Side
 from celery_kafka_backend.errors import Rejected
+from celery_kafka_backend.order import Rank, rank_of_key
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
 from celery_kafka_backend.sinks.mongodb_native import EMPTY_GROUP, HIDDEN, group_fields, task_fields
 from celery_kafka_backend.sinks.mongodb_view import MongoView
@@ -285,7 +286,8 @@ def _guarded(change: Change, now_ms: int) -> Write:
     }
     stays: Any = "$$ROOT"
     if change.document is not None and change.subject == TASK:  # only a forget takes a stock SUCCESS away
-        stock = {"$and": [{"$eq": ["$status", "SUCCESS"]}, {"$eq": [{"$type": "$ckb"}, "missing"]}]}
+        safe = ["SUCCESS", "FAILURE", "REVOKED"] if rank_of_key(winner.key) is Rank.UNREADY else ["SUCCESS"]
+        stock = {"$and": [{"$in": ["$status", safe]}, {"$eq": [{"$type": "$ckb"}, "missing"]}]}
         wins = {"$and": [{"$not": [stock]}, wins]}
         stays = {"$cond": [stock, "$$ROOT", _with_ckb("$$ROOT", "$ckb", prolonged)]}
     else:

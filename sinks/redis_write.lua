@@ -25,14 +25,30 @@ local NO_KEY, FIELDS, ID = '\0\0\0\0\0\0\0\0', '>I4I4I4I6I6I6I6I6I3', 46
 local old = call('GET', KEYS[2])
 local side, expires, wins = new, ARGV[5], shows ~= ''
 
--- The stock document that a winner without a predecessor of ours would replace: a SUCCESS stays. Celery writes the
--- status first, except in YAML, which sorts, begins with a letter, and begins a line with each top-level key.
-if shows == 'd' and (not old or old:sub(1, 8) == NO_KEY) then
-  local stock = call('GET', native)
+-- What Celery's own backend wrote and our winner would replace: a SUCCESS stays, and what is ready stays against what is
+-- not. It is theirs if we have no key, or one of a lower class: their workers went on with a task of ours. Celery writes
+-- the status first, except in YAML, which sorts, begins with a letter, and begins a line with each top-level key.
+if shows == 'd' then
+  local class = -1
+  if old and old:sub(1, 8) ~= NO_KEY then
+    local a, b, c, d = old:byte(1, 4)
+    class = math.floor(((a + b > 0 or c > 7) and d or c) / 2) % 4  -- order.py: of a known run, or of none
+  end
+  local stock = class < 3 and call('GET', native)
   if stock then
     local at = stock:find('^%l') and stock:find('\nstatus: ', 1, true) or stock:find('status', 1, true)
-    if at and (at <= 64 or stock:find('^%l')) and stock:sub(at + 6, at + 22):find('SUCCESS', 1, true) then
-      wins = false
+    if at and (at <= 64 or stock:find('^%l')) then
+      local status = stock:sub(at + 6, at + 22)
+      if status:find('%f[%u_]SUCCESS%f[^%u_]') then
+        wins = false
+      else
+        local a, b, c, d = new:byte(1, 4)
+        local unready = math.floor(((a + b > 0 or c > 7) and d or c) / 2) % 4 == 0
+        if unready and (class < 2 and status:find('%f[%u_]FAILURE%f[^%u_]')
+            or class < 1 and status:find('%f[%u_]REVOKED%f[^%u_]')) then
+          wins = false
+        end
+      end
     end
   end
 end

@@ -85,11 +85,13 @@ def test_a_stock_success_stays(place: Place, before: list[Event], state: str) ->
     assert place.view().shown(["t"])["t"].side is not None
 
 
-@pytest.mark.parametrize("state", ["FAILURE", "STARTED", "RETRY"])
-def test_any_other_stock_document_gives_way(place: Place, state: str) -> None:
+@pytest.mark.parametrize(
+    ("state", "over"), [("STARTED", "STARTED"), ("RETRY", "STARTED"), ("FAILURE", "SUCCESS"), ("REVOKED", "FAILURE")]
+)
+def test_any_other_stock_document_gives_way(place: Place, state: str, over: str) -> None:
     place.sink().write(batch(sent(0)))
     place.stock("t", state)
-    ours = stated("STARTED", 10)
+    ours = stated(over, 10)
     place.sink().write(batch(ours))
     assert place.view().documents(["t"]) == {"t": ours.document}
 

@@ -36,6 +36,7 @@ ACCEPTED: dict[str, Any] = {
     "claim_check": "s3://bucket/claims",
     "claim_check_bytes": 100_000,
     "claim_check_options": {"secret": SECRET},
+    "chords": "view",
     "partitions": 48,
     "chord_partitions": 3,
     "replication_factor": 3,
@@ -102,6 +103,7 @@ def test_servers_and_views_may_stand_in_the_dictionary():
 
 REFUSED: list[tuple[str, Any, str]] = [
     ("delivery", "fast", "acknowledged, pipelined, buffered"),
+    ("chords", "redis", "kafka, view"),
     ("delivery_timeout_s", 0, "0"),
     ("delivery_timeout_s", math.nan, "nan"),
     ("delivery_timeout_s", math.inf, "inf"),
