@@ -21,7 +21,7 @@ from celery_kafka_backend import configure, events
 from celery_kafka_backend.barrier import barrier_for
 from celery_kafka_backend.chords import Chords
 from celery_kafka_backend.claims import Claims
-from celery_kafka_backend.errors import NotAcknowledged, SettingsError, Unavailable
+from celery_kafka_backend.errors import NotAcknowledged, SettingsError, Unavailable, Unsure
 from celery_kafka_backend.producer import signals
 from celery_kafka_backend.producer.recorder import (
     field,
@@ -138,6 +138,14 @@ class KafkaBackend(AsyncBackendMixin, Chords):  # type: ignore[misc]
         more = {"message": reason, "by": self.recorder.node, "terminated": reason == "terminated"}
         with self._ending(task_id, None, state, request, store_result, kind, more):
             super().mark_as_revoked(task_id, reason, request=request, store_result=store_result, state=state)
+
+    def _call_task_errbacks(self, request: Any, exc: BaseException, traceback: Any) -> None:
+        """Call a failed task's errbacks, when the view shows how it failed: they ask for that by its id, without waiting."""
+        if self.recorder.role == events.CHILD:
+            with suppress(Unsure, Unavailable):
+                bound_s = self.settings.barrier_timeout_s
+                self.barrier.caught_up([field(request, "id")], self.reader.positions, bound_s, patient=False)
+        super()._call_task_errbacks(request, exc, traceback)
 
     @contextmanager
     def _ending(

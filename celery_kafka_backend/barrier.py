@@ -196,10 +196,10 @@ class Barrier:
                 found += self._log.events_of(subject, subject_id, partition, (start, end), deadline)
             return greatest(found)
 
-    def caught_up(self, ids: Sequence[str], positions: Positions, timeout_s: float) -> bool:
+    def caught_up(self, ids: Sequence[str], positions: Positions, timeout_s: float, *, patient: bool = True) -> bool:
         """Wait until the view shows all that the log had of some ids when asked; return False if it did not in time.
 
-        Needs the right Describe only.
+        Needs the right Describe only. Who is not ``patient`` does not wait for a view that stands still.
 
         Raises:
             Unsure: As `beyond`, except that nothing is read.
@@ -207,7 +207,7 @@ class Barrier:
         """
         with self._bounded(timeout_s) as deadline:
             ends = self._log.ends(ids, deadline)
-            return not self._behind(ends, positions, deadline, patient=True)
+            return not self._behind(ends, positions, deadline, patient=patient)
 
     @contextmanager
     def _bounded(self, timeout_s: float) -> Iterator[float]:

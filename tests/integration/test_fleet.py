@@ -273,6 +273,17 @@ def test_what_a_task_refuses_or_ignores_is_in_its_history(fleet):
     assert ignored.state == "PENDING"
 
 
+def test_an_errback_sees_the_failure_that_it_hears_of(fleet, tmp_path):
+    tasks, states = fleet.app, tmp_path / "states"
+    for number in range(50):
+        tasks.fail.apply_async((str(number),), link_error=tasks.note_state.s(str(states)))
+    deadline = time.monotonic() + SOON
+    while not states.exists() or len(states.read_text().split()) < 50:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert states.read_text().split() == ["FAILURE"] * 50
+
+
 def test_an_unknown_task_is_in_the_history_of_its_id(fleet):
     result = fleet.app.app.send_task("no.such.task")
     said = history(fleet, result.id, events.UNKNOWN_TASK)[-1]
