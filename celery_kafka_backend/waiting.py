@@ -21,6 +21,9 @@ HEAR_SLICE_S: Final = 0.1
 SHORTEST_PATIENCE_S: Final = 0.2
 """A waiter in its last moments gives a healthy store so long to answer, rather than hang up on it."""
 
+LOOK_S: Final = 5.0
+"""A first look that nobody waits for; what it did not find is heard of."""
+
 
 class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
     """Celery's waiting machinery on one `Ear`."""
@@ -31,6 +34,8 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
         self._turn = threading.Condition()
         self._hearing = False
         self._here = threading.local()
+        self.listener: Any = None
+        """What `awaiting` has to hear with."""
 
     @property
     def ear(self) -> Ear:
@@ -78,6 +83,11 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
             with self._turn:
                 self._hearing = False
                 self._turn.notify_all()
+
+    def look(self) -> None:
+        """Look once at what is there already of what is new to listen for."""
+        for task_id, document in self.ear.meet([], LOOK_S).items():
+            self._changed(task_id, document)
 
     def _changed(self, task_id: str, document: bytes) -> None:
         meta = self.backend.decode_result(document)
