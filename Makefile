@@ -52,7 +52,7 @@ test: preflight $(READY) services lint  ## everything that CI checks
 	$(BOUNDED) 4200 $(PYTEST) -n 2 --dist loadfile $(ARGS)
 
 test-quick: $(READY)  ## the tests that need no server
-	$(BOUNDED) 300 $(PYTEST) -n 3 $(QUICK_TESTS) -m "not kafka and not redis and not mongodb and not elasticsearch" $(ARGS)
+	$(BOUNDED) 300 $(PYTEST) -n 3 $(QUICK_TESTS) -m "not kafka and not redis and not mongodb and not elasticsearch and not cassandra" $(ARGS)
 
 delivery-table: $(READY)  ## docs/delivery.md at its real times: Kafka away for 5 s and 60 s
 	DELIVERY_TIMEOUT_S=30 $(BOUNDED) 3600 $(PYTEST) tests/integration/test_delivery_table.py $(ARGS)

@@ -46,6 +46,11 @@ _INTERVALS: Final = {"start": 0.0, "step": 1.0, "max": 1.0}
 MOST_RETRIES: Final = 1_000
 """Where Celery would try for ever."""
 _SENTINEL: Final = ("master_name", "min_other_sentinels", "sentinel_kwargs")
+# Celery's names without ``cassandra_``, which are the store's own; its backend reads the bundle's under both.
+_CASSANDRA: Final = (
+    "servers", "bundle_path", "secure_bundle_path", "port", "keyspace", "table", "read_consistency",
+    "write_consistency", "auth_provider", "auth_kwargs", "entry_ttl",
+)  # fmt: skip
 _CERT: Final = {"CERT_REQUIRED": "required", "CERT_OPTIONAL": "optional", "CERT_NONE": "none"}
 
 
@@ -128,6 +133,8 @@ def store_options(app: Celery, settings: Settings, url: str) -> StoreOptions:
     elif scheme.startswith("elasticsearch"):
         options.update(_renamed(app, _ELASTICSEARCH))
         options.update(settings.view_options.get("elasticsearch", {}))
+    elif scheme == "cassandra":
+        options.update(_cassandra_options(app))
     options.update(settings.view_options.get(scheme, {}))
     prefix = transport.get("global_keyprefix") or ""
     if prefix and prefix[-1] not in ":_-.":
@@ -185,3 +192,12 @@ def _mongodb_options(app: Celery) -> dict[str, Any]:
     # Those of its ``options`` come first and the others over them, as in Celery's own backend.
     found = {**given.get("options", {}), **{key: value for key, value in given.items() if key != "options"}}
     return {_MONGODB.get(key, key): value for key, value in found.items()}
+
+
+def _cassandra_options(app: Celery) -> dict[str, Any]:
+    found = dict(app.conf.get("cassandra_options") or {})
+    for name in _CASSANDRA:
+        value = app.conf.get(f"cassandra_{name}")
+        if value is not None:
+            found[name] = value
+    return found

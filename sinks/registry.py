@@ -26,6 +26,7 @@ _STORES: Final = {
     "redis": "celery_kafka_backend.sinks.redis",
     "rediss": "celery_kafka_backend.sinks.redis",
     "sentinel": "celery_kafka_backend.sinks.redis",
+    "cassandra": "celery_kafka_backend.sinks.cassandra",
     "mongodb": "celery_kafka_backend.sinks.mongodb",
     "mongodb+srv": "celery_kafka_backend.sinks.mongodb",
     "elasticsearch": "celery_kafka_backend.sinks.elasticsearch",
@@ -38,6 +39,7 @@ _EXTRAS: Final = {
     "bson": "mongodb",
     "elasticsearch": "elasticsearch",
     "elastic_transport": "elasticsearch",
+    "cassandra": "cassandra",
 }
 
 

@@ -1,7 +1,8 @@
 """What every test may use: real servers, started when the first test asks, and the proof that nothing outlives the run.
 
 A server that is missing or does not start skips only the tests that asked for it. Where ``REQUIRE_SERVICES`` names it
-(``all``, or a comma list of ``kafka``, ``kafka3``, ``redis``, ``mongodb``, ``elasticsearch``), they fail instead: that is how CI notices.
+(``all``, or a comma list of ``kafka``, ``kafka3``, ``redis``, ``mongodb``, ``elasticsearch``,
+``cassandra``), they fail instead: that is how CI notices.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tests.services.required import absent
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.services.cassandra import CassandraServer
     from tests.services.catalogue import Server
     from tests.services.elasticsearch import ElasticServer
     from tests.services.kafka import KafkaCluster
@@ -109,6 +111,12 @@ def elasticsearch_url(elasticsearch: ElasticServer) -> Iterator[str]:
     url = elasticsearch.clean_index()
     yield url
     elasticsearch.drop(url)
+
+
+@pytest.fixture(scope="session")
+def cassandra() -> Iterator[CassandraServer]:
+    """A Cassandra shared by the whole run; a test that kills one starts its own with ``tests.services.cassandra.start``."""
+    yield from cast("Iterator[CassandraServer]", _running("cassandra"))
 
 
 @pytest.fixture

@@ -17,14 +17,28 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from celery_kafka_backend.sinks.contract import Row, Sink, View
+    from tests.services.cassandra import CassandraServer
     from tests.services.elasticsearch import ElasticServer
 
 
 class Place:
-    """A store with nothing in it, and the sinks and views that a case opens, which are closed behind it."""
+    """A store with nothing in it, and the sinks and views that a case opens, which are closed behind it.
+
+    Attributes:
+        url: The view's.
+        celery: What Celery's own backend for it is told: ``backend``, and settings; {} if there is none.
+        extended: It keeps extended fields.
+        groups: … and saved groups.
+        dated: … and says when a task got into a state that is not its last.
+    """
+
+    extended = True
+    groups = True
+    dated = False
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.celery: dict[str, Any] = {"backend": f"db+{url}" if url.startswith("sqlite") else url}
         self._open: list[Any] = []
 
     def sink(self, **options: Any) -> Sink:
@@ -67,6 +81,10 @@ class Place:
 
 
 class _Memory(Place):
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.celery = {}
+
     def empty(self) -> None:
         memory.discard(self.url)
 
@@ -167,12 +185,70 @@ class _Elastic(Place):
         return 1001
 
 
-REAL = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("redis", "mongodb", "elasticsearch")]
+class _Cassandra(Place):
+    dated = True
+    extended = False
+    groups = False
+
+    def __init__(self, url: str, session: Any) -> None:
+        super().__init__(url)
+        self._session = session
+        self._keyspace = url.rpartition("/")[2]
+        host, _, port = url.split("/")[2].partition(":")
+        conf = {"servers": [host], "port": port, "keyspace": self._keyspace, "table": "tasks"}
+        self.celery = {"backend": "cassandra://", **{f"cassandra_{name}": value for name, value in conf.items()}}
+
+    def empty(self) -> None:
+        query = "SELECT table_name FROM system_schema.tables WHERE keyspace_name = %s"
+        for (table,) in self._session.execute(query, [self._keyspace]):
+            if self._session.execute(f"SELECT * FROM {self._keyspace}.{table} LIMIT 1").one():
+                self._session.execute(f"TRUNCATE {self._keyspace}.{table}")
+
+    def stock(self, task: str, state: str) -> None:
+        self._session.execute(
+            f"INSERT INTO {self._keyspace}.tasks (task_id, status, result, date_done, traceback, children)"
+            " VALUES (%s, %s, %s, toTimestamp(now()), %s, %s)",
+            (task, state, b'"stock"', b"null", b"[]"),
+        )
+
+    def poison(self, sink: Sink) -> int:
+        sink._limit = 1000
+        return 1001
 
 
 @pytest.fixture(scope="session")
 def elastic(elasticsearch: ElasticServer) -> tuple[ElasticServer, str]:
     return elasticsearch, elasticsearch.clean_index()
+
+
+@pytest.fixture(scope="session")
+def cassandra_session(cassandra: CassandraServer) -> Iterator[Any]:
+    """A session of the driver's, for what a case does behind the store's back."""
+    with cassandra.session() as session:
+        yield session
+
+
+@pytest.fixture(scope="session")
+def cassandra_tables(cassandra: CassandraServer, cassandra_session: Any) -> Iterator[str]:
+    """The URL of a view with all its tables, connected for the whole run: each of them costs 0.1 s to make."""
+    url = cassandra.url(cassandra.new_keyspace(durable=False))
+    sink = registry.open_sink(url, StoreOptions())
+    sink.open()
+    yield url
+    sink.close()
+
+
+@pytest.fixture
+def cassandra_place(cassandra_tables: str, cassandra_session: Any) -> Place:
+    """That view, empty."""
+    found = _Cassandra(cassandra_tables, cassandra_session)
+    found.empty()
+    return found
+
+
+REAL = [
+    pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("redis", "mongodb", "elasticsearch", "cassandra")
+]
 
 
 @pytest.fixture(params=["memory", "sqlite", *REAL])
@@ -183,6 +259,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
         found = _Memory(f"memory://{uuid.uuid4().hex}")
     elif request.param == "sqlite":
         found = _Sqlite(f"sqlite:///{tmp_path / 'view.db'}")
+    elif request.param == "cassandra":
+        found = request.getfixturevalue("cassandra_place")
     elif request.param == "mongodb":
         found = _Mongo(request.getfixturevalue("mongodb_url"))
     elif request.param == "elasticsearch":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from tests.services import elasticsearch, kafka, mongodb, redis
+from tests.services import cassandra, elasticsearch, kafka, mongodb, redis
 from tests.services.errors import Missing, ServiceError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Service(NamedTuple):
 
 
 SERVICES = {
+    "cassandra": Service(cassandra.missing, cassandra.install, cassandra.start, lambda server: server.address),
     "elasticsearch": Service(
         elasticsearch.missing, elasticsearch.install, elasticsearch.start, lambda server: server.url
     ),

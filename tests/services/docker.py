@@ -104,6 +104,14 @@ def elasticsearch(*, ready: Callable[[int], bool]) -> Container:
     return Container(project, "elasticsearch", port, functools.partial(ready, port))
 
 
+def cassandra(*, ready: Callable[[int], bool]) -> Container:
+    """Start a Cassandra, without waiting for it; ``ready`` is given its port."""
+    (port,) = ports.free(1)
+    project = Project(ONE, {"CKB_CASSANDRA_PORT": str(port)})
+    project.compose("up", "--detach", "cassandra", timeout_s=PULL_TIMEOUT_S)
+    return Container(project, "cassandra", port, functools.partial(ready, port))
+
+
 class Project:
     """One compose project: its containers, network and volumes have a name that no other run has."""
 

@@ -39,7 +39,7 @@ DEPENDENCY = (
 def missing() -> list[Missing]:
     """What a server written in Java lacks on this machine."""
     lacking = []
-    version = _java_version()
+    version = java_version()
     if version is None or version < JAVA_AT_LEAST:
         found = "none is on PATH" if version is None else f"this is {version}"
         lacking.append(
@@ -108,7 +108,8 @@ def _fetch(command: Sequence[str], problem: str) -> None:
             return
 
 
-def _java_version() -> int | None:
+def java_version() -> int | None:
+    """The major version of the Java on PATH, or None."""
     try:
         said = subprocess.run(
             ["java", "-version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True

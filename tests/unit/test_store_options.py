@@ -103,3 +103,22 @@ def test_a_reader_asks_again_as_celery_s_retry_policy_says():
     assert pauses(max_retries=2) == (0.0, 1.0)
     assert len(pauses(max_retries=None)) == MOST_RETRIES
     assert pauses() == StoreOptions().pauses_s
+
+
+def test_cassandra_s_settings_by_name():
+    given = {
+        "servers": ["a", "b"], "port": "9043", "keyspace": "celery", "table": "results", "read_consistency": "ONE",
+        "write_consistency": "QUORUM", "auth_provider": "PlainTextAuthProvider", "entry_ttl": 60.0,
+        "auth_kwargs": {"username": "u", "password": "p"},
+    }  # fmt: skip
+    conf = {f"cassandra_{name}": value for name, value in given.items()}
+    assert options("cassandra://", cassandra_options={"executor_threads": 1}, **conf) == {
+        "executor_threads": 1,
+        **given,
+    }
+    assert options("cassandra://") == {}
+    assert "keyspace" not in options("redis://h/0", **conf)
+    bundle = {"cassandra_secure_bundle_path": "/b.zip"}
+    assert options("cassandra://", {"cassandra": {"keyspace": "other"}}, cassandra_keyspace="k", **bundle) == {
+        "secure_bundle_path": "/b.zip", "keyspace": "other",
+    }  # fmt: skip

@@ -1,0 +1,243 @@
+"""The read side of the Cassandra store; tables and guarantee are in `cassandra`."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from datetime import timezone
+from itertools import groupby, islice
+from typing import TYPE_CHECKING, Any, Final
+
+import cassandra
+
+from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
+from celery_kafka_backend.errors import Unavailable
+from celery_kafka_backend.sinks import cassandra_wire as wire
+from celery_kafka_backend.sinks.cassandra_guard import NEVER, Guard, Ranked, Term, is_stock, merged, winners
+from celery_kafka_backend.sinks.cassandra_native import NativeRow, stock_document
+from celery_kafka_backend.sinks.cassandra_place import Place
+from celery_kafka_backend.sinks.cassandra_wire import translated
+from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, View, document_row, side_row
+from celery_kafka_backend.sinks.per_process import PerProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+CHORD: Final = "chord"
+CHUNK: Final = 1000
+"""Ids per query."""
+_NOTHING: Final = Shown(None, 0, "", None)
+
+ROWS: Final = "SELECT id, name, k, event_id, guard, document, expiry, seen, pieces, hours FROM {view} WHERE subject = ? AND id IN ?"
+STATES: Final = "SELECT task_id, date_done, status, writetime(status) AS stamp FROM {native} WHERE task_id IN ?"
+STOCK: Final = "SELECT status, result, date_done, traceback, children FROM {native} WHERE task_id = ? AND date_done = ?"
+HISTORY: Final = "SELECT hlc, event_id, value, expires_at FROM {history} WHERE task_id = ? AND hour IN ?"
+POSITIONS: Final = "SELECT topic, part, next FROM {position} WHERE namespace = ?"
+ALL_ROWS: Final = "SELECT subject, id, name, k, event_id, guard, document, expiry, seen, pieces, hours FROM {view}"
+ALL_HISTORY: Final = "SELECT task_id, hlc, event_id, value, expires_at FROM {history}"
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class Cell:
+    """One partition of the view: a task, a saved group or a chord, as it is now."""
+
+    def __init__(self, rows: list[Any], now_ms: int) -> None:
+        first = rows[0]
+        self.id: str = first.id
+        self.until = 0
+        self.side: Side | None = None
+        self.hours = sorted(first.hours or ())
+        self.winners: dict[str, Ranked] = {}
+        if first.expiry is None:
+            return
+        whole = Term.unpack(first.expiry)
+        if whole.until <= now_ms:
+            return
+        self.until = 0 if whole.until >= NEVER else whole.until
+        self.side = merged(first.pieces or (), first.seen or 0, whole.until)
+        ranked = (
+            Ranked(row.name, row.k, row.event_id, row.guard, row.document) for row in rows if row.name is not None
+        )
+        self.winners = winners(ranked, whole, now_ms)
+
+    @property
+    def winner(self) -> Ranked | None:
+        """The row that counts, of a task or group."""
+        return self.winners.get("")
+
+
+class CassandraView(View):
+    """Reads a view in Cassandra."""
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        self._place = Place(url, options)
+        self.url = self._place.url
+        self._namespace = options.namespace
+        self._serializer = options.serializer
+        self._own = PerProcess(lambda: wire.acquire(self._place), wire.release)
+
+    def after_fork(self) -> None:
+        """Leave the parent its session."""
+        self._own.after_fork()
+
+    def close(self) -> None:
+        """Disconnect; a later read connects anew."""
+        self._own.close()
+
+    def within(self, timeout_s: float) -> AbstractContextManager[None]:
+        """Bound what this thread waits for answers."""
+        return wire.within(timeout_s)
+
+    @property
+    def _connection(self) -> wire.Connection:
+        return self._own.client
+
+    # -- tasks and groups ----------------------------------------------------------------------
+
+    def documents(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Read by ``IN``, a thousand at a time, our rows and Celery's at once."""
+        return {each: shown.document for each, shown in self._shown(ids).items() if shown.document is not None}
+
+    def shown(self, ids: Sequence[str]) -> dict[str, Shown]:
+        """Read by ``IN``, a thousand at a time, our rows and Celery's at once."""
+        return {each: shown for each, shown in self._shown(ids).items() if shown != _NOTHING}
+
+    def groups(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Read by ``IN``, a thousand at a time."""
+        found = {}
+        with self._reading():
+            for cell in self._cells(GROUP, ids):
+                if cell.winner is not None and cell.winner.document is not None:
+                    found[cell.id] = bytes(cell.winner.document)
+        return found
+
+    def _shown(self, ids: Sequence[str]) -> dict[str, Shown]:
+        found: dict[str, Shown] = {}
+        with self._reading():
+            for start in range(0, len(ids), CHUNK):
+                chunk = list(ids[start : start + CHUNK])
+                rows, states = self._connection.read_all([(ROWS, (TASK, chunk)), (STATES, (chunk,))])
+                for cell in _cells(rows):
+                    found[cell.id] = _shown_of(cell)
+                for task_id, date_done, status in _latest_stock(states):
+                    shown = found.get(task_id, _NOTHING)
+                    if status == "SUCCESS" or not shown.key:
+                        document = self._stock(task_id, date_done)
+                        found[task_id] = Shown(document, 0, "", shown.side)
+        return found
+
+    def _stock(self, task_id: str, date_done: Any) -> bytes | None:
+        for row in self._connection.read(STOCK, task_id, date_done):
+            return stock_document(task_id, NativeRow(*row)._replace(date_done=_ms(row.date_done)), self._serializer)
+        return None
+
+    def _cells(self, subject: str, ids: Sequence[str]) -> Iterator[Cell]:
+        for start in range(0, len(ids), CHUNK):
+            yield from _cells(self._connection.read(ROWS, subject, list(ids[start : start + CHUNK])))
+
+    # -- the rest ------------------------------------------------------------------------------
+
+    def history(self, task_id: str) -> list[bytes]:
+        """Read the hours in which something happened."""
+        with self._reading():
+            cells = [cell for subject in (TASK, GROUP) for cell in self._cells(subject, [task_id])]
+            hours = sorted({hour for cell in cells for hour in cell.hours})
+            now_ms = _now_ms()
+            found: list[Any] = []
+            for start in range(0, len(hours), CHUNK):
+                found += self._connection.read(HISTORY, task_id, hours[start : start + CHUNK])
+        found.sort(key=lambda row: (row.hlc, row.event_id))
+        return [bytes(row.value) for row in found if not 0 < row.expires_at <= now_ms]
+
+    def chord(self, group_id: str) -> dict[str, bytes]:
+        """Read a chord's partition."""
+        with self._reading():
+            return {
+                name: bytes(row.document or b"")
+                for cell in self._cells(CHORD, [group_id])
+                for name, row in cell.winners.items()
+            }
+
+    def positions(self) -> dict[Partition, int]:
+        """Read all of this pipeline's."""
+        with self._reading():
+            return {
+                Partition(row.topic, row.part): row.next for row in self._connection.read(POSITIONS, self._namespace)
+            }
+
+    def rows(self) -> Iterator[Row]:
+        """Scan the tables; not a snapshot. Celery's own rows follow from the documents, and are left out."""
+        with self._reading():
+            source = _partitions(self._connection.read(ALL_ROWS))
+            while chunk := list(islice(source, CHUNK)):
+                tasks = [rows[0].id for rows in chunk if rows[0].subject == TASK]
+                states = self._connection.read(STATES, tasks) if tasks else ()
+                kept = {task_id for task_id, _, status in _latest_stock(states) if status == "SUCCESS"}
+                for rows in chunk:
+                    yield from _dumped(rows[0].subject, Cell(rows, _now_ms()), kept)
+            now_ms = _now_ms()
+            for row in self._connection.read(ALL_HISTORY):
+                if not 0 < row.expires_at <= now_ms:
+                    key = f"{row.task_id}/{row.hlc}/{row.event_id}"
+                    yield Row("history", key, {"value": bytes(row.value)}, row.expires_at)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        with translated(self.url):
+            try:
+                yield
+            except cassandra.InvalidRequest as exc:
+                raise Unavailable(f"{self.url}: {exc} (a processor makes the tables when it starts)") from exc
+
+
+def _dumped(subject: str, cell: Cell, kept: set[str]) -> Iterator[Row]:
+    if subject == CHORD:
+        for name, row in cell.winners.items():
+            columns = {"k": row.key, "value": bytes(row.document or b"")}
+            yield Row("chord", f"{cell.id}/{name}", columns, cell.until)
+        return
+    if cell.side is None:
+        return
+    winner = None if subject == TASK and cell.id in kept else cell.winner
+    if winner is not None and winner.document is not None and winner.guard is not None:
+        yield document_row(subject, cell.id, bytes(winner.document), Guard.unpack(winner.guard).shown_until)
+    key, event_id = (winner.key, winner.event_id) if winner is not None else (0, "")
+    yield side_row(subject, cell.id, key, event_id, cell.side)
+
+
+def _partitions(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    for _, found in groupby(rows, key=lambda row: (row.subject, row.id)):
+        yield list(found)
+
+
+def _cells(rows: Iterable[Any]) -> Iterator[Cell]:
+    now_ms = _now_ms()
+    for _, found in groupby(rows, key=lambda row: row.id):
+        yield Cell(list(found), now_ms)
+
+
+def _shown_of(cell: Cell) -> Shown:
+    winner = cell.winner
+    if winner is None:
+        return _NOTHING._replace(side=cell.side)
+    document = None if winner.document is None else bytes(winner.document)
+    return Shown(document, winner.key, winner.event_id, cell.side)
+
+
+def _latest_stock(states: Iterable[Any]) -> Iterator[tuple[str, Any, str]]:
+    """Yield task, date_done and status of what Celery's own backend says of each, if it does."""
+    for task_id, rows in groupby(states, key=lambda row: row.task_id):
+        for row in rows:  # the latest first
+            if row.stamp is not None and is_stock(row.stamp):
+                yield task_id, row.date_done, row.status
+                break
+
+
+def _ms(moment: Any) -> int:
+    """The driver's moments are UTC and do not say so."""
+    ms: int = round(moment.replace(tzinfo=timezone.utc).timestamp() * 1000)
+    return ms
