@@ -39,9 +39,9 @@ preflight:  ## name everything that this machine lacks
 
 venv: $(READY)  ## .venv with the package (editable) and every tool
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml examples/postgresql_sink/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BOUNDED) 1800 $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BOUNDED) 1800 $(BIN)/python -m pip install --quiet --editable '.[dev]' --editable examples/postgresql_sink
 	@touch $@
 
 services: $(READY)  ## download the servers that the tests need
@@ -52,7 +52,7 @@ test: preflight $(READY) services lint  ## everything that CI checks
 	$(BOUNDED) 4200 $(PYTEST) -n 2 --dist loadfile $(ARGS)
 
 test-quick: $(READY)  ## the tests that need no server
-	$(BOUNDED) 300 $(PYTEST) -n 3 $(QUICK_TESTS) -m "not kafka and not redis and not mongodb and not elasticsearch and not cassandra" $(ARGS)
+	$(BOUNDED) 300 $(PYTEST) -n 3 $(QUICK_TESTS) -m "not kafka and not redis and not mongodb and not elasticsearch and not cassandra and not postgresql" $(ARGS)
 
 delivery-table: $(READY)  ## docs/delivery.md at its real times: Kafka away for 5 s and 60 s
 	DELIVERY_TIMEOUT_S=30 $(BOUNDED) 3600 $(PYTEST) tests/integration/test_delivery_table.py $(ARGS)

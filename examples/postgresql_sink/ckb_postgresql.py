@@ -1,0 +1,311 @@
+"""PostgreSQL: a view in a database, as an example of a store that lives outside celery-kafka-backend.
+
+``postgresql://user:password@host/database``, as psycopg takes it. Celery's own tables stand beside ours (``ckb_*``), so
+a stock ``db+postgresql+psycopg://`` backend reads the same database.
+
+The entry point in pyproject.toml makes the scheme known; `sink` and `view` at the end are all that it needs. What a sink
+owes its host is in ``celery_kafka_backend.sinks.contract``; the guards are in the statements.
+
+Guarantee: a batch is one transaction, positions included: applied whole or not at all, and durable as PostgreSQL's
+``synchronous_commit`` says. Two processors at once are right, and may wait for each other; rows are locked in the order of
+their ids.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import ckb_postgresql_statements as statements
+import psycopg
+
+from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
+from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
+from celery_kafka_backend.settings import mask
+from celery_kafka_backend.sinks.contract import Row, Shown, Sink, StoreOptions, View, document_row, side_row
+from celery_kafka_backend.sinks.per_process import PerProcess
+from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, task_row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from celery_kafka_backend.changes import Batch, Change
+    from celery_kafka_backend.events import Event
+
+MAX_BYTES: Final = 256 << 20
+"""PostgreSQL takes a value of 1 GB, and several copies of it on the way."""
+SWEEP_EVERY_S: Final = 10.0
+SWEEP_ROWS: Final = 2_000
+DEFAULTS: Final = {"connect_timeout": 5, "options": "-c statement_timeout=30000", "application_name": "celery-kafka"}
+_COLUMNS: Final = statements.NATIVE.split(", ")
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """Turn psycopg's errors into ours."""
+    try:
+        yield
+    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.UndefinedColumn) as exc:
+        raise SettingsError("view", f"{url}: {exc}", "check the rights, and who made these tables") from exc
+    except psycopg.errors.UndefinedTable as exc:
+        raise Unavailable(f"{url}: no processor has made the tables yet: {exc}") from exc
+    except psycopg.OperationalError as exc:
+        if any(word in str(exc) for word in ("authentication failed", "does not exist", "no pg_hba.conf entry")):
+            raise SettingsError("view", f"{url} refuses us: {exc}", "check user, password and database") from exc
+        raise Unavailable(f"{url}: {exc}") from exc
+    except (psycopg.InterfaceError, psycopg.errors.TransactionRollback) as exc:
+        raise Unavailable(f"{url}: {exc}") from exc
+
+
+def _connect(url: str, options: StoreOptions, **more: Any) -> psycopg.Connection[Any]:
+    with _translated(mask(url)):
+        return psycopg.connect(url, **{**DEFAULTS, **options.options, **more})
+
+
+class PostgresSink(Sink):
+    """Writes a view in a database."""
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        self.url = mask(url)
+        self._given = url
+        self._options = options
+        self._history = options.history is not False
+        self._limit = MAX_BYTES
+        self._db: psycopg.Connection[Any] | None = None
+        self._sweep_due = 0.0
+
+    def open(self) -> None:
+        """Connect, and make what is missing."""
+        self.close()
+        db = _connect(self._given, self._options)
+        try:
+            with _translated(self.url), db.transaction():
+                self._prepare(db)
+        except BaseException:
+            db.close()
+            raise
+        self._db = db
+
+    def _prepare(self, db: psycopg.Connection[Any]) -> None:
+        # Two processors that start together would both find nothing.
+        db.execute("SELECT pg_advisory_xact_lock(hashtext('celery-kafka-backend'))")
+        db.execute(statements.TABLES)
+        (found,) = cast("tuple[Any]", db.execute("SELECT max(version) FROM ckb_schema").fetchone())
+        if found is None:
+            db.execute("INSERT INTO ckb_schema VALUES (%s)", (statements.SCHEMA_VERSION,))
+        elif found > statements.SCHEMA_VERSION:
+            problem = f"{self.url} has schema version {found}, newer than this software"
+            raise SettingsError("view", problem, "upgrade, or replay into another database")
+
+    def close(self) -> None:
+        """Disconnect."""
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    def write(self, batch: Batch) -> None:
+        """Apply a batch in one transaction."""
+        if self._db is None:
+            self.open()
+        db = cast("psycopg.Connection[Any]", self._db)
+        refused = {change.id: why for change in batch.changes if (why := _refusal(change, self._limit))}
+        changes = sorted((each for each in batch.changes if each.id not in refused), key=lambda each: each.id)
+        try:
+            with _translated(self.url), db.transaction(), db.cursor() as cursor:
+                self._apply(cursor, changes, batch, _now_ms())
+        except BaseException:
+            self.close()
+            raise
+        if refused:
+            raise Rejected(list(refused.items()))
+
+    def _apply(self, cursor: psycopg.Cursor[Any], changes: Sequence[Change], batch: Batch, now_ms: int) -> None:
+        self._bury(cursor, changes, batch, now_ms)
+        cursor.executemany(statements.MERGE_SIDE, [_side_values(change) for change in changes])
+        winners = [_winner(change, now_ms) for change in changes if change.winner is not None]
+        cursor.executemany(statements.WIN, winners)
+        for subject, renew, show, hide in (
+            (TASK, statements.RENEW_TASK, statements.SHOW_TASK, statements.HIDE_TASK),
+            (GROUP, statements.RENEW_GROUP, statements.SHOW_GROUP, statements.HIDE_GROUP),
+        ):
+            mine = [one for one in winners if one["subject"] == subject]
+            shown = [one for one in mine if one["document"] is not None]
+            cursor.executemany(renew, shown)
+            cursor.executemany(show, shown)
+            cursor.executemany(hide, [one for one in mine if one["document"] is None])
+        if self._history:
+            cursor.executemany(statements.LOG, list(_entries(changes)))
+        facts = sorted(batch.chords)
+        cursor.executemany(statements.FACT, [(one.group, one.name, one.order, one.value) for one in facts])
+        cursor.executemany(statements.FACT_EXPIRY, [(one.group, one.expires_at) for one in facts])
+        namespace = self._options.namespace
+        cursor.executemany(statements.POSITION, [(namespace, *at, to) for at, to in sorted(batch.positions.items())])
+
+    def _bury(self, cursor: psycopg.Cursor[Any], changes: Sequence[Change], batch: Batch, now_ms: int) -> None:
+        """Delete what has expired: of this batch's ids everything, else a bounded number of rows now and then."""
+        dead = {(change.subject, change.id) for change in changes}
+        chords = {fact.group for fact in batch.chords}
+        if time.monotonic() >= self._sweep_due:
+            self._sweep_due = time.monotonic() + SWEEP_EVERY_S
+            bound = {"now": now_ms, "limit": SWEEP_ROWS}
+            dead |= set(cursor.execute(statements.EXPIRED, bound).fetchall())
+            chords |= {group for (group,) in cursor.execute(statements.EXPIRED_CHORDS, bound).fetchall()}
+            cursor.execute(statements.SWEEP_HISTORY, bound)
+        for statement in statements.BURY:
+            cursor.executemany(statement, [{"subject": s, "id": i, "now": now_ms} for s, i in sorted(dead)])
+        for statement in statements.BURY_CHORD:
+            cursor.executemany(statement, [{"id": group, "now": now_ms} for group in sorted(chords)])
+
+
+def _refusal(change: Change, limit: int) -> str:
+    try:
+        change.id.encode()
+    except UnicodeEncodeError as exc:
+        return f"the id is not UTF-8: {exc}"
+    if "\0" in change.id:
+        return "PostgreSQL takes no NUL in an id"
+    size = max([len(change.document or b""), *(len(logged.value) for logged in change.history)])
+    return f"{size} bytes; the limit is {limit}" if size > limit else ""
+
+
+def _side_values(change: Change) -> tuple[Any, ...]:
+    s = change.side or Side(expires_at=change.expires_at)
+    numbers = (s.run, s.seen, s.sent, s.received, s.started, s.attempts)
+    return (change.subject, change.id, s.expires_at, *numbers, "\n".join(s.workers))
+
+
+def _winner(change: Change, now_ms: int) -> dict[str, Any]:
+    event = cast("Event", change.winner)
+    expires_at = event.expires_at or 0
+    document = None if 0 < expires_at <= now_ms else change.document
+    found = {
+        "subject": change.subject, "id": change.id, "k": event.key, "e": event.id, "document": document,
+        "until": expires_at if document else 0,
+    }  # fmt: skip
+    if document is not None and change.subject == TASK:
+        found |= zip(_COLUMNS, map(_text, task_row(event, document)), strict=True)
+    elif document is not None:
+        found |= zip(("result", "date_done"), group_row(event, document), strict=True)
+    return found
+
+
+def _text(value: Any) -> Any:
+    """Return a value for a native column: text without NUL, which PostgreSQL does not take."""
+    return value.replace("\0", "\N{REPLACEMENT CHARACTER}") if isinstance(value, str) else value
+
+
+def _entries(changes: Sequence[Change]) -> Iterator[tuple[Any, ...]]:
+    for change in changes:
+        for event, value in change.history:
+            yield change.id, event.hlc, event.id, event.kind, event.state, event.at, bytes(value), event.expires_at or 0
+
+
+class PostgresView(View):
+    """Reads a view in a database, over one connection per process."""
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        self.url = mask(url)
+        self._json = options.serializer == "json"
+        self._namespace = options.namespace
+        self._asking = threading.Lock()
+        self._own = PerProcess(lambda: _connect(url, options, autocommit=True), lambda db: db.close())
+
+    def after_fork(self) -> None:
+        """Leave the parent its connection."""
+        self._asking = threading.Lock()
+        self._own.after_fork()
+
+    def close(self) -> None:
+        """Disconnect; a later read connects anew."""
+        self._own.close()
+
+    def _ask(self, query: str, **values: Any) -> list[tuple[Any, ...]]:
+        with self._asking, _translated(self.url):
+            try:
+                return self._own.client.execute(query, {"now": _now_ms(), **values}).fetchall()
+            except (psycopg.OperationalError, psycopg.InterfaceError):
+                self._own.close()  # the next one connects anew
+                raise
+
+    def documents(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Read all at once."""
+        found = {each: shown.document for each, shown in self.shown(ids).items()}
+        return {each: document for each, document in found.items() if document is not None}
+
+    def shown(self, ids: Sequence[str]) -> dict[str, Shown]:
+        """Read all at once; then the rows that Celery's own backend wrote."""
+        now_ms, found = _now_ms(), {}
+        for task_id, key, event_id, document, until, expires_at, *side in self._ask(statements.READ, ids=_askable(ids)):
+            shown = None if 0 < until <= now_ms else document
+            found[task_id] = Shown(shown, key, event_id, _side(expires_at, *side))
+        unkeyed = [each for each in ids if each not in found or not found[each].key]
+        if unkeyed and self._json:
+            for task_id, status, result, done, *columns in self._ask(statements.READ_STOCK, ids=_askable(unkeyed)):
+                date_done = done.isoformat(" ", "microseconds") if isinstance(done, datetime) else None
+                document = stock_document(task_id, status, result, date_done, *columns)
+                found[task_id] = found.get(task_id, Shown(None, 0, "", None))._replace(document=document)
+        return found
+
+    def groups(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Read all at once."""
+        return dict(cast("list[tuple[str, bytes]]", self._ask(statements.READ_GROUPS, ids=_askable(ids))))
+
+    def history(self, task_id: str) -> list[bytes]:
+        """Read by the primary key."""
+        return [value for (value,) in self._ask(statements.READ_HISTORY, id=task_id)]
+
+    def chord(self, group_id: str) -> dict[str, bytes]:
+        """Read by the primary key."""
+        return dict(cast("list[tuple[str, bytes]]", self._ask(statements.READ_CHORD, id=group_id)))
+
+    def positions(self) -> dict[Partition, int]:
+        """Read all of this pipeline's."""
+        found = self._ask(statements.READ_POSITIONS, namespace=self._namespace)
+        return {Partition(topic, number): offset for topic, number, offset in found}
+
+    def rows(self) -> Iterator[Row]:
+        """Read the tables one after the other; not a snapshot."""
+        for subject, each, document, until in self._ask(statements.ROWS_DOCUMENT):
+            yield document_row(subject, each, document, until)
+        for subject, each, key, event_id, expires_at, *side in self._ask(statements.ROWS_SIDE):
+            yield side_row(subject, each, key, event_id, _side(expires_at, *side))
+        for each, hlc, event_id, value, expires_at in self._ask(statements.ROWS_HISTORY):
+            yield Row("history", f"{each}/{hlc}/{event_id}", {"value": value}, expires_at)
+        for group_id, name, key, value, expires_at in self._ask(statements.ROWS_CHORD):
+            yield Row("chord", f"{group_id}/{name}", {"k": key, "value": value}, expires_at)
+        for each, *values, until in self._ask(statements.ROWS_NATIVE):
+            yield Row("native", each, dict(zip(_COLUMNS, map(_plain, values), strict=True)), until)
+
+
+def _askable(ids: Sequence[str]) -> list[str]:
+    """Return the ids that PostgreSQL can be asked for; of the others it has nothing."""
+    return [each for each in ids if "\0" not in each and _encodable(each)]
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    return value.isoformat(" ", "microseconds") if isinstance(value, datetime) else value
+
+
+def _side(expires_at: int, *columns: Any) -> Side:
+    *numbers, workers = columns
+    names: tuple[str, ...] = tuple(workers.split("\n")) if workers else ()
+    return Side(*cast("tuple[int, int, int, int, int, int]", tuple(numbers)), names, expires_at)
+
+
+sink: Callable[[str, StoreOptions], Sink] = PostgresSink
+view: Callable[[str, StoreOptions], View] = PostgresView
