@@ -1,0 +1,46 @@
+"""Elasticsearch as the primary view of a fleet; killed and frozen while the log is folded into it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.integration import as_primary_view
+from tests.integration.conftest import Fleet
+from tests.services import elasticsearch as service
+
+pytest.importorskip("elasticsearch")
+pytestmark = [pytest.mark.kafka, pytest.mark.elasticsearch]
+
+
+@pytest.fixture(scope="module")
+def server():
+    """One for this file, which a test may kill, and must leave running."""
+    found = service.start()
+    yield found
+    found.stop()
+
+
+@pytest.fixture(scope="module")
+def elastic_fleet(kafka, redis_server, server, tmp_path_factory):
+    made = Fleet(
+        kafka.bootstrap, redis_server.clean_database(), server.clean_index(), tmp_path_factory.mktemp("fleet"),
+        {"poll_interval_s": 0.1}, {},
+    )  # fmt: skip
+    try:
+        made.init()
+        made.pipeline()
+        made.worker()
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.mark.redis
+def test_results_groups_and_a_chord_with_elasticsearch_as_the_primary_view(elastic_fleet):
+    as_primary_view.results_groups_and_a_chord(elastic_fleet)
+
+
+def test_an_elasticsearch_killed_and_frozen_during_a_load_loses_nothing(kafka, server, topic_prefix, tmp_path):
+    as_primary_view.killed_and_frozen_during_a_load(
+        server, server.clean_index(), kafka.bootstrap, topic_prefix, tmp_path
+    )
