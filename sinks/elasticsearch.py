@@ -40,7 +40,15 @@ from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
 from celery_kafka_backend.sinks.elasticsearch_indices import NEVER
 from celery_kafka_backend.sinks.elasticsearch_native import kept, native
 from celery_kafka_backend.sinks.elasticsearch_view import ElasticView, chord_id, positions_id
-from celery_kafka_backend.sinks.elasticsearch_wire import Failure, Place, denied, failures, reason, translated
+from celery_kafka_backend.sinks.elasticsearch_wire import (
+    WRITE_TIMEOUT_S,
+    Failure,
+    Place,
+    denied,
+    failures,
+    reason,
+    translated,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,7 +63,7 @@ MAX_BYTES: Final = 20_000_000
 MAX_ID_BYTES: Final = 512
 """The server's limit."""
 BULK_BYTES: Final = 8_000_000
-BULK_OPERATIONS: Final = 2_000
+BULK_OPERATIONS: Final = 1_000
 SEARCHED_CHARS: Final = 8_192
 """So much of arguments and messages can be searched; all of it is in the event."""
 RETRIES: Final = 10
@@ -133,7 +141,7 @@ class ElasticSink(Sink):
     def open(self) -> None:
         """Connect, and make the indices that are missing."""
         self.close()
-        client = self._place.connect()
+        client = self._place.connect(WRITE_TIMEOUT_S)
         try:
             with translated(self.url):
                 indices.ensure(client, self._place)
@@ -160,7 +168,7 @@ class ElasticSink(Sink):
 
     def warnings(self) -> list[str]:
         """Say which index confirms what it may lose."""
-        with translated(self.url), self._place.connect() as client:
+        with translated(self.url), self._place.connect(WRITE_TIMEOUT_S) as client:
             return indices.warnings(client, self._place)
 
     def write(self, batch: Batch) -> None:

@@ -14,7 +14,7 @@ from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
 from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, View, document_row, side_row
 from celery_kafka_backend.sinks.elasticsearch_indices import NEVER
 from celery_kafka_backend.sinks.elasticsearch_native import stock_document, taken
-from celery_kafka_backend.sinks.elasticsearch_wire import Place, bounded, translated, within
+from celery_kafka_backend.sinks.elasticsearch_wire import READ_TIMEOUT_S, Place, bounded, translated, within
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 CHUNK: Final = 1000
 """Documents per round trip of a read."""
 KEEP_ALIVE: Final = "2m"
-REQUEST_TIMEOUT_S: Final = 10.0
 _NOTHING: Final = Shown(None, 0, "", None)
 
 
@@ -62,8 +61,8 @@ class ElasticView(View):
         client = self._opened
         if client is None:
             with self._lock:
-                client = self._opened = self._opened or self._place.connect()
-        return bounded(client, REQUEST_TIMEOUT_S)
+                client = self._opened = self._opened or self._place.connect(READ_TIMEOUT_S)
+        return bounded(client)
 
     def after_fork(self) -> None:
         """Park what the parent uses: to close a connection with TLS would end the parent's."""

@@ -25,9 +25,13 @@ PORT: Final = 9200
 SHORTEST_S: Final = 0.02
 """A waiter in its last moments gives the server so long."""
 
+READ_TIMEOUT_S: Final = 10.0
+"""As Celery's backend, for a document …"""
+WRITE_TIMEOUT_S: Final = 30.0
+"""… of which a bulk has a thousand: a slow server must answer in time, or the same batch comes for ever."""
+
 _DEFAULTS: Final = {
-    "request_timeout": 10.0,  # these three as in Celery's backend
-    "max_retries": 3,
+    "max_retries": 3,  # these two as in Celery's backend
     "retry_on_timeout": False,
     "connections_per_node": 10,
 }
@@ -74,10 +78,10 @@ class Place:
             self._given["basic_auth"] = (unquote(user), unquote(password))
         self._given |= {**_DEFAULTS, **given}
 
-    def connect(self) -> elasticsearch.Elasticsearch:
-        """Return a client; it connects when it is used."""
+    def connect(self, timeout_s: float) -> elasticsearch.Elasticsearch:
+        """Return a client; it connects when it is used. A timeout among the options goes before ours."""
         try:
-            return elasticsearch.Elasticsearch(**self._given)
+            return elasticsearch.Elasticsearch(**{"request_timeout": timeout_s, **self._given})
         except (TypeError, ValueError) as exc:
             raise _unfit(self.url, str(exc), "check the view's URL and options") from exc
 
@@ -112,13 +116,13 @@ def within(timeout_s: float) -> Iterator[None]:
         _here.until = outer
 
 
-def bounded(client: elasticsearch.Elasticsearch, limit_s: float) -> elasticsearch.Elasticsearch:
+def bounded(client: elasticsearch.Elasticsearch) -> elasticsearch.Elasticsearch:
     """Return the client as this thread may use it now: in a hurry it asks once."""
     until = getattr(_here, "until", None)
     if until is None:
         return client
     left = max(until - time.monotonic(), SHORTEST_S)
-    return client.options(request_timeout=min(left, limit_s), max_retries=0)
+    return client.options(request_timeout=min(left, READ_TIMEOUT_S), max_retries=0)
 
 
 # -- what answers mean -------------------------------------------------------------------------

@@ -426,8 +426,8 @@ def test_what_has_expired_is_not_there(place: Place) -> None:
             chords=[ChordFact("c", "sized", 1, b"1", at)],
         )
     )
-    assert view.documents(["t"])
-    time.sleep(0.6)
+    assert view.documents(["t"]) or time.time() * 1000 >= at, "a slow machine may come too late"
+    time.sleep(max(0.0, at / 1000 - time.time()) + 0.1)
     assert (view.documents(["t"]), view.shown(["t"]), view.groups(["g"]), view.chord("c")) == ({}, {}, {}, {})
     assert place.dump() == []
     # … and neither is its key: whatever comes next is the first.
