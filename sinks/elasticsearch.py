@@ -8,12 +8,13 @@
                                     x     when all of ours may be forgotten        t  the @timestamp that we wrote
                                     text, binary   the document, where ``result`` is not it
                                     run, seen, sent, received, started, attempts, workers   the side record
-    celery-kafka                  facts about chords, how long each chord's stay; positions
+                                  the positions, in ``ckb.next``: who loses what they promise, loses them with it
+    celery-kafka                  facts about chords, how long each chord's stay
     celery-kafka-history-<day>    an event, until its day: elasticsearch_indices says which
 
 A task is one scripted update, which compares and replaces inside the server: `elasticsearch_merge.painless`. It is
 compare-and-swap on the document's sequence number, so another process cannot come between. An external version could
-not keep a SUCCESS of Celery's own, tell equal keys apart, or let a key expire (docs/adr/0015).
+not keep a SUCCESS of Celery's own, tell equal keys apart, or let a key expire (docs/adr/0016).
 
 What has expired is removed by queries, some of it with every sweep, the history by dropping whole indices; readers of
 ours do not see it from the millisecond on.
@@ -35,6 +36,7 @@ import msgspec
 from elasticsearch import exceptions
 
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
+from celery_kafka_backend.order import Rank, rank_of_key
 from celery_kafka_backend.sinks import elasticsearch_indices as indices
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
 from celery_kafka_backend.sinks.elasticsearch_indices import NEVER
@@ -99,10 +101,11 @@ _CHORD: Final = _compact("""
 """)
 _POSITIONS: Final = _compact("""
     def s = ctx._source;
-    if (s.next == null) { s.what = 'positions'; s.next = [:]; }
+    if (s.ckb == null) { s.ckb = ['next': [:]]; }
+    def next = s.ckb.next;
     for (each in params.next.entrySet()) {
-      def old = s.next[each.key];
-      if (old == null || old < each.value) { s.next[each.key] = each.value; }
+      def old = next[each.key];
+      if (old == null || old < each.value) { next[each.key] = each.value; }
     }
 """)
 _SWEEP: Final = _compact("""
@@ -191,7 +194,8 @@ class ElasticSink(Sink):
                 self._chords(batch.chords, now_ms, refused)
             if batch.positions:
                 ends = {f"{topic}:{number}": offset for (topic, number), offset in batch.positions.items()}
-                self._send([self._update("", positions_id(self._namespace), _POSITIONS, {"next": ends})], refused)
+                key = positions_id(self._namespace)
+                self._send([self._update("", key, _POSITIONS, {"next": ends}, self._place.native)], refused)
         if refused:
             raise Rejected(refused)
 
@@ -223,7 +227,7 @@ class ElasticSink(Sink):
         params: dict[str, Any] = {"now": now_ms, "ends": change.expires_at or NEVER}
         winner, document = change.winner, change.document
         if winner is not None:
-            params |= {"k": winner.key, "e": winner.id, "shows": document is not None}
+            params |= {"k": winner.key, "e": winner.id, "stays": _withstand(winner) if document is not None else ()}
             if document is not None and not 0 < (winner.expires_at or 0) <= now_ms:
                 found = native(change.subject, winner, document, as_text=self._place.as_text)
                 until = {"u": winner.expires_at} if winner.expires_at else {}
@@ -356,6 +360,11 @@ class ElasticSink(Sink):
         if failure.denied:
             raise denied(self.url, [failure])
         return reason(failure.error)
+
+
+def _withstand(winner: Event) -> tuple[str, ...]:
+    """Return in which states a document of Celery's own backend stays."""
+    return ("SUCCESS", "FAILURE", "REVOKED") if rank_of_key(winner.key) is Rank.UNREADY else ("SUCCESS",)
 
 
 def _lines(action: dict[str, Any], body: dict[str, Any]) -> bytes:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -15,6 +13,7 @@ from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, View, 
 from celery_kafka_backend.sinks.elasticsearch_indices import NEVER
 from celery_kafka_backend.sinks.elasticsearch_native import stock_document, taken
 from celery_kafka_backend.sinks.elasticsearch_wire import READ_TIMEOUT_S, Place, bounded, translated, within
+from celery_kafka_backend.sinks.per_process import PerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ def chord_id(group: str) -> str:
 
 def positions_id(namespace: str) -> str:
     """Return the id of the document with a pipeline's positions."""
-    return f"positions-{namespace}"
+    return f"celery-kafka-positions-{namespace}"
 
 
 def _now_ms() -> int:
@@ -49,34 +48,19 @@ class ElasticView(View):
         self._place = Place(url, options)
         self.url = self._place.url
         self._namespace = options.namespace
-        self._parked: list[Elasticsearch] = []
-        self._opened: Elasticsearch | None = None
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._own = PerProcess(lambda: self._place.connect(READ_TIMEOUT_S), lambda client: client.close())
 
     @property
     def _client(self) -> Elasticsearch:
-        if self._pid != os.getpid():
-            self.after_fork()
-        client = self._opened
-        if client is None:
-            with self._lock:
-                client = self._opened = self._opened or self._place.connect(READ_TIMEOUT_S)
-        return bounded(client)
+        return bounded(self._own.client)
 
     def after_fork(self) -> None:
-        """Park what the parent uses: to close a connection with TLS would end the parent's."""
-        self._lock = threading.Lock()
-        if self._pid != os.getpid() and self._opened is not None:
-            self._parked.append(self._opened)
-            self._opened = None
-        self._pid = os.getpid()
+        """Leave the parent its client."""
+        self._own.after_fork()
 
     def close(self) -> None:
         """Disconnect; a later read connects anew."""
-        if self._pid == os.getpid() and self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        self._own.close()
 
     def within(self, timeout_s: float) -> AbstractContextManager[None]:
         """Bound what this thread asks for."""
@@ -124,8 +108,8 @@ class ElasticView(View):
         """Read all of this pipeline's, which are one document."""
         found: dict[Partition, int] = {}
         with translated(self.url):
-            for document in self._mget(self._place.beside, [positions_id(self._namespace)]):
-                for name, offset in document["_source"]["next"].items():
+            for document in self._mget(self._place.native, [positions_id(self._namespace)]):
+                for name, offset in document["_source"]["ckb"]["next"].items():
                     topic, _, number = name.rpartition(":")
                     found[Partition(topic, int(number))] = offset
         return found

@@ -12,8 +12,8 @@ from tests.contract.factories import RUN, batch, sent, stated
 if TYPE_CHECKING:
     from tests.contract.conftest import Place
 
-STORES = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("redis", "mongodb")]
-"""Those that docs/switching.md is about."""
+STORES = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("redis", "mongodb", "elasticsearch")]
+"""Those that docs/switching.md is about, and Elasticsearch."""
 
 pytestmark = pytest.mark.parametrize("place", STORES, indirect=True)
 READY = ["SUCCESS", "FAILURE", "REVOKED"]
