@@ -23,6 +23,7 @@ from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend.board import Board
 from celery_kafka_backend.changes import Batch, Logged, Partition
 from celery_kafka_backend.kafka import consumer_config
+from celery_kafka_backend.processors import consumers
 from celery_kafka_backend.processors import materializer as materializer_module
 from celery_kafka_backend.processors.fold import fold
 from celery_kafka_backend.processors.metering import TEXT_BYTES, VIEW, Place
@@ -86,8 +87,8 @@ def _metered(settings: Settings, count: int) -> dict[str, Any]:
 
 def _materializer(settings: Settings, count: int, place: Place | None = None) -> dict[str, Any]:
     assigned = _Assigned()
-    materializer_module.logger.addHandler(assigned)
-    materializer_module.logger.setLevel(logging.INFO)
+    consumers.logger.addHandler(assigned)
+    consumers.logger.setLevel(logging.INFO)
     url, options = settings.views[0], StoreOptions(namespace=settings.topic_prefix)
     sink = _Until(open_sink(url, options), count)
     materializer_module.open_sink = lambda *_: sink
@@ -113,7 +114,7 @@ def _memory(settings: Settings, count: int) -> dict[str, Any]:
     read = changes = 0
     seconds = cpu = 0.0
     while read < count:
-        messages = consumer.consume(materializer_module.MAX_RECORDS, 5.0)
+        messages = consumer.consume(consumers.MAX_RECORDS, 5.0)
         if not messages:
             break
         logged = [Logged(codec.decode(message.value()), message.value()) for message in messages]
@@ -143,7 +144,7 @@ def _ceiling(settings: Settings, count: int) -> dict[str, Any]:
     read = 0
     before = _cpu_s()
     while read < count:
-        messages = consumer.consume(materializer_module.MAX_RECORDS, 0.2)
+        messages = consumer.consume(consumers.MAX_RECORDS, 0.2)
         for message in messages:
             decode(message.value())
         read += len(messages)
