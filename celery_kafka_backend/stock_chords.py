@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-COUNTING: Final = frozenset({"redis", "rediss"})
+COUNTING: Final = frozenset({"redis", "rediss", "sentinel"})
 """Schemes of the stores that count chords; with any other one Celery sends a task that polls until all members are done."""
 
 
