@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from celery_kafka_backend.changes import Side, merge_sides
+from celery_kafka_backend.order import Rank, rank_of_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,6 +22,7 @@ NEVER: Final = 1 << 53
 MARGIN_S: Final = 86_400
 """So much longer than it counts is kept what guards: a day later an event may still say that it counts longer."""
 
+_ENDED: Final = frozenset({"FAILURE", "REVOKED"})
 _HOUR_MS: Final = 3_600_000
 _LATEST: Final = (1 << 42) - 1  # the year 2109
 _HOURS: Final = (1 << 21) - 1
@@ -42,6 +44,13 @@ def native_stamp(key: int) -> int:
 def is_stock(stamp: int) -> bool:
     """Whether a row of Celery's own table was written by another than us."""
     return stamp > 0
+
+
+def stock_stays(status: str, key: int) -> bool:
+    """Whether what Celery's own backend says of a task is what it shows, beside a row of ours with this key; 0: none."""
+    if status == "SUCCESS" or not key:
+        return True
+    return status in _ENDED and rank_of_key(key) is Rank.UNREADY
 
 
 def ttl_s(expires_at: int, now_ms: int, margin_s: int = 0) -> int:

@@ -13,7 +13,16 @@ import cassandra
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
 from celery_kafka_backend.errors import Unavailable
 from celery_kafka_backend.sinks import cassandra_wire as wire
-from celery_kafka_backend.sinks.cassandra_guard import NEVER, Guard, Ranked, Term, is_stock, merged, winners
+from celery_kafka_backend.sinks.cassandra_guard import (
+    NEVER,
+    Guard,
+    Ranked,
+    Term,
+    is_stock,
+    merged,
+    stock_stays,
+    winners,
+)
 from celery_kafka_backend.sinks.cassandra_native import NativeRow, stock_document
 from celery_kafka_backend.sinks.cassandra_place import Place
 from celery_kafka_backend.sinks.cassandra_wire import translated
@@ -125,7 +134,7 @@ class CassandraView(View):
                     found[cell.id] = _shown_of(cell)
                 for task_id, date_done, status in _latest_stock(states):
                     shown = found.get(task_id, _NOTHING)
-                    if status == "SUCCESS" or not shown.key:
+                    if stock_stays(status, shown.key):
                         document = self._stock(task_id, date_done)
                         found[task_id] = Shown(document, 0, "", shown.side)
         return found
@@ -176,9 +185,9 @@ class CassandraView(View):
             while chunk := list(islice(source, CHUNK)):
                 tasks = [rows[0].id for rows in chunk if rows[0].subject == TASK]
                 states = self._connection.read(STATES, tasks) if tasks else ()
-                kept = {task_id for task_id, _, status in _latest_stock(states) if status == "SUCCESS"}
+                stock = {task_id: status for task_id, _, status in _latest_stock(states)}
                 for rows in chunk:
-                    yield from _dumped(rows[0].subject, Cell(rows, _now_ms()), kept)
+                    yield from _dumped(rows[0].subject, Cell(rows, _now_ms()), stock)
             now_ms = _now_ms()
             for row in self._connection.read(ALL_HISTORY):
                 if not 0 < row.expires_at <= now_ms:
@@ -194,7 +203,7 @@ class CassandraView(View):
                 raise Unavailable(f"{self.url}: {exc} (a processor makes the tables when it starts)") from exc
 
 
-def _dumped(subject: str, cell: Cell, kept: set[str]) -> Iterator[Row]:
+def _dumped(subject: str, cell: Cell, stock: dict[str, str]) -> Iterator[Row]:
     if subject == CHORD:
         for name, row in cell.winners.items():
             columns = {"k": row.key, "value": bytes(row.document or b"")}
@@ -202,7 +211,9 @@ def _dumped(subject: str, cell: Cell, kept: set[str]) -> Iterator[Row]:
         return
     if cell.side is None:
         return
-    winner = None if subject == TASK and cell.id in kept else cell.winner
+    winner = cell.winner
+    if winner is not None and subject == TASK and cell.id in stock and stock_stays(stock[cell.id], winner.key):
+        winner = None
     if winner is not None and winner.document is not None and winner.guard is not None:
         yield document_row(subject, cell.id, bytes(winner.document), Guard.unpack(winner.guard).shown_until)
     key, event_id = (winner.key, winner.event_id) if winner is not None else (0, "")

@@ -9,7 +9,7 @@ history is a set by event id; positions never go back. Never read, decide, then 
 
 A document without our key (written by Celery's own backend) counts as key 0, but a stock
 SUCCESS stays: only a forget removes it. Where workers with Celery's own backend may write beside
-us (Redis, MongoDB, Elasticsearch: docs/switching.md), nothing unready of ours replaces a stock failure either,
+us (Redis, MongoDB, Elasticsearch, Cassandra: docs/switching.md), nothing unready of ours replaces a stock failure either,
 and a stock document over one of ours is known as such.
 
 **What has expired is not there.** A document whose ``expires_at`` has passed is not shown, also

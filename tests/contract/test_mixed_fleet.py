@@ -12,8 +12,10 @@ from tests.contract.factories import RUN, batch, sent, stated
 if TYPE_CHECKING:
     from tests.contract.conftest import Place
 
-STORES = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("redis", "mongodb", "elasticsearch")]
-"""Those that docs/switching.md is about, and Elasticsearch."""
+STORES = [
+    pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("redis", "mongodb", "elasticsearch", "cassandra")
+]
+"""Those that docs/switching.md is about, and the stores of which that is tried here alone."""
 
 pytestmark = pytest.mark.parametrize("place", STORES, indirect=True)
 READY = ["SUCCESS", "FAILURE", "REVOKED"]

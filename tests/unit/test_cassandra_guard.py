@@ -17,6 +17,7 @@ from celery_kafka_backend.sinks.cassandra_guard import (
     merged,
     native_stamp,
     piece,
+    stock_stays,
     ttl_s,
     winners,
 )
@@ -49,6 +50,17 @@ def test_the_later_end_stays_and_of_one_end_the_one_known_longer(a: int, b: int,
     assert Term.unpack(first.pack()) == first
     assert first.pack() >= Term(a, since + later).pack()
     assert Guard.unpack(Guard(first, b).pack()) == Guard(first, b)
+
+
+def test_what_of_a_stock_worker_stays() -> None:
+    unready, failed = order_key(Rank.UNREADY, NOW, None), order_key(Rank.FAILED, NOW, 30_000_000)
+    assert [stock_stays(status, 0) for status in ("STARTED", "SUCCESS")] == [True, True]
+    assert [stock_stays(status, unready) for status in ("RETRY", "FAILURE", "REVOKED", "SUCCESS")] == [False] + [
+        True
+    ] * 3
+    assert [stock_stays(status, failed) for status in ("RETRY", "FAILURE", "REVOKED", "SUCCESS")] == [False] * 3 + [
+        True
+    ]
 
 
 @pytest.mark.parametrize(
