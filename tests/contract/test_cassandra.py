@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -472,6 +474,27 @@ def test_a_session_is_one_per_process_and_leaves_nothing_behind(cassandra: servi
     while any(now > then for now, then in zip(used(), before, strict=True)):
         assert time.monotonic() < deadline, (used(), before)
         time.sleep(0.05)
+
+
+FORKING = """
+import os, sys
+from celery_kafka_backend.sinks import registry
+from celery_kafka_backend.sinks.contract import StoreOptions
+view = registry.open_view(sys.argv[1], StoreOptions())
+assert view.documents(["t"])
+if os.fork() == 0:
+    assert view.documents(["t"])
+    sys.exit(0)
+assert os.wait()[1] == 0
+assert view.documents(["t"])
+view.close()
+"""
+
+
+def test_a_child_that_exits_as_usual_leaves_its_parent_its_session(place: _Cassandra) -> None:
+    """The driver has every cluster shut down at exit, also one that a child inherited."""
+    place.sink().write(batch(stated("SUCCESS", 10)))
+    subprocess.run([sys.executable, "-c", FORKING, place.url], timeout=60, check=True)
 
 
 def test_events_without_a_document_leave_celery_s_table_alone(place: _Cassandra) -> None:
