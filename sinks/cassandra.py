@@ -62,6 +62,8 @@ if TYPE_CHECKING:
 
 MAX_BYTES: Final = 15 * 1024 * 1024
 """A mutation is at most half a segment of the commit log, 16 MB unless told otherwise, and so is a request."""
+LOG_BYTES: Final = 64 * 1024
+"""Of one task's events written together: thousands of one hour would be more than a mutation holds."""
 MAX_KEY: Final = 65_000
 """Of a part of a key; all of a key together has 65,535 bytes."""
 BATCH_SHARE: Final = 0.8
@@ -220,12 +222,12 @@ class CassandraSink(Sink):
         for group, found in groupby(sorted(facts, key=lambda fact: fact.group), key=lambda fact: fact.group):
             own = list(found)
             whole = Term(max(fact.expires_at or NEVER for fact in own), now_ms)
-            statements = [self._whole(CHORD, group, whole, set(), set())]
+            yield Unit(group, [self._whole(CHORD, group, whole, set(), set())], 0)
             for fact in own:
                 term = Term(fact.expires_at or NEVER, now_ms)
                 at = (CHORD, group, fact.name, fact.order, "")
-                statements += self._claim(at, Guard(term, 0), bytes(fact.value), ttl_s(term.until, now_ms, MARGIN_S))
-            yield Unit(group, statements, sum(len(fact.value) for fact in own))
+                ttl = ttl_s(term.until, now_ms, MARGIN_S)
+                yield Unit(group, self._claim(at, Guard(term, 0), bytes(fact.value), ttl), len(fact.value))
 
     # -- Celery's own table --------------------------------------------------------------------
 
@@ -253,8 +255,12 @@ class CassandraSink(Sink):
 
     def _log(self, change: Change, now_ms: int) -> Iterator[Unit]:
         for hour, found in groupby(sorted(change.history, key=_hour), key=_hour):
-            statements, size = [], 0
+            statements: list[Any] = []
+            size = 0
             for event, value in found:
+                if size + len(value) > LOG_BYTES and statements:
+                    yield Unit(change.id, statements, size)
+                    statements, size = [], 0
                 about = (event.kind, event.state, event.name, event.worker, event.exception)
                 statements.append(
                     self._bound(

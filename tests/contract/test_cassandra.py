@@ -444,6 +444,15 @@ def test_a_task_that_reports_progress_all_day_has_small_partitions(place: _Cassa
     assert max(each.n for each in sizes) == 18
 
 
+def test_thousands_of_events_of_one_task_in_one_batch_are_no_one_mutation(place: _Cassandra) -> None:
+    """9 MB of history, of which the server takes 8 MB at once."""
+    events = [stated("PROGRESS", n, value="x" * 10_000) for n in range(900)]
+    facts = [ChordFact("g", f"part|{n}|0", 1, b"{}", FAR) for n in range(900)]
+    place.sink().write(batch(*events, chords=facts))
+    assert len(place.view().history("t")) == len(events)
+    assert len(place.view().chord("g")) == len(facts)
+
+
 def test_chord_facts_replace_each_other(place: _Cassandra) -> None:
     sink = place.sink()
     for order in range(20):
