@@ -6,11 +6,9 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
-from confluent_kafka import Consumer, TopicPartition
-
 from benchmarks import load
 from benchmarks.figures import Row
-from benchmarks.stage import Progress, cluster_cpu_s, folded, redis_cpu_s, say, view_of
+from benchmarks.stage import LogEnd, Progress, cluster_cpu_s, folded, redis_cpu_s, say, view_of
 from celery_kafka_backend import topics
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ def run(stage: Stage) -> list[Row]:
             working |= {"tasks": TASKS_PER_S * LIMIT_S, "tasks_per_s": TASKS_PER_S}
             stack.enter_context(stage.child("load_child", working))
             view = view_of(settings, server.url)
-            end = _End(cluster.bootstrap, topic)
+            end = LogEnd(cluster.bootstrap, topic)
             stack.callback(end.close)
             stack.callback(view.close)
             before = cluster_cpu_s(cluster)
@@ -69,18 +67,3 @@ def run(stage: Stage) -> list[Row]:
         Row(what=what, unit="s", ours=seconds, note=note),
         Row(what=f"{what}: rate", unit="events/s", ours=rates),
     ]
-
-
-class _End:
-    """Asks Kafka how many records a topic has."""
-
-    def __init__(self, bootstrap: str, topic: str) -> None:
-        self._consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "bench-end"})
-        found = self._consumer.list_topics(topic, timeout=10).topics[topic]
-        self._partitions = [TopicPartition(topic, number) for number in found.partitions]
-
-    def records(self) -> int:
-        return sum(self._consumer.get_watermark_offsets(each, timeout=10)[1] for each in self._partitions)
-
-    def close(self) -> None:
-        self._consumer.close()

@@ -6,11 +6,14 @@ import json
 import sys
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery.result import ResultSet
 
 from benchmarks.celery_app import add, app, compute, wait
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TIMEOUT_S = 60.0
 WARM_UP = 30
@@ -21,7 +24,9 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     print(
         json.dumps(
-            {"sequential": _sequential, "steady": _steady, "batch": _batch, "spans": _spans}[given["mode"]](given)
+            {"sequential": _sequential, "steady": _steady, "ends": _ends, "batch": _batch, "spans": _spans}[
+                given["mode"]
+            ](given)
         ),
         flush=True,
     )
@@ -44,7 +49,27 @@ def _sequential(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steady(given: dict[str, Any]) -> dict[str, Any]:
-    """So many a second from a few threads, each timed from when it was due: a late start counts."""
+    """So many a second, each timed from when it was due: a late start counts."""
+
+    def one(due: float) -> float:
+        add.delay(1, 1).get(timeout=TIMEOUT_S)
+        return time.monotonic() - due
+
+    return _paced(given, one)
+
+
+def _ends(given: dict[str, Any]) -> dict[str, Any]:
+    """So many a second, each timed from its task's end."""
+
+    def one(_due: float) -> float:
+        _, ended = wait.delay(0.0).get(timeout=TIMEOUT_S)
+        return time.monotonic() - float(ended)
+
+    return _paced(given, one)
+
+
+def _paced(given: dict[str, Any], one: Callable[[float], float]) -> dict[str, Any]:
+    """So many a second from a few threads."""
     found: list[float] = []
     pace = THREADS / given["per_s"]
     each = given["tasks"] // THREADS
@@ -56,8 +81,7 @@ def _steady(given: dict[str, Any]) -> dict[str, Any]:
         due = time.monotonic() + pace * number / THREADS
         for _ in range(each):
             time.sleep(max(due - time.monotonic(), 0))
-            add.delay(number, 1).get(timeout=TIMEOUT_S)
-            found.append(time.monotonic() - due)
+            found.append(one(due))
             due += pace
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]

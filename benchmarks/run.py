@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BENCHES = {
     "fold_redis": "events per second into Redis, against Faust, memory and the ceiling",
     "round_trip": "delay().get(), against Celery's Redis backend",
+    "under_load": "from a task's end until get() returns, while the log takes 2,000 tasks/s",
     "worker_rate": "tasks per second of a worker, against Celery's Redis backend",
     "store_result": "what storing a result costs, against Celery's Redis backend and a bare produce",
     "delay": "what recording adds to delay() while Kafka is unreachable",

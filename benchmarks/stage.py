@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import psutil
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from celery_kafka_backend import settings as settings_module
@@ -224,6 +225,21 @@ def view_of(settings: Settings, url: str) -> View:
 def folded(view: View, topic: str) -> int:
     """Return how many records of a topic a view has folded."""
     return sum(offset for at, offset in view.positions().items() if at.topic == topic)
+
+
+class LogEnd:
+    """Asks Kafka how many records a topic has."""
+
+    def __init__(self, bootstrap: str, topic: str) -> None:
+        self._consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "bench-end"})
+        found = self._consumer.list_topics(topic, timeout=10).topics[topic]
+        self._partitions = [TopicPartition(topic, number) for number in found.partitions]
+
+    def records(self) -> int:
+        return sum(self._consumer.get_watermark_offsets(each, timeout=10)[1] for each in self._partitions)
+
+    def close(self) -> None:
+        self._consumer.close()
 
 
 def wait_folded(

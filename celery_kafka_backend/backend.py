@@ -6,7 +6,6 @@ the barrier where Celery's own code in a worker reads. Waiting: `waiting`.
 
 from __future__ import annotations
 
-import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from celery_kafka_backend.producer.recorder import (
 from celery_kafka_backend.producer.stubs import is_declared
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.waiting import ResultConsumer
-from celery_kafka_backend.writes import Ending
+from celery_kafka_backend.writes import Ending, Here
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +71,7 @@ class KafkaBackend(AsyncBackendMixin, Chords):  # type: ignore[misc]
             self, self.app, self.accept, self._pending_results, self._pending_messages
         )
         self.barrier = barrier_for(self.settings)
-        self._here = threading.local()
+        self._here = Here()
         self._extended = bool(self.app.conf.find_value_for_key("extended", "result"))
         self.recorder.positions = self._positions
         self.recorder.result_retries = self._retries
@@ -164,7 +163,7 @@ class KafkaBackend(AsyncBackendMixin, Chords):  # type: ignore[misc]
             return
         here = self._here
         ending = Ending(task_id, self._identity(task_id, state, request), kind or self._kind(result, state), more or {})
-        outer = getattr(here, "planned", None), getattr(here, "parted", None)
+        outer = here.planned, here.parted
         try:
             if is_declared(field(request, "chord")) and field(request, "id") == task_id:
                 self._send_part(request, state, result, ending.who, stored)

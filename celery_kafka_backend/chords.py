@@ -152,7 +152,7 @@ class Chords(StockChords):
     def on_chord_part_return(self, request: Any, state: str, result: Any, **_: Any) -> None:
         """Send a member's outcome, unless `_ending` has already done so."""
         task_id = field(request, "id")
-        if getattr(self._here, "parted", None) == task_id:
+        if self._here.parted == task_id:
             return
         # Of a failed chain, or a chord's body failed by the chord processor: any canvas, none of which ever ran.
         for member in members(request):

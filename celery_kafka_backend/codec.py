@@ -51,7 +51,7 @@ class _Stamps(msgspec.Struct):
     stamps: dict[str, msgspec.Raw]
 
 
-_MAX_DEPTH: Final = 256
+MAX_DEPTH: Final = 256
 """Of a document that is embedded: every reader must be able to decode it, whatever its own recursion limit."""
 
 _NOT_JSON: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -150,10 +150,10 @@ def is_json_document(encoded: bytes) -> bool:
 
 
 def _too_deep(encoded: bytes, value: Any) -> bool:
-    if encoded.count(b"[") + encoded.count(b"{") <= _MAX_DEPTH:
+    if encoded.count(b"[") + encoded.count(b"{") <= MAX_DEPTH:
         return False
     level = [value]
-    for _ in range(_MAX_DEPTH):
+    for _ in range(MAX_DEPTH):
         level = [
             inner
             for outer in level

@@ -65,6 +65,9 @@ class Rank(IntEnum):
     """Also forgotten, which is the greatest of a run."""
 
 
+_SUCCEEDED = Rank.SUCCEEDED
+
+
 def run_at(wall_ms: int) -> int:
     """Return the run that a publisher at this wall-clock time (ms since 1970) starts."""
     return min(max((wall_ms - EPOCH_MS) // UNIT_MS, _RUN_MIN), _RUN_MAX)
@@ -95,11 +98,11 @@ def order_key(rank: Rank, hlc_ms: int, run: int | None) -> int:
     """
     if run is None:
         t = min(max(hlc_ms - EPOCH_MS, 1), _GUESS_MAX)  # 0 would be no key at all
-        return (rank << _GUESS_BITS) | (_GUESS_MAX - t if rank is Rank.SUCCEEDED else t)
+        return (rank << _GUESS_BITS) | (_GUESS_MAX - t if rank is _SUCCEEDED else t)
     t = max(hlc_ms - run_start_ms(run), 0)
     if t > _FINE:
         t = min(_FINE + (t - _FINE) // _COARSE_MS, _T_MAX)
-    if rank is Rank.SUCCEEDED:
+    if rank is _SUCCEEDED:
         t = _T_MAX - t
     return (run << (_T_BITS + 2)) | (rank << _T_BITS) | t
 
@@ -150,8 +153,9 @@ class Clock:
 
     def tick(self) -> int:
         """Return a new HLC reading, ms since 1970, greater than every earlier one."""
+        wall = self.wall_ms()
         with self._lock:
-            self._last = max(self.wall_ms(), self._last + 1)
+            self._last = max(wall, self._last + 1)
             return self._last
 
     def observe(self, hlc_ms: int | None) -> bool:

@@ -40,13 +40,25 @@ PARENT_WAIT_S: Final = 2.0
 _Found = TypeVar("_Found")
 
 
+class Reading(threading.local):
+    """What one thread is at, as far as reading goes.
+
+    Attributes:
+        ordinary: A read that needs no barrier.
+        failing_chain: Celery fails what was chained after a task.
+    """
+
+    ordinary = False
+    failing_chain = False
+
+
 class Reads(BaseKeyValueStoreBackend):  # type: ignore[misc]
     """The reading half of `backend.KafkaBackend`, which provides these."""
 
     settings: Settings
     recorder: Recorder
     barrier: Barrier
-    _here: threading.local
+    _here: Reading
 
     @cached_property
     def reader(self) -> Reader:
@@ -109,14 +121,14 @@ class Reads(BaseKeyValueStoreBackend):  # type: ignore[misc]
 
     def _get_task_meta_for(self, task_id: str) -> Any:
         """Return a task's meta; of a read by Celery's own code in a worker, as of now."""
-        if self.recorder.worker_pid and not getattr(self._here, "ordinary", False):
+        if self.recorder.worker_pid and not self._here.ordinary:
             return self._certain_meta(task_id)  # Request._success_was_stored comes here directly
         return super()._get_task_meta_for(task_id)
 
     def get_task_meta(self, task_id: str, cache: bool = True) -> Any:
         """Return a task's meta, as `AsyncResult` reads it."""
         here = self._here
-        outer = getattr(here, "ordinary", False)
+        outer = here.ordinary
         # Deduplication reads an AsyncResult too, before its task begins: no user's code does it there.
         here.ordinary = not (self.recorder.between_tasks and self.app.conf.worker_deduplicate_successful_tasks)
         try:
@@ -126,7 +138,7 @@ class Reads(BaseKeyValueStoreBackend):  # type: ignore[misc]
 
     def get_state(self, task_id: str) -> Any:
         """Return a task's state: what revoke asks in a worker, where it is as of now."""
-        if getattr(self._here, "failing_chain", False):
+        if self._here.failing_chain:
             return states.PENDING  # see _fail_chain
         if self.recorder.worker_pid:
             return self._certain_meta(task_id)["status"]

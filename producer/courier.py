@@ -197,6 +197,8 @@ class Courier:
             raise
         except PublishError as exc:
             self._refuse(queued, exc)
+            return
+        self._publisher.take_answers()
 
     def settle(self, retries: Retries = ONCE) -> None:
         """Wait until what this thread queued, and wanted remembered, is stored or given up; as long as `carry` would."""

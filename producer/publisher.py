@@ -26,7 +26,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from celery_kafka_backend import kafka, topics
 from celery_kafka_backend.changes import Partition
 from celery_kafka_backend.complaints import Complaints, NoToken
-from celery_kafka_backend.errors import NotAcknowledged, PublishError, Refused
+from celery_kafka_backend.errors import NotAcknowledged, PublishError, Refused, SettingsError
 from celery_kafka_backend.producer import greenlets
 from celery_kafka_backend.rights import WORKER, Right
 
@@ -153,6 +153,7 @@ class Publisher:
         self._polling = threading.Lock()
         self._pid = 0
         self._producer: Any = None
+        self._maker: threading.Thread | None = None
         self._complaints = Complaints(settings)
         self._no_token_until = 0.0
         self._fatal: KafkaError | None = None
@@ -169,27 +170,35 @@ class Publisher:
         self._report_at = 0.0
 
     def _handle(self) -> Any:
-        if self._producer is None and self._pid == os.getpid():
-            self._pid = 0  # retired: a new one, as for a new process
-        if self._pid != os.getpid():
-            if self._lock.locked() and self._pid:  # held by a thread that did not survive the fork
-                self._lock = threading.Lock()
+        """Return this process's handle, made on its first use here, or anew where librdkafka has given one up."""
+        self._enter()
+        if self._producer is None:
             with self._lock:
-                if self._pid != os.getpid():
-                    if self._producer is not None:
-                        _parked.append(self._producer)
-                    self._casts.clear()  # the parent's: it sends them itself
-                    self._polling = threading.Lock()
-                    self._waiting, self._wanted = 0, threading.Event()
-                    self.dropped = self.failed = 0
-                    self._reported = (0, 0)
+                if self._producer is None:
                     self._producer = self._new()
-                    self._pid = os.getpid()
                     threading.Thread(
                         target=self._poll, args=(self._producer, self._pid), name="celery-kafka-poll", daemon=True
                     ).start()
-                    _at_end_of_process(self._at_exit)
         return self._producer
+
+    def _enter(self) -> None:
+        """Begin anew in a process that was forked, or is the first: nothing inherited is used."""
+        if self._pid == os.getpid():
+            return
+        if self._lock.locked() and self._pid:  # held by a thread that did not survive the fork
+            self._lock = threading.Lock()
+        with self._lock:
+            if self._pid != os.getpid():
+                if self._producer is not None:
+                    _parked.append(self._producer)
+                self._producer = self._maker = None
+                self._casts.clear()  # the parent's: it sends them itself
+                self._polling = threading.Lock()
+                self._waiting, self._wanted = 0, threading.Event()
+                self.dropped = self.failed = 0
+                self._reported = (0, 0)
+                self._pid = os.getpid()
+                _at_end_of_process(self._at_exit)
 
     def _new(self) -> Any:
         if time.monotonic() < self._no_token_until:
@@ -268,6 +277,17 @@ class Publisher:
         except KafkaException as exc:
             self._fatal = exc.args[0]
             self._retire_if_fatal(producer, exc)
+
+    def take_answers(self) -> None:
+        """Let librdkafka call us back with what it knows by now.
+
+        For whoever queues much and never waits: our polling thread would have to win the interpreter for each answer.
+        """
+        if self._polling.acquire(blocking=False):
+            try:
+                self._served(self._producer, 0)
+            finally:
+                self._polling.release()
 
     def _report(self) -> None:
         now = time.monotonic()
@@ -398,16 +418,31 @@ class Publisher:
         Raises:
             SettingsError: librdkafka does not know an option; only on a process's first record.
         """
+        self._enter()
         if len(self._casts) >= CASTS:
             self.dropped += 1
             return False
-        try:
-            self._handle()
-        except NoToken:
-            self.dropped += 1
-            return False
+        if self._producer is None:
+            if "oauth_cb" in self.settings.client or "oauth_cb" in self.settings.producer:
+                self._make_aside()
+            else:
+                self._handle()
         self._casts.append(record)
         return True
+
+    def _make_aside(self) -> None:
+        """Make the handle in a thread of its own: the driver waits there for the user's token, up to 10 s."""
+        if self._maker is None or not self._maker.is_alive():
+            self._maker = threading.Thread(target=self._made_aside, name="celery-kafka-token", daemon=True)
+            self._maker.start()
+
+    def _made_aside(self) -> None:
+        try:
+            greenlets.aside(self._handle)
+        except NoToken:  # said in the log when the callable failed; the next cast asks again
+            self._report()
+        except SettingsError as exc:
+            logger.error("no event can be sent: %s", exc)  # noqa: TRY400 - no traceback to a user
 
     def send_casts(self) -> None:
         """Let what was cast leave now. Never blocks."""
@@ -441,16 +476,20 @@ class Publisher:
 
     def flush(self, timeout_s: float) -> int:
         """Wait until everything queued is answered; return how many records are not."""
-        if self._producer is None or self._pid != os.getpid():
+        if self._pid != os.getpid():
             return 0
+        deadline = time.monotonic() + timeout_s
+        if self._maker is not None:
+            self._maker.join(timeout_s)
+        if self._producer is None:
+            return len(self._casts)
         self._send_casts(self._producer)
         if self._patched:
-            deadline = time.monotonic() + timeout_s
             while len(self._producer) and time.monotonic() < deadline:
                 self._producer.poll(0)
                 time.sleep(PATCHED_S)
             return len(self._producer)
-        return int(self._producer.flush(timeout_s))
+        return int(self._producer.flush(max(deadline - time.monotonic(), 0)))
 
     def _at_exit(self) -> None:
         left = self.flush(EXIT_FLUSH_S)

@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from celery import current_task
 from celery._state import _task_stack
 from celery.app.task import Context
@@ -47,6 +48,9 @@ REMEMBERED: Final = 10_000
 MESSAGE_LIMIT: Final = 1024
 _RECORD_OVERHEAD: Final = 512
 _ARGS_LIMIT: Final = 1024
+BEGAN: Final = "_ckb_monotonic"
+"""Attribute of a request that this process runs: when it began, by the monotonic clock."""
+_UNREADY: Final = order.Rank.UNREADY  # looking an enum's member up takes longer than comparing it
 
 
 class Remembered(OrderedDict[str, int]):
@@ -60,17 +64,20 @@ class Remembered(OrderedDict[str, int]):
             self.popitem(last=False)
 
 
-class Identity:
+class Identity(msgspec.Struct, gc=False):
     """An event's identity, fixed before its content: a chord part names it, and is sent first."""
 
-    __slots__ = ("hlc", "id", "key", "run", "wall")
+    id: str
+    wall: int
+    hlc: int
+    run: int | None
+    key: int
 
-    def __init__(self, event_id: str, wall: int, hlc: int, run: int | None, key: int) -> None:
-        self.id = event_id
-        self.wall = wall
-        self.hlc = hlc
-        self.run = run
-        self.key = key
+
+class _Retry(threading.local):
+    """What a thread knows of the RETRY that it is about to store: the task, its HLC, when the successor is due."""
+
+    taken: tuple[str, int, int | None] | None = None
 
 
 class Recorder:
@@ -102,7 +109,7 @@ class Recorder:
         """Asks the primary view how far it is; the backend puts it here."""
         self.result_retries = ONCE
         """``result_backend_always_retry`` and its bounds; the backend puts them here."""
-        self.retries = threading.local()
+        self.retries = _Retry()
         self.host = socket.gethostname()
         self._redact = self._redactor(settings.redact)
         self._hints: dict[str, int] = {}
@@ -170,18 +177,19 @@ class Recorder:
         if run is not None:
             # A publisher some minutes ahead: below its unit's start all our readings would tie at 0.
             self.clock.observe(order.run_start_ms(run))
-        taken = self.taken_hlc(task_id) if rank is order.Rank.UNREADY else None
+        taken = self.taken_hlc(task_id) if rank is _UNREADY else None
         tick = taken if taken is not None else self.clock.tick()
         return Identity(os.urandom(16).hex(), wall, tick, run, 0 if rank is None else order.order_key(rank, tick, run))
 
     def run_of(self, task_id: str, request: Any) -> tuple[int | None, int | None]:
         """Return the run and HLC that a request carries for a task; None for what it does not."""
-        if request is None or field(request, "id") != task_id:
+        get = _fields_of(request)
+        if get("id") != task_id:
             return self._hints.get(task_id), None
-        owner = field(request, names.TASK)
+        owner = get(names.TASK)
         if owner is not None and owner != task_id:
             return None, None
-        return field(request, names.RUN), field(request, names.HLC)
+        return get(names.RUN), get(names.HLC)
 
     def hint_run(self, task_id: str, run: int | None) -> None:
         """Say which run a task without a request belongs to; None takes it back."""
@@ -198,27 +206,26 @@ class Recorder:
 
     def taken_hlc(self, task_id: str) -> int | None:
         """Return the moment kept for a RETRY of this task, if any."""
-        taken = getattr(self.retries, "taken", None)
+        taken = self.retries.taken
         return taken[1] if taken is not None and taken[0] == task_id else None
 
     def taken_due(self, task_id: str) -> int | None:
         """Return when the successor of this task's RETRY is due, and forget the moment kept."""
-        taken = getattr(self.retries, "taken", None)
+        taken = self.retries.taken
         if taken is None or taken[0] != task_id:
             return None
         self.retries.taken = None
-        due: int | None = taken[2]
-        return due
+        return taken[2]
 
     # -- what --------------------------------------------------------------------------------
 
     def event(self, kind: str, task_id: str, who: Identity, request: Any = None, **more: Any) -> Event:
         """Return an event with everything that the request knows."""
         known = about(request) if request is not None else {}
-        if field(request, "id") == task_id and known.get("started_at") and who.wall >= known["started_at"]:
-            monotonic = field(request, "_ckb_monotonic")
-            if monotonic is not None and kind != events.STARTED:
-                known["runtime_s"] = round(time.monotonic() - monotonic, 6)
+        began = field(request, BEGAN)
+        since = known.get("started_at", who.wall)  # later than now: the clock was set back
+        if began and kind != events.STARTED and who.wall >= since and field(request, "id") == task_id:
+            known["runtime_s"] = round(time.monotonic() - began, 6)
         known.update(more)
         return Event(
             id=who.id,
@@ -283,10 +290,8 @@ class Recorder:
         Raises:
             TooLarge: It would be over the limit: final, so it is said before anything is sent.
         """
-        return self._within_limit(
-            Record(self.topic, event.task.encode(), codec.encode(event), codec.headers(event, self.app_name)),
-            f"the event of task {event.task}",
-        )
+        record = Record(self.topic, event.task.encode(), codec.encode(event), codec.headers(event, self.app_name))
+        return self._within_limit(record, "the event of task", event.task)
 
     def chord_record(self, group: str, key: bytes, value: bytes) -> Record:
         """Return a record of the chords' topic, for the group's own partition.
@@ -294,12 +299,14 @@ class Recorder:
         Raises:
             TooLarge: As `record`.
         """
-        return self._within_limit(Record(self.chords_topic, key, value, group=group), f"a record of chord {group}")
+        return self._within_limit(Record(self.chords_topic, key, value, group=group), "a record of chord", group)
 
-    def _within_limit(self, record: Record, what: str) -> Record:
+    def _within_limit(self, record: Record, what: str, whose: str) -> Record:
         size = len(record.value or b"") + len(record.key) + _RECORD_OVERHEAD
         if size > self.settings.max_message_bytes:
-            raise TooLarge(f"{what} is {size} bytes, over max_message_bytes = {self.settings.max_message_bytes}")
+            raise TooLarge(
+                f"{what} {whose} is {size} bytes, over max_message_bytes = {self.settings.max_message_bytes}"
+            )
         return record
 
 
@@ -336,8 +343,7 @@ def about(request: Any) -> dict[str, Any]:
     A request can hold anything that somebody put in a message; a fake one (errbacks, _fail_chain) holds a signature's
     options.
     """
-    # A Context's own dictionary: asking it for two dozen attributes costs a tenth of all that storing a result does.
-    get = vars(request).get if isinstance(request, Context) else partial(field, request)
+    get = _fields_of(request)
     found: dict[str, Any] = {}
     for name, theirs in _TEXTS:
         value = get(theirs)
@@ -349,7 +355,7 @@ def about(request: Any) -> dict[str, Any]:
             found[name] = value
     delivery = get("delivery_info")
     if delivery:
-        found.update(_about_delivery(delivery))
+        _add_delivery(found, delivery)
     eta, expires, chord, stamped = get("eta"), get("expires"), get("chord"), get("stamped_headers")
     if eta is not None:
         found["eta"] = millis(eta)
@@ -363,10 +369,17 @@ def about(request: Any) -> dict[str, Any]:
     return found
 
 
-def _about_delivery(delivery: Mapping[str, Any]) -> dict[str, Any]:
+def _fields_of(request: Any) -> Callable[[str], Any]:
+    """Return what looks up a request's fields; None for those it does not have.
+
+    A Context's own dictionary, where it can: two dozen attributes cost a tenth of all that storing a result does.
+    """
+    return vars(request).get if isinstance(request, Context) else partial(field, request)
+
+
+def _add_delivery(found: dict[str, Any], delivery: Mapping[str, Any]) -> None:
     exchange, routing_key = delivery.get("exchange"), delivery.get("routing_key")
     priority = delivery.get("priority")
-    found: dict[str, Any] = {}
     if isinstance(routing_key, str):
         found["routing_key"] = routing_key
         if not exchange:
@@ -377,7 +390,6 @@ def _about_delivery(delivery: Mapping[str, Any]) -> dict[str, Any]:
         found["priority"] = priority
     if delivery.get("redelivered"):
         found["redelivered"] = True
-    return found
 
 
 _TEXTS: Final = (

@@ -24,6 +24,7 @@ from celery_kafka_backend.errors import PipelineError, PublishError, SettingsErr
 from celery_kafka_backend.producer import greenlets
 from celery_kafka_backend.producer import headers as names
 from celery_kafka_backend.producer.recorder import (
+    BEGAN,
     MESSAGE_LIMIT,
     body_id,
     current_request,
@@ -235,7 +236,7 @@ def prerun(task_id: str | None = None, task: Any = None, **_: Any) -> None:
     recorder.clock.observe(field(request, names.HLC))
     recorder.clock.observe(field(request, names.RECEIVED_HLC))
     setattr(request, names.STARTED_AT, recorder.clock.wall_ms())
-    request._ckb_monotonic = time.monotonic()  # noqa: SLF001 - ours, on Celery's open request object
+    setattr(request, BEGAN, time.monotonic())
     ignored = get_actual_ignore_result(task, request)
     if task.track_started and not ignored:
         return  # STARTED is about to be stored, and says the same

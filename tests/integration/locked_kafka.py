@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 USER, PASSWORD = "celery-processor", "hunter2-sasl"
+KEY_PASSWORD = "k3y-passw0rd"
 ROLES = ("client", "worker", "processor", "operator")
 USERS = tuple(f"celery-{role}" for role in ROLES)
 SCRAM = {"SCRAM-SHA-256": ScramMechanism.SCRAM_SHA_256, "SCRAM-SHA-512": ScramMechanism.SCRAM_SHA_512}
@@ -100,6 +101,11 @@ class LockedKafka:
             "ssl.certificate.location": str(self.folder / f"{user}.pem"),
             "ssl.key.location": str(self.folder / f"{user}.pem"),
         }
+
+    def encrypted(self, user: str, password: str = KEY_PASSWORD) -> dict[str, str]:
+        """… with a private key that has a password."""
+        key = str(self.folder / f"{user}-encrypted.pem")
+        return {**self.certificate(user), "ssl.key.location": key, "ssl.key.password": password}
 
     def admin(self) -> AdminClient:
         """Somebody who may do everything."""
@@ -227,6 +233,10 @@ def _write_certificates(folder: Path) -> None:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         (folder / f"{name}.pem").write_bytes(pkcs8 + b"".join(one.bytes() for one in issued.cert_chain_pems))
+        locked = serialization.BestAvailableEncryption(KEY_PASSWORD.encode())
+        (folder / f"{name}-encrypted.pem").write_bytes(
+            key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked)
+        )
 
 
 def _add_scram(server: LockedKafka) -> None:

@@ -129,6 +129,33 @@ def test_an_option_that_librdkafka_does_not_know_is_named(publisher):
         made.publish(Record("t", b"k", b"v"))
 
 
+@pytest.mark.parametrize("token", ["slow", "broken"])
+def test_casting_does_not_wait_for_a_token(publisher, token):
+    """The driver waits in the making of a handle until it has one, up to 10 s."""
+    made = publisher("127.0.0.1:9", client={**OAUTH, "oauth_cb": f"{__name__}.{token}_token"})
+    started = time.monotonic()
+    assert all(made.cast(Record("t", b"k", b"v")) for _ in range(3))
+    assert made.waiting() == 3
+    assert time.monotonic() - started < TOKEN_S  # no bound on speed: the token alone takes longer
+    made._maker.join(30)
+    assert made.flush(0.1) == 3  # handed to librdkafka, or still ours: nothing is forgotten
+    assert made.waiting() == (3 if token == "broken" else 0)
+
+
+OAUTH = {"security.protocol": "sasl_plaintext", "sasl.mechanism": "OAUTHBEARER"}
+TOKEN_S = 1.0
+
+
+def slow_token(_config):
+    time.sleep(TOKEN_S)
+    return "token", time.time() + 3600
+
+
+def broken_token(_config):
+    time.sleep(TOKEN_S)
+    raise OSError("the token service is away")
+
+
 def test_what_was_dropped_is_counted_and_said_once_per_interval(publisher, caplog):
     made = publisher("127.0.0.1:9", producer={"queue.buffering.max.messages": 1})
     for _ in range(5):

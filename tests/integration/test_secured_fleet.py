@@ -323,6 +323,22 @@ def test_wrong_credentials_are_said_once_in_bounded_time_with_the_setting(
         assert PASSWORD not in text
 
 
+def test_a_private_key_with_a_password_opens_with_it(locked, redis_url, topic_prefix):
+    client = locked.encrypted("celery-worker")
+    settings = settled(locked, redis_url, topic_prefix, client, listener=locked.mutual)
+    publisher = Publisher(settings)
+    publisher.publish(Record(topics.task_events(topic_prefix), b"k", b"v"), wait_s=20).wait(20)
+    publisher.close()
+
+
+def test_a_private_key_s_wrong_password_is_said_with_the_setting_and_not_shown(locked, redis_url, topic_prefix):
+    client = locked.encrypted("celery-worker", "wr0ng-s3cret")
+    settings = settled(locked, redis_url, topic_prefix, client, listener=locked.mutual, grant=False)
+    with pytest.raises(SettingsError, match=r"\['client'\]\['ssl\.key") as raised:
+        Publisher(settings).open()
+    assert "wr0ng-s3cret" not in str(raised.value)
+
+
 def test_a_callable_that_gives_no_token_is_named_with_its_reason(locked, redis_url, topic_prefix):
     settings = settled(locked, redis_url, topic_prefix, locked.oauth(f"{TOKENS}.broken"), grant=False)
     publisher = Publisher(settings)
@@ -332,7 +348,8 @@ def test_a_callable_that_gives_no_token_is_named_with_its_reason(locked, redis_u
     assert f"['oauth_cb'] = '{TOKENS}.broken'" in str(raised.value)
     assert "the identity provider is away" in str(raised.value)
     waited = time.monotonic() - begun
-    assert not publisher.cast(Record("t", b"k", b"v"))  # and nobody else waits as long
+    assert publisher.cast(Record("t", b"k", b"v"))  # and nobody else waits as long: it goes when there is a token
+    assert publisher.waiting() == 1
     assert time.monotonic() - begun < 1.5 * waited
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timedelta
 from uuid import uuid4
 
 import pytest
 from celery import Celery, states
 from celery.app.task import Context
+from kombu.serialization import register_json, registry
+
+from celery_kafka_backend import codec
 
 ZONES = [{}, {"timezone": "Asia/Kolkata"}, {"timezone": "Europe/Berlin", "enable_utc": False}]
 
@@ -44,3 +48,43 @@ def test_children_are_listed_as_celery_lists_them():
     request.children.append(child)
     ours = backend._meta("t", 1, states.SUCCESS, None, request)
     assert ours["children"] == backend.current_task_children(request) == [child.as_tuple()]
+
+
+WHEN = datetime(2026, 1, 1)  # noqa: DTZ001 - a task may return a naive one
+ODD = ["\U0001f600", "\udcff", "[" * 300, float("nan"), {"x": float("-inf")}, {1: None}, {"d": WHEN}, b"\xff", 10**400]
+
+
+@pytest.mark.parametrize("result", [None, 1.5, "ü", [{}], *ODD], ids=repr)
+def test_the_short_way_to_json_gives_the_bytes_of_kombu_s(result):
+    """… or, where they cannot be embedded, leaves them to the long way."""
+    backend = backend_of({})
+    meta = backend._meta("t", result, states.SUCCESS, None, Context({"id": "t"}))
+    found = backend._documents(meta)
+    expected = backend.encode(meta).encode()
+    if codec.is_json_document(expected):
+        assert bytes(found["doc"]) == expected
+    else:
+        assert found["opaque"].meta == expected
+
+
+@pytest.mark.parametrize("depth", [200, 300])
+def test_what_is_nested_too_deep_is_not_embedded(depth):
+    result = []
+    for _ in range(depth):
+        result = [result]
+    backend = backend_of({})
+    found = backend._documents(backend._meta("t", result, states.SUCCESS, None, Context({"id": "t"})))
+    assert ("doc" in found) == (depth < codec.MAX_DEPTH)
+
+
+@pytest.fixture
+def json_of_ones_own():
+    registry.register("json", lambda value: json.dumps({"mine": value["result"]}), json.loads, "application/json")
+    yield
+    register_json()
+
+
+def test_a_user_s_own_json_is_used(json_of_ones_own):
+    backend = backend_of({})
+    found = backend._documents(backend._meta("t", 1, states.SUCCESS, None, Context({"id": "t"})))
+    assert bytes(found["doc"]) == b'{"mine": 1}'

@@ -192,11 +192,25 @@ def test_a_queued_record_that_kafka_did_not_take_is_named_and_counted(courier, h
 
 def test_queued_records_are_sent_again_in_the_background_in_their_order(courier, handle):
     handle.answers.extend([TIMED_OUT] * 3)
+    handle.is_silent = True
     for value in (b"1", b"2", b"3"):
         courier.queue(record(value), f"SUCCESS of {value!r}")
+    handle.is_silent = False
     until(lambda: len(handle.produced) == 6)
     assert handle.produced[3:] == [b"1", b"2", b"3"]
     assert courier.lost == 0
+
+
+def test_whoever_queues_hears_the_answers_that_are_there(courier):
+    """… and no thread has to win the interpreter for each."""
+    courier._publisher.open()
+    courier._publisher._polling.acquire()  # so the polling thread hears none
+    courier.queue(record(b"1"), "SUCCESS of 1", remember=True)
+    (queued,) = courier._mine
+    assert not queued.done
+    courier._publisher._polling.release()
+    courier.queue(record(b"2"), "SUCCESS of 2")
+    until(lambda: queued.done)
 
 
 def test_queueing_on_a_full_queue_neither_blocks_nor_fails_nor_loses(courier, handle):
