@@ -48,7 +48,7 @@ _VERSION: Final = 1
 _RESERVE: Final = 1 << 18
 _TURN_S: Final = 0.0005
 _CHUNK: Final = 500
-_SCHEMA: Final = f"""
+_SCHEMA: Final = """
 BEGIN;
 CREATE TABLE spool (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of arrival
@@ -60,7 +60,9 @@ CREATE TABLE spool (
     aside TEXT                              -- why it is not drained; NULL: it is
 );
 CREATE INDEX spool_task ON spool (task, pid);
-PRAGMA user_version = {_VERSION};
+-- No file ever has another one's places: whoever drains may remove by place what was in a file that is gone.
+INSERT INTO sqlite_sequence (name, seq) VALUES ('spool', (random() & 0x3ffffffffff) << 20);
+PRAGMA user_version = 1;               -- _VERSION
 COMMIT;
 """
 
@@ -154,7 +156,8 @@ class Spool:
         rows = self._run(
             lambda connection: connection.execute(
                 "SELECT seq, record, sum FROM spool WHERE task = ? ORDER BY seq", (task_id,)
-            ).fetchall()
+            ).fetchall(),
+            absent=list,
         )
         return [record for _, blob, total in rows if (record := record_of(blob, total)) is not None]
 
@@ -190,7 +193,7 @@ class Spool:
         """
         if not self.path.exists():
             return []
-        found, damaged = self._run(lambda connection: _oldest(connection, after, most, most_bytes))
+        found, damaged = self._run(lambda connection: _oldest(connection, after, most, most_bytes), lambda: ([], []))
         for seq in damaged:
             logger.error("record %d of %s is damaged and set aside", seq, self.path)
             self.set_aside(seq, DAMAGED)
@@ -212,8 +215,8 @@ class Spool:
                 for suffix in ("", "-journal"):
                     self._beside(suffix).unlink(missing_ok=True)
 
-        if gone and self.path.exists():
-            self._run(work)
+        if gone:
+            self._run(work, absent=lambda: None)
 
     def set_aside(self, seq: int, why: str) -> None:
         """Keep a record, but drain it no more."""
@@ -221,10 +224,11 @@ class Spool:
 
     def take_back(self) -> int:
         """Drain again what was set aside; return how many."""
-        if not self.path.exists():
-            return 0
         return self._run(
-            lambda connection: connection.execute("UPDATE spool SET aside = NULL WHERE aside != ?", (DAMAGED,)).rowcount
+            lambda connection: (
+                connection.execute("UPDATE spool SET aside = NULL WHERE aside != ?", (DAMAGED,)).rowcount
+            ),
+            absent=int,
         )
 
     def retired(self) -> list[Path]:
@@ -249,8 +253,6 @@ class Spool:
 
     def state(self) -> State:
         """Return what it holds."""
-        if not self.path.exists():
-            return State(0, 0, self._max_bytes, None, {}, {}, self.retired())
 
         def work(connection: sqlite3.Connection) -> State:
             pids = dict(connection.execute("SELECT pid, count(*) FROM spool GROUP BY pid"))
@@ -259,12 +261,11 @@ class Spool:
             records = sum(pids.values()) - sum(aside.values())
             return State(records, _size(connection), self._max_bytes, oldest and oldest[0], pids, aside, self.retired())
 
-        return self._run(work)
+        return self._run(work, absent=lambda: State(0, 0, self._max_bytes, None, {}, {}, self.retired()))
 
     def check(self) -> None:
         """Return if a record could be appended now; for the start of a worker."""
-        if self.path.exists():
-            self._run(lambda connection: connection.execute("SELECT 1 FROM spool LIMIT 1"))
+        self._run(lambda connection: connection.execute("SELECT 1 FROM spool LIMIT 1"), absent=lambda: None)
         with self._turn(), tempfile.TemporaryFile(dir=self.path.parent) as file:
             file.write(bytes(4096))  # only a write tells whether there is room
             file.flush()
@@ -272,9 +273,16 @@ class Spool:
 
     # -- one at a time -----------------------------------------------------------------------
 
-    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do something with the file, in this process's turn; with a new file if this one proves damaged."""
+    def _run(self, work: Callable[[sqlite3.Connection], T], absent: Callable[[], T] | None = None) -> T:
+        """Do something with the file, in this process's turn; with a new file if this one proves damaged.
+
+        Args:
+            work: What.
+            absent: What to return where there is no file; None: one is made.
+        """
         with self._turn():
+            if absent is not None and not self.path.exists():
+                return absent()
             try:
                 return work(self._connection())
             except sqlite3.DatabaseError as exc:

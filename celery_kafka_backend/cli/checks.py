@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
 from importlib import metadata
 from itertools import islice
@@ -16,12 +17,13 @@ from celery_kafka_backend import codec, topics
 from celery_kafka_backend.claims import Claims
 from celery_kafka_backend.cli import ownership, plan
 from celery_kafka_backend.cli.exits import Exit, Stop, code_of
-from celery_kafka_backend.cli.output import duration
+from celery_kafka_backend.cli.output import duration, size
 from celery_kafka_backend.cli.records import last_records
 from celery_kafka_backend.cli.run import check_rights, check_topics, check_view
-from celery_kafka_backend.errors import CodecError, PipelineError
+from celery_kafka_backend.errors import CodecError, PipelineError, SpoolError
 from celery_kafka_backend.ownership import foreign
 from celery_kafka_backend.processors.materializer import view_name
+from celery_kafka_backend.producer.spool import spool_for
 from celery_kafka_backend.settings import SETTING, mask
 from celery_kafka_backend.sinks.registry import open_view
 
@@ -44,6 +46,8 @@ AHEAD_S: Final = 1.0
 BEHIND_S: Final = 30.0
 """An event that reached the log so late is rather from a clock that is behind, unless Kafka was away."""
 CLAIM_S: Final = 10.0
+UNDRAINED_S: Final = 60.0
+"""A worker drains within a second or two of Kafka's return; a result that is older shows that something is amiss."""
 SAMPLE_ROWS: Final = 2000
 
 _PACKAGES: Final = ("celery", "kombu", "confluent-kafka", "msgspec", "redis", "rich")
@@ -96,6 +100,8 @@ def examine(pipeline: Pipeline, broker: Broker, role: str) -> Iterator[Finding]:
             yield from _caught(subject, check)
         else:
             yield Finding(SKIP, subject, "Kafka does not answer")
+    if pipeline.settings.spool:
+        yield from _caught("spool", lambda: spool(pipeline.settings))
     if pipeline.settings.claim_check:
         yield from _caught("claim check", lambda: claim_check(pipeline.settings))
     for url in pipeline.settings.views:
@@ -295,6 +301,32 @@ def processors(pipeline: Pipeline, broker: Broker) -> Iterator[Finding]:
             yield Finding(OK, "processors", f"{name}: {len(members)} consumers")
         else:
             yield Finding(WARN, "processors", f"{name}: nobody", f"start `{pipeline.command} run`")
+
+
+def spool(settings: Settings) -> Iterator[Finding]:
+    """Look at this host's spool: can it be written, is there room, and what was not drained. Drains nothing."""
+    place = spool_for(settings)
+    by_hand = "`celery -A proj pipeline spool status` and `… spool drain`, on this host"
+    try:
+        place.check()
+    except SpoolError as exc:
+        remedy = f"{SETTING}['spool']: name a folder that workers may write"
+        yield Finding(FAIL, "spool", str(exc), remedy, Exit.CONFIGURATION)
+        return
+    state = place.state()
+    free = shutil.disk_usage(place.path.parent).free
+    age_s = time.time() - state.oldest_ms / 1000 if state.oldest_ms else 0.0
+    if age_s > UNDRAINED_S:
+        text = f"{state.records} results and parts wait in {place.path}, the oldest for {duration(age_s)}"
+        yield Finding(WARN, "spool", text, f"Kafka does not take them, or no worker runs here: {by_hand}")
+    if state.aside or state.files:
+        text = f"{sum(state.aside.values())} records set aside and {len(state.files)} damaged files beside {place.path}"
+        yield Finding(WARN, "spool", text, by_hand)
+    if state.size + free < state.limit:
+        text = f"{size(free)} free on the disk, and {place.path} may grow to {size(state.limit)}"
+        yield Finding(WARN, "spool", text, f"make room, or lower {SETTING}['spool_max_bytes']")
+    text = f"{place.path} can be written: {state.records} records, {size(state.size)} of {size(state.limit)}"
+    yield Finding(OK, "spool", text)
 
 
 def claim_check(settings: Settings) -> Iterator[Finding]:

@@ -72,6 +72,27 @@ def test_records_come_back_as_they_were_in_the_order_of_arrival(spool):
     assert [one.record for one in spool.oldest(after=spool.oldest()[0].seq)] == given[1:]
 
 
+def test_what_was_read_from_a_file_that_is_gone_is_not_removed_from_the_next(spool):
+    """Whoever drains waits for Kafka between the two; meanwhile a damaged file may have been moved aside."""
+    spool.append(event(1))
+    batch = spool.oldest()
+    spool.retire()
+    spool.append(event(2))
+    spool.remove([one.seq for one in batch])
+    spool.set_aside(batch[0].seq, "too large")
+    assert numbers(spool) == [2]
+
+
+def test_looking_at_an_emptied_spool_makes_no_file(spool, monkeypatch):
+    monkeypatch.setattr(type(spool.path), "exists", lambda _path: next(there, False))
+    there = iter([True])  # it was there a moment ago
+    assert spool.oldest() == []
+    monkeypatch.undo()
+    assert spool.state().records == 0
+    spool.remove([1])
+    assert not spool.path.exists()
+
+
 def test_a_batch_is_bounded_by_number_and_bytes_but_never_empty(spool):
     for number in range(5):
         spool.append(event(number, size=1000))

@@ -153,7 +153,8 @@ def test_an_outage_is_spooled_and_drained_by_the_worker_itself_and_nothing_is_lo
     spooling.proves(after, list(range(1000, 1010)))
     history = spooling.fleet.app.app.backend.reader.history(during[0].id)
     assert len([one for one in map(codec.decode, history) if one.kind == "success"]) == 1
-    assert not spooling.spool.path.exists()
+    # On a busy machine the last ones may have waited too long for Kafka, and been spooled as well.
+    spooling.until(lambda: not spooling.spool.path.exists(), "an emptied spool has no file")
 
 
 def test_a_frozen_kafka_that_takes_what_it_was_sent_after_all_does_no_harm(spooling, away):
@@ -265,10 +266,11 @@ def test_a_damaged_file_costs_what_cannot_be_read_and_nothing_else(spooling, awa
     with spooling.spool.path.open("r+b") as file:
         file.truncate(half)
     after = spooling.send(20, 100)
-    spooling.until(lambda: spooling.spool.retired() and spooling.spool.state().records >= 20, "never noticed")
+    # Not at once: whoever wrote last still has the lost pages in memory, and appends a record or two behind the hole.
+    spooling.until(spooling.spool.retired, "never noticed")
     away.proxy.heal()
-    spooling.drained()
     spooling.proves(after, list(range(1100, 1120)))
+    spooling.drained()
     found = spooling.successes()
     assert 10 < sum(one.id in found for one in during) < 40
     assert len(list(spooling.spool.path.parent.glob("*.read"))) == 1

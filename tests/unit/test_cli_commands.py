@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from celery import Celery
 from celery.bin.base import CLIContext
 from click.testing import CliRunner
 
-from celery_kafka_backend.cli import output, pipeline
+from celery_kafka_backend.cli import checks, output, pipeline
 from celery_kafka_backend.cli.command import complain
 from celery_kafka_backend.cli.exits import MEANINGS, Exit, Stop, code_of
 from celery_kafka_backend.cli.history import outcome, wait_s
@@ -214,6 +215,41 @@ def test_the_spool_s_status_tells_what_is_there_and_what_is_not_drained(tmp_path
     assert done.exit_code == Exit.DIFFERENT
     assert "1 set aside: too large" in done.output
     assert "of other servers or another prefix: " in done.output
+
+
+def test_doctor_looks_at_the_spool_of_this_host(tmp_path, monkeypatch):
+    settings = {"spool": str(tmp_path / "spool")}
+    place = spool_for(parse("kafka://127.0.0.1:1/?view=memory://", settings))
+
+    def findings():
+        return [
+            (one["level"], one["text"])
+            for one in json.loads(invoke("doctor", "--timeout", "0.5", "--json", settings=settings).stdout)["findings"]
+            if one["subject"] == "spool"
+        ]
+
+    ((level, text),) = findings()
+    assert level == "ok"
+    assert "can be written: 0 records" in text
+    assert not place.path.exists()
+    place.append(Record("events", b"task", b"v"))
+    place.append(Record("events", b"other", b"v"))
+    place.set_aside(place.oldest()[0].seq, "too large")
+    monkeypatch.setattr(checks, "UNDRAINED_S", -1.0)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1_000_000))
+    waiting, aside, room, fine = findings()
+    assert waiting[0] == aside[0] == room[0] == "warn"
+    assert "1 results and parts wait in" in waiting[1]
+    assert aside[1].startswith("1 records set aside and 0 damaged files")
+    assert "1.0 MB free on the disk" in room[1]
+    assert fine[0] == "ok"
+
+
+def test_doctor_says_that_the_spool_s_folder_cannot_be_used(tmp_path):
+    (tmp_path / "spool").write_text("a file where the folder should be")
+    done = invoke("doctor", "--timeout", "0.5", settings={"spool": str(tmp_path / "spool")})
+    assert "fail  spool" in done.output
+    assert "kafka_backend_settings['spool']" in done.output
 
 
 def test_a_drain_keeps_what_kafka_does_not_take_and_takes_other_files_over(tmp_path):
