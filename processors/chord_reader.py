@@ -58,6 +58,7 @@ class ChordReader:
         )
         self.end = 0
         """Where the partition ended when something was not found."""
+        self._ends: dict[int, int] = {}
 
     def close(self) -> None:
         """Let go of the consumer."""
@@ -83,6 +84,8 @@ class ChordReader:
             limit: How many bytes of results to hold at most.
 
         Raises:
+            KafkaAway: The broker that was asked does not have all that was read from the log before: it was the
+                leader, was frozen or cut off, and has not heard yet that it is no more.
             TooMuch: There are more.
         """
         found: dict[bytes, Any] = {}
@@ -93,8 +96,11 @@ class ChordReader:
         sought = ahead[-1]
         for message in self._from(topic, {partition: sought}):
             if message is None:
-                # The end, and something is missing.
-                _, self.end = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=READ_S)
+                self.end = self._ends[partition]
+                if self.end <= max(wanted.values()):
+                    raise KafkaAway(
+                        f"{topic}/{partition} ends at {self.end}, before what was read there: a stale leader?"
+                    )
                 break
             key, offset = message.key(), message.offset()
             assert offset is not None
@@ -153,7 +159,9 @@ class ChordReader:
                     if error is None:
                         yield message
                     elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001
-                        unfinished.discard(message.partition() or 0)
+                        at = message.partition() or 0
+                        unfinished.discard(at)
+                        self._ends[at] = message.offset() or 0
                     elif not error.retriable():
                         raise KafkaException(error)
             yield None

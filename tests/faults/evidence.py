@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid import uuid4
 
 import redis
-from confluent_kafka import Consumer, KafkaError, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from celery_kafka_backend.sinks.redis_wire import unpack
 from tests.faults import journal as journals
@@ -181,12 +181,21 @@ def ends(bootstrap: str, topic: str) -> dict[tuple[str, int], int]:
     consumer = _consumer(bootstrap)
     try:
         partitions = consumer.list_topics(topic, timeout=READ_S).topics[topic].partitions
-        return {
-            (topic, number): consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=READ_S)[1]
-            for number in partitions
-        }
+        return {(topic, number): _end(consumer, TopicPartition(topic, number)) for number in partitions}
     finally:
         consumer.close()
+
+
+def _end(consumer: Consumer, at: TopicPartition) -> int:
+    """Return where a partition ends; a leader that has just been elected says for a moment that it does not know."""
+    deadline = time.monotonic() + READ_S
+    while True:
+        try:
+            return consumer.get_watermark_offsets(at, timeout=READ_S)[1]
+        except KafkaException:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _consumer(bootstrap: str) -> Consumer:
