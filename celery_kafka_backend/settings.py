@@ -81,7 +81,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     views: tuple[str, ...] = ()
     topic_prefix: str = "celery"
     delivery: Delivery = "acknowledged"
-    delivery_timeout_s: float = 30.0
+    delivery_timeout_s: float = 120.0
     publish_timeout_s: float = 10.0
     barrier_timeout_s: float = 2.0
     spool: str = ""

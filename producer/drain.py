@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BATCH_S: Final = 30.0
+"""What a batch waits for its acknowledgements: one partition without a leader must not hold up the others for longer."""
 LOOK_EVERY_S: Final = 1.0
 """How often a worker looks whether one of its children has spooled something."""
 COMPLAIN_EVERY_S: Final = 60.0
@@ -160,9 +162,9 @@ class Drainer:
         with spool.claim() as mine:
             if not mine:
                 return
-            # librdkafka sends what it has the moment that Kafka is back, and gives it up after delivery_timeout_s; only
-            # then is it published again.
-            wait_s = self._publisher.settings.delivery_timeout_s + VERDICT_S
+            # What librdkafka has it sends the moment that Kafka is back; what is published again meanwhile arrives twice,
+            # as the same event.
+            wait_s = min(self._publisher.settings.delivery_timeout_s, BATCH_S) + VERDICT_S
             found = drain(spool, self._publisher, wait_s, self._detour.answered)
         if found.sent:
             logger.warning("%d records drained from %s", found.sent, spool.path)
