@@ -15,12 +15,14 @@ from confluent_kafka import Producer
 
 from celery_kafka_backend import kafka, topics
 from celery_kafka_backend.producer import headers as names
+from celery_kafka_backend.producer import metering
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 RESULT = {"order": 40_961, "state": "shipped", "lines": [{"sku": "A-1002", "n": 2}, {"sku": "B-77", "n": 1}]}
 WARM_UP = 200
+METERED = "buffered, with metrics"
 
 
 def main() -> None:
@@ -56,9 +58,10 @@ def _timed(store: Callable[[Context], Any], finish: Callable[[], Any], calls: in
 def _store(what: str, given: dict[str, Any]) -> tuple[Callable[[Context], Any], Callable[[], Any]]:
     if what == "raw":
         return _raw(given)
-    url, settings = (
-        (given["redis"], {}) if what == "redis" else (given["kafka"], {**given["settings"], "delivery": what})
-    )
+    url, settings = given["redis"], {}
+    if what != "redis":
+        mode = {"delivery": "buffered", "metrics_port": 0} if what == METERED else {"delivery": what}
+        url, settings = given["kafka"], {**given["settings"], **mode}
     app = Celery(f"bench-{what}", broker="memory://", backend=url, set_as_current=False)
     if settings:
         app.conf.kafka_backend_settings = settings
@@ -67,6 +70,8 @@ def _store(what: str, given: dict[str, Any]) -> tuple[Callable[[Context], Any], 
     def add() -> None: ...
 
     backend = app.backend
+    if what == METERED:
+        metering.measure(backend.recorder)
 
     def store(request: Context) -> None:
         backend.store_result(request.id, RESULT, states.SUCCESS, request=request)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.figures import Bound, Row
 from benchmarks.stage import say
+from benchmarks.store_child import METERED
 
 if TYPE_CHECKING:
     from benchmarks.stage import Stage
@@ -16,11 +17,12 @@ RAW = "bare produce and acknowledge"
 
 def run(stage: Stage) -> list[Row]:
     with stage.redis() as server:
-        one = _measured(stage, 1, server.clean_database(), ["redis", "buffered", "acknowledged", "raw"])
+        one = _measured(stage, 1, server.clean_database(), ["redis", "buffered", METERED, "acknowledged", "raw"])
         three = _measured(stage, 3, server.clean_database(), ["acknowledged", "raw"])
     return [
         _row("buffered, mean of the calls", one, "buffered", "redis", Bound(most=0.125), "mean"),
         _row("buffered, until the last one is in Kafka", one, "buffered", "redis", None, "arrived"),
+        _row("buffered, with metrics", one, METERED, "buffered", None, "mean"),
         _row("acknowledged, replication 1", one, "acknowledged", "redis", Bound(most=1.6)),
         _row("acknowledged, replication 1", one, "acknowledged", "raw", None),
         _row("acknowledged, replication 3", three, "acknowledged", "raw", Bound(most=1.3)),
@@ -58,7 +60,7 @@ def _row(
         unit="us/call",
         ours=[1e6 * one[figure] for one in found[ours]],
         peer=[1e6 * one[figure] for one in found[peer]],
-        against=REDIS if peer == "redis" else RAW,
+        against={"redis": REDIS, "raw": RAW}.get(peer, peer),
         bound=bound,
         note="2,000 calls a run, in turn with the peer, same process" if peer == "redis" and bound else "",
     )

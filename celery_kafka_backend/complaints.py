@@ -190,7 +190,7 @@ def unusable(settings: Settings, why: str) -> SettingsError:
         for value in options.values():  # of an option that may hold a secret none is shown, whoever quotes it
             if isinstance(value, str) and len(value) > 3 and value in why and _hides(options, value):
                 why = why.replace(value, "**")
-        for name in sorted(options, key=len, reverse=True):
+        for name in sorted(options, key=lambda name: (name in why, len(name)), reverse=True):
             value = options[name]
             quoted = isinstance(value, str) and len(value) > 2 and not is_secret(name) and value in why
             if name in why or quoted:

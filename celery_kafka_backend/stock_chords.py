@@ -98,7 +98,7 @@ class StockChords(Writes):
 
     def _group_document(self, group_id: str) -> bytes | None:
         """Return a saved group; that of a chord counted here was written into the store itself, not into the log."""
-        if getattr(self._here, "counting", False):
+        if self._here.counting:
             return self.reader.groups([group_id]).get(group_id)
         return super()._group_document(group_id)
 

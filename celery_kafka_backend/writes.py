@@ -69,11 +69,13 @@ class Here(Reading):
         planned: The end of a task that is about to be stored.
         parted: The task whose chord part is sent.
         unstored: The task whose result could not be stored.
+        counting: Whether a chord of Celery's own backend is being counted.
     """
 
     planned: Ending | None = None
     parted: str | None = None
     unstored: str | None = None
+    counting = False
 
 
 class Writes(Reads):

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from celery.utils.time import get_exponential_backoff_interval
 
-from celery_kafka_backend.errors import NoSuchTopic, NotAcknowledged, PublishError, Refused, SpoolError, TooLarge
+from celery_kafka_backend.errors import (
+    NoSuchTopic,
+    NotAcknowledged,
+    PipelineError,
+    PublishError,
+    Refused,
+    SettingsError,
+    SpoolError,
+    TooLarge,
+)
 
 if TYPE_CHECKING:
     from confluent_kafka import KafkaError, Message
@@ -195,7 +204,7 @@ class Courier:
         except TooLarge:
             self._end(queued)
             raise
-        except PublishError as exc:
+        except (PublishError, SettingsError) as exc:
             self._refuse(queued, exc)
             return
         self._publisher.take_answers()
@@ -249,14 +258,14 @@ class Courier:
         elif not queued.spooled:
             self._refuse(queued, error)
 
-    def _refuse(self, queued: _Queued, error: PublishError) -> None:
+    def _refuse(self, queued: _Queued, error: PipelineError) -> None:
         """Spool it; or have a thread of our own send it again, one for all, so that they keep their order; or give up."""
         if self._spool(queued, error):
             return
         if _final(error) or not self._keep(queued):
             self._give_up(queued, error)
 
-    def _spool(self, queued: _Queued, why: PublishError | None) -> bool:
+    def _spool(self, queued: _Queued, why: PipelineError | None) -> bool:
         """Have this host keep a record that Kafka has not acknowledged; whether it does."""
         if self.detour is None or isinstance(why, TooLarge):
             return False
@@ -299,7 +308,7 @@ class Courier:
                 queued = self._refused[0]
             try:
                 self.carry(queued.record, queued.what, self._timeout_s, FOREVER)
-            except PublishError as exc:
+            except Exception as exc:  # noqa: BLE001 - said in the log; the records behind this one wait for this thread
                 self._give_up(queued, exc)
             finally:
                 self._end(queued)
@@ -307,12 +316,12 @@ class Courier:
                     self._refused.popleft()
                     self._kept_bytes -= len(queued.record.value or b"")
 
-    def _give_up(self, queued: _Queued, error: PublishError) -> None:
+    def _give_up(self, queued: _Queued, error: Exception) -> None:
         self.lost += 1
         logger.error("%s is lost: %s", queued.what, error)
         self._end(queued)
 
 
-def _final(error: PublishError) -> bool:
+def _final(error: PipelineError) -> bool:
     """Whether trying again is in vain. An unknown topic may be one that a broker in its first seconds has not read of."""
     return isinstance(error, (TooLarge, Refused)) and not isinstance(error, NoSuchTopic)

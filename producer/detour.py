@@ -12,7 +12,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from celery_kafka_backend.errors import PublishError, SpoolError, TooLarge
+from celery_kafka_backend.errors import PipelineError, PublishError, SettingsError, SpoolError, TooLarge
 
 if TYPE_CHECKING:
     from celery_kafka_backend.producer.publisher import Publisher, Record
@@ -70,7 +70,8 @@ class Detour:
             TooLarge: Final.
             SpoolError: Kafka did not acknowledge it in time, and the spool cannot take it.
         """
-        delivery = why = None
+        delivery = None
+        why: PipelineError | None = None
         if not self.away:
             until = time.monotonic() + self.after_s
             try:
@@ -78,13 +79,13 @@ class Detour:
                 delivery.wait(max(until - time.monotonic(), 0))
             except TooLarge:
                 raise
-            except PublishError as exc:
+            except (PublishError, SettingsError) as exc:  # a handle that is to be replaced, and its key file is gone
                 why = exc
             else:
                 return
         self.take(record, why, delivery)
 
-    def take(self, record: Record, why: PublishError | None = None, delivery: Sent | None = None) -> None:
+    def take(self, record: Record, why: PipelineError | None = None, delivery: Sent | None = None) -> None:
         """Spool a record.
 
         Args:
@@ -105,7 +106,7 @@ class Detour:
         if self._probe is None or self._probe.done:
             try:
                 self._probe = self._publisher.publish(record, then=self.answered)
-            except PublishError:
+            except (PublishError, SettingsError):
                 self._probe = None  # no room in the queue: the next one
 
     def answered(self, error: PublishError | None) -> None:

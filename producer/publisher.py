@@ -55,6 +55,8 @@ NO_TOKEN_S: Final = 10.0
 """After an ``oauth_cb`` that gave no token it is not asked again for so long."""
 
 _REPORT_EVERY_S: Final = 30.0
+_OF_FATAL: Final = (KafkaError._FATAL, KafkaError._PURGE_QUEUE)  # noqa: SLF001 - the driver's names
+"""What records end with that a handle had when it was finished for good; librdkafka tells why by a call of its own."""
 _parked: Final[list[Any]] = []
 
 
@@ -86,7 +88,7 @@ class Stored(NamedTuple):
 class Delivery:
     """The fate of one record, known once Kafka has answered."""
 
-    __slots__ = ("_done", "_explained", "_serve", "_then", "error", "offset", "partition", "topic")
+    __slots__ = ("_done", "_error", "_explained", "_serve", "_then", "offset", "partition", "topic")
 
     def __init__(
         self,
@@ -101,13 +103,18 @@ class Delivery:
         self.topic = topic
         self.partition = -1
         self.offset = -1
-        self.error: PublishError | None = None
+        self._error: KafkaError | None = None
         self._done = threading.Event()
 
     @property
     def stored(self) -> Stored:
         """Where the acknowledged record is."""
         return Stored(Partition(self.topic, self.partition), self.offset)
+
+    @property
+    def error(self) -> PublishError | None:
+        """Why it is not stored, as far as that is known by now."""
+        return None if self._error is None else self._explained(self._error, 0.0)
 
     @property
     def done(self) -> bool:
@@ -125,14 +132,15 @@ class Delivery:
         self._serve(self._done, timeout_s)
         if not self._done.is_set():
             raise self._explained(None, timeout_s)
-        if self.error is not None:
-            raise self.error
+        error = self.error
+        if error is not None:
+            raise error
 
     def _answered(self, error: KafkaError | None, message: Message) -> None:
         if error is None:
             self.partition, self.offset = message.partition() or 0, message.offset() or 0
         else:
-            self.error = self._explained(error, 0.0)
+            self._error = error
         self._done.set()
         if self._then is not None:
             self._then(self.error)
@@ -217,7 +225,7 @@ class Publisher:
                 f"Kafka did not acknowledge a record of {topic} within {waited_s:g} s"
             )
         else:
-            if self._fatal is not None and _code(error) == KafkaError._FATAL:  # noqa: SLF001 - the driver's name
+            if self._fatal is not None and _code(error) in _OF_FATAL:
                 error = self._fatal
             needed = [Right(WORKER, "topic", topic, "Write")]
             found = kafka.refusal(self.settings, error, f"Kafka at {self.settings.bootstrap_servers}, {topic}", needed)

@@ -164,6 +164,17 @@ def test_frozen_for_less_than_the_timeout(away, tmp_path, away_s):
     assert fleet.log("worker").count("not stored") == said
 
 
+def test_a_broker_that_was_frozen_holds_the_consumers_no_longer(away):
+    """What they had asked it is given up after 10 s. At librdkafka's 60 s no view moved for a minute after the thaw."""
+    fleet, _, cluster = away
+    for number in range(20):  # commits and heartbeats are under way
+        fleet.app.add.delay(number, 1)
+    cluster.brokers[0].freeze()
+    time.sleep(12)
+    cluster.brokers[0].thaw()
+    assert fleet.app.add.delay(40, 2).get(timeout=45) == 42
+
+
 def test_larger_than_the_client_s_limit(away, tmp_path):
     fleet, *_ = away
     row = Row(fleet, tmp_path, size=1_100_000)

@@ -295,6 +295,25 @@ def test_with_a_full_spool_the_worker_waits_for_kafka_and_loses_nothing(away, re
         made.fleet.stop()
 
 
+@pytest.mark.parametrize("pool", ["threads", "gevent", "eventlet"])
+def test_every_other_pool_spools_and_drains_too(away, redis_server, tmp_path, pool):
+    """There the tasks and whoever drains are threads, or greenlets, of one process."""
+    made = Spooling(away, redis_server, tmp_path)
+    try:
+        made.fleet.init()
+        made.fleet.pipeline()
+        made.fleet.worker("-P", pool, "-c", "4")
+        assert made.send(1)[0].get(timeout=PATIENCE_S) == 1000
+        away.proxy.cut()
+        during = made.send(30)
+        made.spooled(30)
+        away.proxy.heal()
+        made.drained()
+        made.proves(during, list(range(1000, 1030)))
+    finally:
+        made.fleet.stop()
+
+
 def test_a_worker_whose_spool_cannot_be_written_does_not_start(away, redis_server, tmp_path):
     (tmp_path / "spool").write_text("a file where the folder should be")
     made = Spooling(away, redis_server, tmp_path)

@@ -201,6 +201,37 @@ def test_queued_records_are_sent_again_in_the_background_in_their_order(courier,
     assert courier.lost == 0
 
 
+def a_handle_without_its_file(courier, handle):
+    """The present handle is finished for good, and the next cannot be made: its certificate's file is gone."""
+    made = [handle]
+
+    def make(_config):
+        if not made:
+            raise ValueError("ssl.key.location failed")
+        return made.pop()
+
+    courier._publisher.make = make
+    courier._publisher.open()
+    handle.answers.append(KafkaException(KafkaError(KafkaError._FATAL)))
+
+
+def test_what_is_queued_for_a_handle_that_cannot_be_made_is_named_and_the_next_go_on(courier, handle, caplog):
+    a_handle_without_its_file(courier, handle)
+    courier.queue(record(b"1"), "SUCCESS of 1")
+    until(lambda: courier.lost == 1)
+    assert "SUCCESS of 1 is lost" in caplog.text
+    courier._publisher.make = lambda _config: handle
+    courier.queue(record(b"2"), "SUCCESS of 2")
+    until(lambda: handle.produced == [b"2"])
+
+
+def test_what_is_stored_while_no_handle_can_be_made_is_spooled(courier, handle, spool):
+    a_handle_without_its_file(courier, handle)
+    for number in (b"1", b"2"):
+        courier.store(record(number), "SUCCESS", 5)
+    assert spooled(spool) == [b"1", b"2"]
+
+
 def test_whoever_queues_hears_the_answers_that_are_there(courier):
     """… and no thread has to win the interpreter for each."""
     courier._publisher.open()
