@@ -159,10 +159,6 @@ SERVERS = {
         *("uwsgi", "--master", "--need-app", "--die-on-term", "--http-socket", "127.0.0.1:{port}"),
         *("--processes", "2", "--enable-threads", "--module", "web_app:application"),
     ],
-    "uwsgi --gevent": [
-        *("uwsgi", "--master", "--need-app", "--die-on-term", "--http-socket", "127.0.0.1:{port}"),
-        *("--processes", "2", "--gevent", "20", "--gevent-early-monkey-patch", "--module", "web_app:application"),
-    ],
 }
 UWSGI = "import sys, pyuwsgi; sys.argv[0] = 'uwsgi'; pyuwsgi.run()"
 
