@@ -97,7 +97,7 @@ bench: $(READY)  ## measure; ARGS='--help' tells what
 faults: $(READY)  ## kill, freeze, cut and slow everything, by a seed; ARGS='--seed 7 --rounds 20', '--help' tells more
 	$(BIN)/python -m tests.faults $(ARGS)
 
-bench-stores: $(READY)  ## how fast each store on disk takes the log, against its peers (3 minutes)
+bench-stores: $(READY)  ## how fast each store on disk takes the log, against its peers (8 minutes)
 	$(BIN)/python -m benchmarks.run stores $(ARGS)
 
 clean:  ## remove what make made here (not the cache of servers)

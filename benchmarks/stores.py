@@ -40,7 +40,7 @@ class Store(NamedTuple):
 
 
 TASKS = 20_000
-WARM_UP = 6_000
+WARM_UP = 30_000
 STORES = {
     "mongodb": Store("MongoDB", mongodb.start, lambda server: server.clean_database(), 0.7, 1_500),
     # As in production, Java compiles all it can, and has the memory for it; so the first figures would be of a cold one.
