@@ -25,6 +25,17 @@ def add(x: int, y: int) -> int:
 
 
 @app.task
+def nothing() -> None:
+    """Do nothing."""
+
+
+@app.task
+def count(results: list[object]) -> int:
+    """Be a chord's body."""
+    return len(results)
+
+
+@app.task
 def wait(seconds: float) -> tuple[float, float]:
     """Wait, as a task that asks a service does; return when it began and ended."""
     began = time.monotonic()

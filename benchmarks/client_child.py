@@ -8,9 +8,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from celery.result import ResultSet
+from celery import chord, group
+from celery.result import GroupResult, ResultSet
 
-from benchmarks.celery_app import add, app, compute, wait
+from benchmarks.celery_app import add, app, compute, count, nothing, wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,9 +25,16 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     print(
         json.dumps(
-            {"sequential": _sequential, "steady": _steady, "ends": _ends, "batch": _batch, "spans": _spans}[
-                given["mode"]
-            ](given)
+            {
+                "sequential": _sequential,
+                "steady": _steady,
+                "ends": _ends,
+                "batch": _batch,
+                "spans": _spans,
+                "chord": _chord,
+                "chords": _chords,
+                "group": _group,
+            }[given["mode"]](given)
         ),
         flush=True,
     )
@@ -111,6 +119,45 @@ def _spans(given: dict[str, Any]) -> dict[str, Any]:
     """All at once, with no result read before: when each task began and ended, as they themselves saw it."""
     results = [wait.delay(given["seconds"]) for _ in range(given["tasks"])]
     return {"spans": ResultSet(results).join_native(timeout=TIMEOUT_S + 10 * given["seconds"] * given["tasks"])}
+
+
+def _chord(given: dict[str, Any]) -> dict[str, Any]:
+    """One chord, from its sending to its body's result."""
+    _warm_up()
+    chord([nothing.si()] * 2)(count.s()).get(timeout=TIMEOUT_S)
+    members = given["members"]
+    began = time.monotonic()
+    assert (
+        chord([nothing.si() for _ in range(members)])(count.s()).get(timeout=max(5 * TIMEOUT_S, members / 50))
+        == members
+    )
+    return {f"chord of {members:,}": time.monotonic() - began}
+
+
+def _chords(given: dict[str, Any]) -> dict[str, Any]:
+    """One after the other; their group ids."""
+    _warm_up()
+    found = []
+    for _ in range(given["chords"]):
+        result = chord([nothing.si() for _ in range(given["members"])])(count.s())
+        assert result.get(timeout=TIMEOUT_S) == given["members"]
+        found.append(result.parent.id)
+    time.sleep(0.5)  # the last one's `fired` comes after its body
+    return {"groups": found}
+
+
+def _group(given: dict[str, Any]) -> dict[str, Any]:
+    """A group, from its sending to all its results; and the same results read once more, by somebody else."""
+    _warm_up()
+    members = given["members"]
+    began = time.monotonic()
+    sent = group(nothing.si() for _ in range(members)).apply_async()
+    assert len(sent.get(timeout=5 * TIMEOUT_S)) == members
+    done = time.monotonic()
+    again = GroupResult(sent.id, [app.AsyncResult(one.id) for one in sent.results])
+    assert len(again.get(timeout=TIMEOUT_S)) == members
+    title = f"group of {members:,}"
+    return {f"{title}: send and get()": done - began, f"{title}: get() when done": time.monotonic() - done}
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Fleet(NamedTuple):
         env: For a client's process.
         worker: The worker's main process.
         materializer: Ours; None for Celery's Redis backend.
+        chords: The chord processor, where it was asked for.
         topic: The log; "" likewise.
         settings: Ours; None likewise.
     """
@@ -36,20 +37,23 @@ class Fleet(NamedTuple):
     env: dict[str, str]
     worker: Child
     materializer: Child | None
+    chords: Child | None
     topic: str
     settings: Settings | None
 
 
 @contextlib.contextmanager
-def fleet(stage: Stage, backend: str, server: RedisServer, cluster: KafkaCluster, **more: object) -> Iterator[Fleet]:
+def fleet(
+    stage: Stage, backend: str, server: RedisServer, cluster: KafkaCluster, *, chords: bool = False, **more: object
+) -> Iterator[Fleet]:
     """Start a worker of two children, its broker a database of ``server``, its results in another.
 
-    ``more`` are settings of ours.
+    ``chords`` starts the chord processor; ``more`` are settings of ours.
     """
     broker, view = server.clean_database(), server.clean_database()
     with contextlib.ExitStack() as stack:
         env = {"BENCH_BROKER": broker, "BENCH_BACKEND": view, "BENCH_SETTINGS": ""}
-        materializer, topic, parsed = None, "", None
+        materializer, decider, topic, parsed = None, None, "", None
         if backend == OURS:
             settings = stage.settings(cluster, view)
             overrides = {**stage.overrides(cluster, settings.topic_prefix), **more}
@@ -59,7 +63,9 @@ def fleet(stage: Stage, backend: str, server: RedisServer, cluster: KafkaCluster
             materializer = stack.enter_context(
                 stage.child("materializer_child", {"backend": url, "overrides": overrides})
             )
+            if chords:
+                decider = stack.enter_context(stage.child("chords_child", {}, env))
             topic = topics.task_events(settings.topic_prefix)
         command = [sys.executable, "-m", "celery", "-A", "benchmarks.celery_app", "worker", "-l", "WARNING"]
         command += ["-P", "prefork", "-c", str(CHILDREN), "-n", f"{backend}@bench"]
-        yield Fleet(env, stack.enter_context(stage.program(command, env)), materializer, topic, parsed)
+        yield Fleet(env, stack.enter_context(stage.program(command, env)), materializer, decider, topic, parsed)

@@ -28,6 +28,7 @@ BENCHES = {
     "fold_redis": "events per second into Redis, against Faust, memory and the ceiling",
     "round_trip": "delay().get(), against Celery's Redis backend",
     "under_load": "from a task's end until get() returns, while the log takes 2,000 tasks/s",
+    "chords": "chords and groups of tasks that do nothing, against Celery's Redis backend",
     "worker_rate": "tasks per second of a worker, against Celery's Redis backend",
     "store_result": "what storing a result costs, against Celery's Redis backend and a bare produce",
     "delay": "what recording adds to delay() while Kafka is unreachable",
@@ -38,9 +39,10 @@ BENCHES = {
     "barrier": "a read that a lagging view does not fool, against a plain read",
     "process_model": "a producer per child against one publisher process per host (only with --long or by name)",
     "stores": "events per second into the stores on disk, from the log and from memory (only with --long or by name)",
+    "chord_memory": "memory of the chord processor with 100,000 members, and such a chord (only with --long or by name)",
     "memory": "resident memory of a materializer from 1 to 5 million events (only with --long or by name)",
 }
-LONG = frozenset({"stores", "memory", "process_model"})
+LONG = frozenset({"stores", "memory", "chord_memory", "process_model"})
 RUNS = 5
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRESS_S = 1.0
-CHILD_S = 900
+CHILD_S = 2_400
 PARTITIONS = 8
 
 

@@ -113,6 +113,11 @@ def short_lived():
     return 1
 
 
+@app.task(result_expires=1)
+def brief(value):
+    return value
+
+
 @app.task
 def refuse():
     raise Reject("not today", requeue=False)

@@ -250,6 +250,17 @@ def test_a_large_decision_is_written_in_slices(app, fleet, start, tmp_path):
     assert body["args"] == [[n * 10 for n in range(25)]]
 
 
+def test_a_chord_of_more_members_than_fit_a_record(app, fleet, start, tmp_path):
+    """The members of its decision stand in slices, and all of its results in its body."""
+    chord = Chord(app, app.tasks["proj.xsum"].s(), size=records.CHUNK + 1_000)
+    start()
+    fleet.append(chord.declared, chord.sized, *reversed(chord.parts()))
+    until(lambda: fired(fleet, chord.group), "fired")
+    assert decided(fleet, chord.group).slices > 1
+    (body,) = sent_bodies(tmp_path)
+    assert body["args"] == [[n * 10 for n in range(chord.size)]]
+
+
 def test_a_declaration_with_a_wrong_mac_is_a_dead_letter(app, fleet, start, tmp_path, config):
     secret = msgspec.structs.replace(config, chord_key="secret")
     good, bad = Chord(app, app.tasks["proj.xsum"].s()), Chord(app, app.tasks["proj.xsum"].s())

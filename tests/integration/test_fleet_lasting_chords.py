@@ -1,0 +1,48 @@
+"""Chords that outlive the results of their members, and members that are delivered again after they succeeded."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from celery import chord
+
+SOON = 40
+VISIBLE_S = 5
+
+pytestmark = [
+    pytest.mark.kafka,
+    pytest.mark.redis,
+    pytest.mark.parametrize(
+        "fleet",
+        [
+            {
+                "conf": {
+                    "worker_deduplicate_successful_tasks": True,
+                    "broker_transport_options": {"visibility_timeout": VISIBLE_S, "polling_interval": 0.01},
+                }
+            }
+        ],
+        indirect=True,
+    ),
+]
+
+
+def test_results_may_expire_before_the_chord_is_complete(fleet):
+    tasks = fleet.app
+    result = chord([tasks.brief.s(2), tasks.nap.s(3)])(tasks.note.s())
+    fleet.until("worker", "noted [2, 3]", SOON)
+    assert result.parent.results[0].state == "PENDING", "it had expired, or this shows nothing"
+
+
+def test_a_member_that_succeeded_and_is_delivered_again_counts_and_does_not_run_again(fleet, tmp_path):
+    """The whole worker dies between the member's success and the broker's acknowledgement."""
+    tasks = fleet.app
+    path = tmp_path / "runs"
+    chord([tasks.stored_and_killed.s(str(path), parent=True), tasks.add.s(1, 2)])(tasks.note.s())
+    fleet.processes.pop("worker").wait(SOON)
+    # kombu looks for what a dead worker had when a worker starts, and then not for a long time.
+    time.sleep(VISIBLE_S + 1)
+    fleet.worker()
+    fleet.until("worker", "noted ['stored', 3]", SOON)
+    assert path.read_text() == "ran\n"
