@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import states
 from celery.backends.asynchronous import BaseResultConsumer
 
+from celery_kafka_backend.errors import Unavailable
 from celery_kafka_backend.reader import Ear
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 HEAR_SLICE_S: Final = 0.1
@@ -96,18 +98,29 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
         if meta["status"] in states.READY_STATES:
             self.cancel_for(task_id)
 
-    def _wait_for_pending(self, result: Any, timeout: float | None = None, **kwargs: Any) -> Iterator[None]:
+    def _wait_for_pending(
+        self, result: Any, timeout: float | None = None, on_interval: Callable[[], Any] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
         """Look once at what is there already, in the waiter's own thread, then wait for the rest of the timeout."""
         outer = getattr(self._here, "until", None)
         # Celery takes 0, as None, for no timeout at all.
         self._here.until = until = time.monotonic() + timeout if timeout else None
+        unknown = list(_unknown(result))
+        # A group asks the backend of the thread that waits; its members know that of the thread that sent them.
+        foreign = [one for one in unknown if one.backend is not self.backend]
+        for one in foreign:
+            self.backend.add_pending_result(one)
         try:
-            for task_id, document in self.ear.meet(list(_unknown(result)), self._patience_s()).items():
+            for task_id, document in self.ear.meet([one.id for one in unknown], self._patience_s()).items():
                 self._changed(task_id, document)
             left = None if until is None else max(until - time.monotonic(), 0.01)
-            yield from super()._wait_for_pending(result, timeout=left, **kwargs)
+            yield from super()._wait_for_pending(
+                result, timeout=left, on_interval=on_interval and _unless_away(on_interval), **kwargs
+            )
         finally:
             self._here.until = outer
+            for one in foreign:
+                self.backend.remove_pending_result(one)
 
     def _patience_s(self) -> float | None:
         """How long this thread's ``get`` may still wait for the store."""
@@ -115,10 +128,20 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
         return None if until is None else max(until - time.monotonic(), SHORTEST_PATIENCE_S)
 
 
-def _unknown(result: Any) -> Iterator[str]:
-    """Yield the ids of a result, or of the members of a group of groups, whose end is not known yet."""
+def _unknown(result: Any) -> Iterator[Any]:
+    """Yield a result, or the members of a group of groups, whose end is not known yet."""
     if (members := getattr(result, "results", None)) is not None:
         for each in members:
             yield from _unknown(each)
     elif result._cache is None:  # noqa: SLF001 - as Celery's own `ResultSet` asks
-        yield result.id
+        yield result
+
+
+def _unless_away(on_interval: Callable[[], Any]) -> Callable[[], None]:
+    """Return what is called while one waits, where Celery looks whether a parent has failed: the view may be away."""
+
+    def call() -> None:
+        with suppress(Unavailable):
+            on_interval()
+
+    return call

@@ -108,14 +108,12 @@ class Switching:
 @pytest.fixture
 def switching(kafka, redis_server, tmp_path):
     (port,) = ports.free(1)
-    fleet = Fleet(kafka.bootstrap, redis_server.clean_database(), redis_server.clean_database(), tmp_path, {}, {})
-    made = Switching(fleet, tmp_path, port)
-    try:
+    with Fleet(
+        kafka.bootstrap, redis_server.clean_database(), redis_server.clean_database(), tmp_path, {}, {}
+    ) as fleet:
         fleet.init()
         fleet.start("pipeline", "pipeline", "run", "--metrics-port", str(port), ready="assigned")
-        yield made
-    finally:
-        fleet.stop()
+        yield Switching(fleet, tmp_path, port)
 
 
 def test_a_switch_there_and_back_under_load_loses_nothing(switching):
