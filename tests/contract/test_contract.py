@@ -381,7 +381,7 @@ def test_what_can_never_be_written_is_named_and_the_rest_is_written(place: Place
 
 def soon() -> int:
     """An expiry that this test will see."""
-    return time.time_ns() // 1_000_000 + 500
+    return time.time_ns() // 1_000_000 + 1_500
 
 
 def test_expiries_are_absolute_and_exact(place: Place) -> None:
@@ -426,7 +426,7 @@ def test_what_has_expired_is_not_there(place: Place) -> None:
             chords=[ChordFact("c", "sized", 1, b"1", at)],
         )
     )
-    assert view.documents(["t"]) or time.time() * 1000 >= at, "a slow machine may come too late"
+    assert view.documents(["t"])
     time.sleep(max(0.0, at / 1000 - time.time()) + 0.1)
     assert (view.documents(["t"]), view.shown(["t"]), view.groups(["g"]), view.chord("c")) == ({}, {}, {}, {})
     assert place.dump() == []

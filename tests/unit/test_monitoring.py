@@ -12,7 +12,7 @@ from confluent_kafka import KafkaException
 from celery_kafka_backend import metrics
 from celery_kafka_backend.board import Board
 from celery_kafka_backend.changes import Partition
-from celery_kafka_backend.processors import metering
+from celery_kafka_backend.processors import metering, monitoring
 from celery_kafka_backend.processors.metering import BEAT, STORE, TURN, VIEW, Report
 from celery_kafka_backend.processors.monitoring import PATIENCE, ProcessorsSource, Role
 from celery_kafka_backend.producer.metering import _LAYOUT, _SINCE, MeteredProducer
@@ -60,8 +60,12 @@ def test_a_processor_that_has_not_come_up_yet_is_unready_and_not_unhealthy():
         ({"wrong": ["paused, writing: away"]}, True, "paused, writing: away"),
     ],
 )
-def test_health_is_the_loops_and_readiness_is_that_of_all_it_needs(what, healthy, why):
+def test_health_is_the_loops_and_readiness_is_that_of_all_it_needs(what, healthy, why, monkeypatch):
     processor = Processor()
+    now = time.monotonic()
+    monkeypatch.setattr(
+        monitoring, "time", SimpleNamespace(monotonic=lambda: now)
+    )  # it stands still between both looks
     processor.was(**what)
     assert processor.source.unhealthy() == ([] if healthy else [f"{NAME}: {why}"])
     assert processor.source.unready() == ([] if why is None else [f"{NAME}: {why}"])
