@@ -6,8 +6,6 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_VENV := .demo/venv
 DEMO_READY := $(DEMO_VENV)/.ready
-OLDEST_VENV := .versions/oldest
-OLDEST_READY := $(OLDEST_VENV)/.ready
 CONFORMANCE_VENV := .conformance/venv
 CONFORMANCE_READY := $(CONFORMANCE_VENV)/.ready
 
@@ -17,12 +15,11 @@ BOUNDED := timeout --foreground --signal=INT --kill-after=60
 PYTEST := $(BIN)/python -m pytest -p faulthandler -o faulthandler_timeout=300
 
 QUICK_TESTS := $(wildcard tests/unit tests/property tests/contract)
-VERSION_TESTS := $(QUICK_TESTS) $(addprefix tests/integration/test_,fleet.py fleet_canvas.py fleet_chords.py fleet_barrier.py publisher.py client_methods.py kafka_result.py switching.py)
 SOURCES := $(wildcard $(foreach folder,celery_kafka_backend producer processors sinks,$(addprefix $(folder)/*.,py lua painless sql)))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help preflight services venv test test-quick delivery-table lint format demo recycle bench bench-stores conformance versions faults clean
+.PHONY: help preflight services venv test test-quick delivery-table lint format demo recycle bench bench-stores conformance faults clean
 
 help:  ## this text
 	@echo "Start here:"
@@ -94,16 +91,6 @@ $(CONFORMANCE_READY): pyproject.toml tests/conformance/requirements.txt
 	$(BOUNDED) 1800 $(CONFORMANCE_VENV)/bin/python -m pip install --quiet --editable '.[redis,processor]' -r tests/conformance/requirements.txt
 	@touch $@
 
-versions: $(OLDEST_READY) services  ## the oldest Celery, kombu, confluent-kafka and redis-py that we claim; `make test` has the newest
-	$(OLDEST_VENV)/bin/python -m pip freeze --exclude-editable | grep -i -E '^(celery|kombu|confluent-kafka|redis|msgspec)='
-	$(BOUNDED) 2400 $(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadfile $(VERSION_TESTS) $(ARGS)
-
-$(OLDEST_READY): pyproject.toml tests/versions/oldest.txt
-	$(PYTHON) -m venv --clear $(OLDEST_VENV)
-	$(BOUNDED) 1800 $(OLDEST_VENV)/bin/python -m pip install --quiet --editable '.[test]' -c tests/versions/oldest.txt
-	$(BOUNDED) 600 $(OLDEST_VENV)/bin/python -m pip install --quiet gevent eventlet
-	@touch $@
-
 bench: $(READY)  ## measure; ARGS='--help' tells what
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
@@ -114,5 +101,5 @@ bench-stores: $(READY)  ## how fast each store on disk takes the log, against it
 	$(BIN)/python -m benchmarks.run stores $(ARGS)
 
 clean:  ## remove what make made here (not the cache of servers)
-	rm -rf $(VENV) .demo .conformance .versions build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .demo .conformance build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
 from celery import states
 from celery.backends.asynchronous import BaseResultConsumer
@@ -38,6 +40,7 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
         self._here = threading.local()
         self.listener: Any = None
         """What `awaiting` has to hear with."""
+        _consumers.add(self)
 
     @property
     def ear(self) -> Ear:
@@ -65,7 +68,7 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
             self._ear.close()
 
     def on_after_fork(self) -> None:
-        """Start anew in a fork."""
+        """Start anew in a fork, where the thread whose turn it was is not."""
         self._ear = None
         self._turn = threading.Condition()
         self._hearing = False
@@ -126,6 +129,18 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
         """How long this thread's ``get`` may still wait for the store."""
         until: float | None = getattr(self._here, "until", None)
         return None if until is None else max(until - time.monotonic(), SHORTEST_PATIENCE_S)
+
+
+_consumers: Final[WeakSet[ResultConsumer]] = WeakSet()
+
+
+def _after_fork() -> None:
+    for each in list(_consumers):
+        each.on_after_fork()
+
+
+# Not by the process id when next used: of two threads of the child, the second one would take the turn from the first.
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _unknown(result: Any) -> Iterator[Any]:

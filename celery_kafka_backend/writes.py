@@ -84,8 +84,6 @@ class Writes(Reads):
     _here: Here
     failure_expires: float | None
     _extended: bool
-    compression: str | None = None
-    """``result_compression``, which Celery's own backends have since 5.7."""
 
     # -- storing -----------------------------------------------------------------------------
 

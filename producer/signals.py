@@ -17,6 +17,7 @@ from billiard.process import current_process
 from celery import signals
 from celery import states as states_of
 from celery.app import trace
+from celery.app.task import get_actual_ignore_result
 
 from celery_kafka_backend import events, order, ownership
 from celery_kafka_backend.errors import PipelineError, PublishError, SettingsError, StoreError
@@ -236,8 +237,7 @@ def prerun(task_id: str | None = None, task: Any = None, **_: Any) -> None:
     recorder.clock.observe(field(request, names.RECEIVED_HLC))
     setattr(request, names.STARTED_AT, recorder.clock.wall_ms())
     setattr(request, BEGAN, time.monotonic())
-    given = vars(request).get("ignore_result")  # as in Celery 5.7; what the class says is no answer
-    ignored = task.ignore_result if given is None else given
+    ignored = get_actual_ignore_result(task, request)
     if task.track_started and not ignored:
         return  # STARTED is about to be stored, and says the same
     _note(recorder, events.STARTED, task_id, request, task.name, ignored=bool(ignored))

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from tests.services.elasticsearch import ElasticServer
 
 
+def _stock(url: str) -> str:
+    """Return the URL of a store as Celery's own backend for it takes it."""
+    if url.startswith("sqlite"):
+        return f"db+{url}"
+    return url.replace("postgresql://", "db+postgresql+psycopg://")
+
+
 class Place:
     """A store with nothing in it, and the sinks and views that a case opens, which are closed behind it.
 
@@ -38,7 +45,7 @@ class Place:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.celery: dict[str, Any] = {"backend": f"db+{url}" if url.startswith("sqlite") else url}
+        self.celery: dict[str, Any] = {"backend": _stock(url)}
         self._open: list[Any] = []
 
     def sink(self, **options: Any) -> Sink:

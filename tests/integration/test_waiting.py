@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import uuid
@@ -11,6 +12,7 @@ import pytest
 from celery import Celery
 from celery.exceptions import TimeoutError as NotInTime
 from celery.result import AsyncResult, GroupResult
+from redis import Redis
 
 from tests.services import redis
 from tests.services.errors import ServiceError
@@ -96,3 +98,26 @@ def test_it_hears_when_the_view_is_back(server, app):
             f'{{"status": "SUCCESS", "result": 42, "traceback": null, "children": [], "date_done": null, "task_id": "{result.id}"}}',
         )
     assert result.get(timeout=20) == 42
+
+
+def test_a_fork_hears_though_a_thread_of_its_parent_was_hearing(server, app):
+    backend, awaited = app.backend, uuid.uuid4().hex
+    parents = AsyncResult(uuid.uuid4().hex, app=app, backend=backend)
+    threads = [threading.Thread(target=waits_in_vain, args=(parents, 3)) for _ in range(2)]
+    for one in threads:
+        one.start()
+    while not backend.result_consumer._hearing:
+        time.sleep(0.001)
+    pid = os.fork()
+    if not pid:
+        status = 1
+        with contextlib.suppress(BaseException):
+            status = 0 if AsyncResult(awaited, app=app, backend=backend).get(timeout=20) == 42 else 1
+        os._exit(status)
+    time.sleep(0.5)  # it has looked, and waits
+    document = f'{{"status": "SUCCESS", "result": 42, "traceback": null, "children": [], "task_id": "{awaited}"}}'
+    with Redis(port=server.port) as client:
+        client.set(f"celery-task-meta-{awaited}", document)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    for one in threads:
+        one.join()

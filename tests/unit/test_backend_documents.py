@@ -6,7 +6,6 @@ import json
 from datetime import datetime, timedelta
 from uuid import uuid4
 
-import celery
 import pytest
 from celery import Celery, states
 from celery.app.task import Context
@@ -37,8 +36,7 @@ def test_a_document_is_what_celery_s_own_backends_write(conf, more, state):
     if state in states.READY_STATES:
         when, expected = datetime.fromisoformat(when), datetime.fromisoformat(expected)
         assert abs(when - expected) < timedelta(minutes=1)
-        if celery.VERSION[:2] >= (5, 7):  # older ones write UTC, whatever the settings say
-            assert when.utcoffset() == expected.utcoffset()
+        assert when.utcoffset() == expected.utcoffset()
     else:
         assert when is expected is None
 
