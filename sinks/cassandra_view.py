@@ -26,12 +26,11 @@ from celery_kafka_backend.sinks.cassandra_guard import (
 from celery_kafka_backend.sinks.cassandra_native import NativeRow, stock_document
 from celery_kafka_backend.sinks.cassandra_place import Place
 from celery_kafka_backend.sinks.cassandra_wire import translated
-from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, View, document_row, side_row
-from celery_kafka_backend.sinks.per_process import PerProcess
+from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, document_row, side_row
+from celery_kafka_backend.sinks.per_process import DriverView, PerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from contextlib import AbstractContextManager
 
 CHORD: Final = "chord"
 CHUNK: Final = 1000
@@ -79,7 +78,7 @@ class Cell:
         return self.winners.get("")
 
 
-class CassandraView(View):
+class CassandraView(DriverView[wire.Connection]):
     """Reads a view in Cassandra."""
 
     def __init__(self, url: str, options: StoreOptions) -> None:
@@ -88,18 +87,6 @@ class CassandraView(View):
         self._namespace = options.namespace
         self._serializer = options.serializer
         self._own = PerProcess(lambda: wire.acquire(self._place), wire.release)
-
-    def after_fork(self) -> None:
-        """Leave the parent its session."""
-        self._own.after_fork()
-
-    def close(self) -> None:
-        """Disconnect; a later read connects anew."""
-        self._own.close()
-
-    def within(self, timeout_s: float) -> AbstractContextManager[None]:
-        """Bound what this thread waits for answers."""
-        return wire.within(timeout_s)
 
     @property
     def _connection(self) -> wire.Connection:

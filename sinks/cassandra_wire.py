@@ -18,6 +18,7 @@ from cassandra.pool import NoConnectionsAvailable
 
 from celery_kafka_backend.errors import SettingsError, Unavailable
 from celery_kafka_backend.sinks import cassandra_schema as schema
+from celery_kafka_backend.sinks.patience import at_most
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -28,7 +29,6 @@ What = TypeVar("What")
 
 IN_FLIGHT: Final = 32
 """Requests under way at once: enough to keep a small cluster busy, and a bound on what it must hold."""
-SHORTEST_S: Final = 0.01
 BUSY_PAUSE_S: Final = 0.005
 
 SETTINGS: Final = "SELECT name, value FROM system_views.settings"
@@ -134,7 +134,7 @@ class _Request:
     def __init__(self, session: Any, statement: Any) -> None:
         self._session = session
         self._statement = statement
-        self._timeout_s = left_s(session.get_execution_profile(EXEC_PROFILE_DEFAULT).request_timeout)
+        self._timeout_s = at_most(session.get_execution_profile(EXEC_PROFILE_DEFAULT).request_timeout)
         self._until = time.monotonic() + self._timeout_s
         self._future = session.execute_async(statement, timeout=self._timeout_s)
 
@@ -176,7 +176,7 @@ def connect(place: Place) -> Connection:
         SettingsError: One does, and refuses us, or has no such keyspace.
     """
     with translated(place.url):
-        cluster = place.cluster(left_s(place.connect_timeout_s))
+        cluster = place.cluster(at_most(place.connect_timeout_s))
         try:
             session = cluster.connect()
             cluster.connect_timeout = place.connect_timeout_s
@@ -240,7 +240,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-# -- errors and patience -------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -266,23 +266,3 @@ def _refused(url: str, exc: BaseException) -> SettingsError:
         "check cassandra_auth_provider, cassandra_auth_kwargs and the role's rights (SELECT, MODIFY; CREATE for tables)"
     )
     return SettingsError("view", f"{url} refuses us: {exc}", remedy)
-
-
-_here: Final = threading.local()
-
-
-@contextmanager
-def within(timeout_s: float) -> Iterator[None]:
-    """Have every wait of this thread for a server end after so long in all."""
-    outer = getattr(_here, "until", None)
-    _here.until = time.monotonic() + timeout_s
-    try:
-        yield
-    finally:
-        _here.until = outer
-
-
-def left_s(limit_s: float) -> float:
-    """How long this thread may wait for an answer."""
-    until = getattr(_here, "until", None)
-    return limit_s if until is None else max(min(until - time.monotonic(), limit_s), SHORTEST_S)

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any, Final
 from elasticsearch import exceptions
 
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
-from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, View, document_row, side_row
+from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, document_row, side_row
 from celery_kafka_backend.sinks.elasticsearch_indices import NEVER
 from celery_kafka_backend.sinks.elasticsearch_native import stock_document, taken
-from celery_kafka_backend.sinks.elasticsearch_wire import READ_TIMEOUT_S, Place, bounded, translated, within
-from celery_kafka_backend.sinks.per_process import PerProcess
+from celery_kafka_backend.sinks.elasticsearch_wire import READ_TIMEOUT_S, Place, bounded, translated
+from celery_kafka_backend.sinks.per_process import DriverView, PerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
 
     from elasticsearch import Elasticsearch
 
@@ -41,7 +40,7 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-class ElasticView(View):
+class ElasticView(DriverView["Elasticsearch"]):
     """Reads a view in Elasticsearch."""
 
     def __init__(self, url: str, options: StoreOptions) -> None:
@@ -53,18 +52,6 @@ class ElasticView(View):
     @property
     def _client(self) -> Elasticsearch:
         return bounded(self._own.client)
-
-    def after_fork(self) -> None:
-        """Leave the parent its client."""
-        self._own.after_fork()
-
-    def close(self) -> None:
-        """Disconnect; a later read connects anew."""
-        self._own.close()
-
-    def within(self, timeout_s: float) -> AbstractContextManager[None]:
-        """Bound what this thread asks for."""
-        return within(timeout_s)
 
     # -- by id: as of now, not of a refresh ----------------------------------------------------
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import unquote, urlsplit
@@ -14,6 +12,7 @@ from elasticsearch import exceptions
 
 from celery_kafka_backend.errors import SettingsError, Unavailable
 from celery_kafka_backend.settings import mask
+from celery_kafka_backend.sinks.patience import left_s
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -100,29 +99,12 @@ def _unfit(url: str, problem: str, remedy: str) -> SettingsError:
     return SettingsError("view", f"{url}: {problem}", remedy)
 
 
-# -- one call's time ---------------------------------------------------------------------------
-
-_here: Final = threading.local()
-
-
-@contextmanager
-def within(timeout_s: float) -> Iterator[None]:
-    """Have every request of this thread end after so long in all; it is then `Unavailable`."""
-    outer = getattr(_here, "until", None)
-    _here.until = time.monotonic() + timeout_s
-    try:
-        yield
-    finally:
-        _here.until = outer
-
-
 def bounded(client: elasticsearch.Elasticsearch) -> elasticsearch.Elasticsearch:
     """Return the client as this thread may use it now: in a hurry it asks once."""
-    until = getattr(_here, "until", None)
-    if until is None:
+    left = left_s()
+    if left is None:
         return client
-    left = max(until - time.monotonic(), SHORTEST_S)
-    return client.options(request_timeout=min(left, READ_TIMEOUT_S), max_retries=0)
+    return client.options(request_timeout=min(max(left, SHORTEST_S), READ_TIMEOUT_S), max_retries=0)
 
 
 # -- what answers mean -------------------------------------------------------------------------

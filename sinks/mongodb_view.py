@@ -11,7 +11,7 @@ from bson.max_key import MaxKey
 from bson.min_key import MinKey
 
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
-from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, View, document_row, side_row
+from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, document_row, side_row
 from celery_kafka_backend.sinks.mongodb_native import document_of, stock_document
 from celery_kafka_backend.sinks.mongodb_wire import (
     CHORD,
@@ -23,7 +23,7 @@ from celery_kafka_backend.sinks.mongodb_wire import (
     expiry_ms,
     translated,
 )
-from celery_kafka_backend.sinks.per_process import PerProcess
+from celery_kafka_backend.sinks.per_process import DriverView, PerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -39,7 +39,7 @@ def _now() -> DatetimeMS:
     return DatetimeMS(time.time_ns() // 1_000_000)
 
 
-class MongoView(View):
+class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
     """Reads a view in MongoDB."""
 
     def __init__(self, url: str, options: StoreOptions) -> None:
@@ -52,14 +52,6 @@ class MongoView(View):
     @property
     def _client(self) -> MongoClient[dict[str, Any]]:
         return self._own.client
-
-    def after_fork(self) -> None:
-        """Leave the parent its client."""
-        self._own.after_fork()
-
-    def close(self) -> None:
-        """Disconnect; a later read connects anew."""
-        self._own.close()
 
     def _collection(self, name: str) -> Collection[dict[str, Any]]:
         return self._place.collection(self._client, name)

@@ -6,8 +6,12 @@ import os
 import threading
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from celery_kafka_backend.sinks.contract import View
+from celery_kafka_backend.sinks.patience import within
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 Client = TypeVar("Client")
 
@@ -50,3 +54,21 @@ class PerProcess(Generic[Client]):
         if self._pid == os.getpid() and self._opened is not None:
             self._close(self._opened)
             self._opened = None
+
+
+class DriverView(View, Generic[Client]):
+    """A view that is read through a driver's client, one per process."""
+
+    _own: PerProcess[Client]
+
+    def after_fork(self) -> None:
+        """Leave the parent its client."""
+        self._own.after_fork()
+
+    def close(self) -> None:
+        """Disconnect; a later read connects anew."""
+        self._own.close()
+
+    def within(self, timeout_s: float) -> AbstractContextManager[None]:
+        """Bound what this thread waits for the server."""
+        return within(timeout_s)

@@ -11,8 +11,8 @@ from celery_kafka_backend.changes import GROUP, TASK, Partition
 from celery_kafka_backend.errors import Unavailable
 from celery_kafka_backend.order import KEY_DIGITS
 from celery_kafka_backend.settings import mask
-from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, Subscription, View, document_row, side_row
-from celery_kafka_backend.sinks.per_process import PerProcess
+from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, Subscription, document_row, side_row
+from celery_kafka_backend.sinks.per_process import DriverView, PerProcess
 from celery_kafka_backend.sinks.redis_wire import (
     CHORD,
     CHORD_EXPIRY,
@@ -21,12 +21,10 @@ from celery_kafka_backend.sinks.redis_wire import (
     connection,
     translated,
     unpack,
-    within,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     import redis
 
@@ -77,7 +75,7 @@ class RedisSubscription(Subscription):
         self._connection.disconnect()
 
 
-class RedisView(View):
+class RedisView(DriverView["redis.Redis"]):
     """Reads a view in Redis."""
 
     push = True
@@ -93,18 +91,6 @@ class RedisView(View):
     @property
     def _client(self) -> redis.Redis:
         return self._own.client
-
-    def after_fork(self) -> None:
-        """Leave the parent its pool."""
-        self._own.after_fork()
-
-    def within(self, timeout_s: float) -> AbstractContextManager[None]:
-        """Bound each wait on the socket."""
-        return within(timeout_s)
-
-    def close(self) -> None:
-        """Close the pool; a later read opens a new one."""
-        self._own.close()
 
     def _natives(self, ids: Iterable[str], subject: str = TASK) -> list[bytes]:
         return [self._prefixes[subject] + each.encode() for each in ids]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-import threading
-import time
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +18,7 @@ from redis.retry import Retry
 from celery_kafka_backend.changes import GROUP, TASK, Side
 from celery_kafka_backend.errors import SettingsError, Unavailable
 from celery_kafka_backend.settings import mask
+from celery_kafka_backend.sinks.patience import at_most, left_s
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -33,8 +32,6 @@ CHORD_EXPIRY: Final = b""
 PIPELINE: Final = 256
 """Commands sent before the replies to the ones before are read: Redis works while we encode."""
 SENTINEL_PORT: Final = 26379
-SHORTEST_S: Final = 0.01
-"""A wait of 0 s would be none at all, not even for what is there."""
 AWAY: Final = re.compile(
     r"\b(OOM|READONLY|LOADING|MASTERDOWN|MISCONF|BUSY|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|UNKILLABLE|MOVED|ASK|UNBLOCKED)\b"
     r"|max number of clients"
@@ -152,28 +149,6 @@ def _by_sentinels(url: str, given: dict[str, Any]) -> redis.Redis:
     return client
 
 
-_here: Final = threading.local()
-
-
-@contextmanager
-def within(timeout_s: float) -> Iterator[None]:
-    """Have every wait of this thread for a server end after so long in all; it is then `Unavailable`."""
-    outer = getattr(_here, "until", None)
-    _here.until = time.monotonic() + timeout_s
-    try:
-        yield
-    finally:
-        _here.until = outer
-
-
-def _left_s(limit: float | None) -> float | None:
-    until = getattr(_here, "until", None)
-    if until is None:
-        return limit
-    left: float = max(until - time.monotonic(), SHORTEST_S)
-    return left if limit is None else min(limit, left)
-
-
 class _Bounded:
     """In front of a connection of redis-py, whose timeouts belong to the connection: a waiter's belongs to the call."""
 
@@ -183,7 +158,7 @@ class _Bounded:
 
     def _connect(self) -> Any:
         given = self.socket_connect_timeout
-        self.socket_connect_timeout = _left_s(given)
+        self.socket_connect_timeout = at_most(given)
         try:
             return super()._connect()  # type: ignore[misc]
         finally:
@@ -191,9 +166,9 @@ class _Bounded:
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         sock = self._sock
-        if sock is None or getattr(_here, "until", None) is None:
+        if sock is None or left_s() is None:
             return super().read_response(*args, **kwargs)  # type: ignore[misc]
-        sock.settimeout(_left_s(self.socket_timeout))
+        sock.settimeout(at_most(self.socket_timeout))
         try:
             return super().read_response(*args, **kwargs)  # type: ignore[misc]
         finally:
