@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
 
 import msgspec
 
-from celery_kafka_backend import chord_records as records
 from celery_kafka_backend.changes import ChordFact
 from celery_kafka_backend.chord_records import (
     Cancelled,
@@ -72,14 +72,12 @@ def facts(record: Record | Gone, offset: int, expires_at: int) -> list[ChordFact
     """
     if isinstance(record, Gone | Chosen):
         return []  # a view expires by itself: the log forgets a chord long before people do
-    at, generation, order = record.at, record.generation, offset
-    name = f"{generation}|{type(record).__name__.lower()}"
+    kind = str(record.__struct_config__.tag)
+    name, order = f"{record.generation}|{kind}", offset
+    progress = partial(Progress, kind, record.generation, record.at)
     match record:
         case Declared():
-            shown = Progress(
-                kind=records.DECLARED,
-                generation=generation,
-                at=at,
+            shown = progress(
                 body=record.body_task_id,
                 name=record.body_name or None,
                 root=record.root,
@@ -89,13 +87,10 @@ def facts(record: Record | Gone, offset: int, expires_at: int) -> list[ChordFact
                 deadline=record.deadline,
             )
         case Sized():
-            shown = Progress(kind=records.SIZED, generation=generation, at=at, size=record.size)
+            shown = progress(size=record.size)
         case Extended():
             name += f"|{record.task}"
-            shown = Progress(
-                kind=records.EXTENDED,
-                generation=generation,
-                at=at,
+            shown = progress(
                 task=record.task,
                 index=record.index,
                 delta=record.delta,
@@ -106,10 +101,7 @@ def facts(record: Record | Gone, offset: int, expires_at: int) -> list[ChordFact
             # Without the event id: a member is shown once, as its best part.
             name += f"|{record.task}|{'-' if record.index is None else record.index}"
             order = record.key
-            shown = Progress(
-                kind=records.PART,
-                generation=generation,
-                at=at,
+            shown = progress(
                 task=record.task,
                 index=record.index,
                 state=record.state,
@@ -119,10 +111,7 @@ def facts(record: Record | Gone, offset: int, expires_at: int) -> list[ChordFact
             )
         case Decided():
             order = _FIRST_WINS - offset
-            shown = Progress(
-                kind=records.DECIDED,
-                generation=generation,
-                at=at,
+            shown = progress(
                 owner=record.owner,
                 outcome=record.outcome,
                 body=record.body_task_id,
@@ -133,10 +122,7 @@ def facts(record: Record | Gone, offset: int, expires_at: int) -> list[ChordFact
             )
         case Fired():
             order = _FIRST_WINS - offset
-            shown = Progress(
-                kind=records.FIRED,
-                generation=generation,
-                at=at,
+            shown = progress(
                 owner=record.owner,
                 outcome=record.outcome,
                 body=record.body_task_id,
@@ -144,20 +130,14 @@ def facts(record: Record | Gone, offset: int, expires_at: int) -> list[ChordFact
             )
         case Cancelled():
             name += f"|{record.id}"
-            shown = Progress(
-                kind=records.CANCELLED,
-                generation=generation,
-                at=at,
+            shown = progress(
                 by=record.by or None,
                 reason=record.reason or None,
                 fire=record.fire,
             )
         case Resent():
             name += f"|{record.id}"
-            shown = Progress(
-                kind=records.RESENT,
-                generation=generation,
-                at=at,
+            shown = progress(
                 by=record.by or None,
                 reason=record.reason or None,
                 done=record.done or None,
