@@ -20,7 +20,7 @@ from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import Pipeline, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.output import console, duration, short, table, when
-from celery_kafka_backend.cli.records import scan, since, tail
+from celery_kafka_backend.cli.records import saying, scan, since, tail
 from celery_kafka_backend.errors import SettingsError, StoreError
 from celery_kafka_backend.producer.publisher import Record, publisher_for
 from celery_kafka_backend.settings import mask
@@ -29,10 +29,7 @@ from celery_kafka_backend.sinks.registry import open_view
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from confluent_kafka import Message
 
-SAY_FIRST_S: Final = 2.0
-SAY_EVERY_S: Final = 1.0
 CLOCKS_MS: Final = 60_000
 """Hosts' and brokers' clocks may differ by so much."""
 SHOWN: Final = 50
@@ -143,7 +140,7 @@ def _look(pipeline: Pipeline, broker: Broker, group_id: str, only_log: bool) -> 
 def _from_log(pipeline: Pipeline, broker: Broker, group_id: str) -> list[ChordState]:
     topic, partition = _home(pipeline, broker, group_id)
     records = Records(group_id)
-    for message in _saying(scan(broker, topic, partition), topic):
+    for message in saying(scan(broker, topic, partition), topic):
         records.take(message)
     found = records.states()
     if not found:
@@ -168,21 +165,11 @@ def _trace(broker: Broker, state: ChordState) -> None:
     """Look for the members that are missing."""
     topic = topics.task_events(broker.settings.topic_prefix)
     trace = Trace(state.group)
-    for message in _saying(since(broker, topic, max(state.declared_at - CLOCKS_MS, 0)), topic):
+    for message in saying(since(broker, topic, max(state.declared_at - CLOCKS_MS, 0)), topic):
         trace.take(message)
     state.missing = trace.missing(member.task for member in state.members)
     if state.expected is not None:
         state.untraced = max(state.expected - len(state.members) - len(state.missing), 0)
-
-
-def _saying(messages: Iterator[Message], topic: str) -> Iterator[Message]:
-    """Pass messages on, and say now and then how far that is."""
-    say_at = time.monotonic() + SAY_FIRST_S
-    for read, message in enumerate(messages, 1):
-        if time.monotonic() >= say_at:
-            say_at = time.monotonic() + SAY_EVERY_S
-            click.echo(f"reading {topic}: {read} records, at {when(message.timestamp()[1])}", err=True)
-        yield message
 
 
 # -- repairing -----------------------------------------------------------------------------------

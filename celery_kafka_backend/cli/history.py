@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,16 +12,13 @@ from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import Pipeline, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.output import console, duration, short, table, when
-from celery_kafka_backend.cli.records import scan
+from celery_kafka_backend.cli.records import saying, scan
 from celery_kafka_backend.errors import CodecError, SettingsError, StoreError
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.registry import open_view
 
 if TYPE_CHECKING:
     from celery_kafka_backend.events import Event
-
-SILENT_S: Final = 2.0
-SAY_EVERY_S: Final = 1.0
 
 
 @click.command("history", cls=Command, short_help="Everything that happened to a task.")
@@ -104,11 +100,7 @@ def from_log(pipeline: Pipeline, task_id: str, timeout_s: float) -> list[bytes]:
 
 def _scan(broker: Broker, topic: str, partition: int, task_id: str) -> list[tuple[Event, bytes]]:
     key, found = task_id.encode(), []
-    say_at = time.monotonic() + SILENT_S
-    for read, message in enumerate(scan(broker, topic, partition), 1):
-        if time.monotonic() >= say_at:
-            say_at = time.monotonic() + SAY_EVERY_S
-            click.echo(f"reading {topic}/{partition}: {read} records, at {when(message.timestamp()[1])}", err=True)
+    for message in saying(scan(broker, topic, partition), f"{topic}/{partition}"):
         value = message.value()
         if message.key() != key or value is None:
             continue

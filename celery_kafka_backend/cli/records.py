@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
+import click
 from confluent_kafka import OFFSET_BEGINNING, KafkaError, TopicPartition
+
+from celery_kafka_backend.cli.output import when
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from celery_kafka_backend.cli.broker import Broker
 
 SLICE_S: Final = 0.2
+SAY_FIRST_S: Final = 2.0
+SAY_EVERY_S: Final = 1.0
 
 At = tuple[str, int]
 """Topic and partition."""
@@ -88,6 +93,16 @@ def tail(broker: Broker, topic: str, partition: int, timeout_s: float) -> Iterat
                     yield None
     finally:
         consumer.close()
+
+
+def saying(messages: Iterator[Message], place: str) -> Iterator[Message]:
+    """Pass messages on, and say on stderr now and then how far that is; nothing in the first two seconds."""
+    say_at = time.monotonic() + SAY_FIRST_S
+    for read, message in enumerate(messages, 1):
+        if time.monotonic() >= say_at:
+            say_at = time.monotonic() + SAY_EVERY_S
+            click.echo(f"reading {place}: {read} records, at {when(message.timestamp()[1])}", err=True)
+        yield message
 
 
 def last_records(broker: Broker, topic: str, count: int) -> list[Message]:
