@@ -22,17 +22,12 @@ def server():
 
 @pytest.fixture(scope="module")
 def elastic_fleet(kafka, redis_server, server, tmp_path_factory):
-    made = Fleet(
+    with Fleet(
         kafka.bootstrap, redis_server.clean_database(), server.clean_index(), tmp_path_factory.mktemp("fleet"),
         {"poll_interval_s": 0.1}, {},
-    )  # fmt: skip
-    try:
-        made.init()
-        made.pipeline()
-        made.worker()
+    ) as made:  # fmt: skip
+        made.serve()
         yield made
-    finally:
-        made.stop()
 
 
 @pytest.mark.redis

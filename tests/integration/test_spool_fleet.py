@@ -300,9 +300,7 @@ def test_every_other_pool_spools_and_drains_too(away, redis_server, tmp_path, po
     """There the tasks and whoever drains are threads, or greenlets, of one process."""
     made = Spooling(away, redis_server, tmp_path)
     try:
-        made.fleet.init()
-        made.fleet.pipeline()
-        made.fleet.worker("-P", pool, "-c", "4")
+        made.fleet.serve("-P", pool, "-c", "4")
         assert made.send(1)[0].get(timeout=PATIENCE_S) == 1000
         away.proxy.cut()
         during = made.send(30)

@@ -107,7 +107,7 @@ def start(*, auth: bool = False, heap: str = "384m", tier: int = 1) -> Cassandra
         ServiceError: It could not be installed, or did not start; nothing is left running.
     """
     if docker.chosen() and not auth:
-        container = docker.cassandra(ready=_answers)
+        container = docker.single("cassandra", ready=_answers)
         container.wait()
         return CassandraServer(container)
     libs = jars()

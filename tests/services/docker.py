@@ -80,36 +80,19 @@ def kafka(brokers: int) -> list[Container]:
     ]
 
 
-def redis(*, appendonly: bool, ready: Callable[[int], bool]) -> Container:
-    """Start a Redis, without waiting for it; ``ready`` is given its port."""
+def single(service: str, *, ready: Callable[[int], bool], **settings: str) -> Container:
+    """Start a service of which one container is enough, without waiting for it.
+
+    Args:
+        service: Its name in ``docker-compose.yml``.
+        ready: Asked with its port, until it is true.
+        settings: What the compose file takes from the environment, as ``appendonly="yes"`` for ``CKB_REDIS_APPENDONLY``.
+    """
     (port,) = ports.free(1)
-    project = Project(ONE, {"CKB_REDIS_PORT": str(port), "CKB_REDIS_APPENDONLY": "yes" if appendonly else "no"})
-    project.compose("up", "--detach", "redis", timeout_s=PULL_TIMEOUT_S)
-    return Container(project, "redis", port, functools.partial(ready, port))
-
-
-def mongodb(*, ready: Callable[[int], bool]) -> Container:
-    """Start a MongoDB, without waiting for it; ``ready`` is given its port."""
-    (port,) = ports.free(1)
-    project = Project(ONE, {"CKB_MONGODB_PORT": str(port)})
-    project.compose("up", "--detach", "mongodb", timeout_s=PULL_TIMEOUT_S)
-    return Container(project, "mongodb", port, functools.partial(ready, port))
-
-
-def elasticsearch(*, ready: Callable[[int], bool]) -> Container:
-    """Start an Elasticsearch, without waiting for it; ``ready`` is given its port."""
-    (port,) = ports.free(1)
-    project = Project(ONE, {"CKB_ELASTICSEARCH_PORT": str(port)})
-    project.compose("up", "--detach", "elasticsearch", timeout_s=PULL_TIMEOUT_S)
-    return Container(project, "elasticsearch", port, functools.partial(ready, port))
-
-
-def cassandra(*, ready: Callable[[int], bool]) -> Container:
-    """Start a Cassandra, without waiting for it; ``ready`` is given its port."""
-    (port,) = ports.free(1)
-    project = Project(ONE, {"CKB_CASSANDRA_PORT": str(port)})
-    project.compose("up", "--detach", "cassandra", timeout_s=PULL_TIMEOUT_S)
-    return Container(project, "cassandra", port, functools.partial(ready, port))
+    given = {"port": str(port), **settings}
+    project = Project(ONE, {f"CKB_{service}_{name}".upper(): value for name, value in given.items()})
+    project.compose("up", "--detach", service, timeout_s=PULL_TIMEOUT_S)
+    return Container(project, service, port, functools.partial(ready, port))
 
 
 class Project:

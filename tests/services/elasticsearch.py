@@ -129,7 +129,7 @@ def start(*, heap: str = "512m", tier: int = 1) -> ElasticServer:
         ServiceError: It could not be installed, or did not start; nothing is left running.
     """
     if docker.chosen():
-        container = docker.elasticsearch(ready=_answers)
+        container = docker.single("elasticsearch", ready=_answers)
         container.wait()
         return ElasticServer(container)
     folder = scratch.folder("elasticsearch")

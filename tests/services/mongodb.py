@@ -64,7 +64,7 @@ def start(*options: str) -> MongoServer:
         ServiceError: It could not be installed, or did not start; nothing is left running.
     """
     if docker.chosen() and not options:
-        container = docker.mongodb(ready=_answers)
+        container = docker.single("mongodb", ready=_answers)
         container.wait()
         return MongoServer(container)
     binary = _binary()

@@ -86,7 +86,7 @@ def start(*, appendonly: bool = False, **options: str) -> RedisServer:
         ServiceError: It could not be installed, or did not start; nothing is left running.
     """
     if docker.chosen() and not options:
-        container = docker.redis(appendonly=appendonly, ready=answers)
+        container = docker.single("redis", ready=answers, appendonly="yes" if appendonly else "no")
         container.wait()
         return RedisServer(container)
     binary = executable()
