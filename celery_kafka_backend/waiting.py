@@ -106,8 +106,7 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
     ) -> Iterator[None]:
         """Look once at what is there already, in the waiter's own thread, then wait for the rest of the timeout."""
         outer = getattr(self._here, "until", None)
-        # Celery takes 0, as None, for no timeout at all.
-        self._here.until = until = time.monotonic() + timeout if timeout else None
+        self._here.until = until = None if timeout is None else time.monotonic() + timeout
         unknown = list(_unknown(result))
         # A group asks the backend of the thread that waits; its members know that of the thread that sent them.
         foreign = [one for one in unknown if one.backend is not self.backend]
@@ -116,6 +115,7 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
         try:
             for task_id, document in self.ear.meet([one.id for one in unknown], self._patience_s()).items():
                 self._changed(task_id, document)
+            # Older versions of Celery take 0, what is left of a spent timeout, for no timeout at all.
             left = None if until is None else max(until - time.monotonic(), 0.01)
             yield from super()._wait_for_pending(
                 result, timeout=left, on_interval=on_interval and _unless_away(on_interval), **kwargs

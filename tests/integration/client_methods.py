@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 import uuid
 
 import fleet_app
@@ -39,6 +40,31 @@ def get_in_time():
     with pytest.raises(NotInTime):
         late.get(timeout=0.05)
     assert late.get(timeout=SOON) == 0.5
+
+
+def a_timeout_of_zero_asks_once():
+    late = nap.delay(0.5)
+    for one in late, ResultSet([late]), AsyncResult(str(uuid.uuid4()), app=app):
+        with pytest.raises(NotInTime):
+            one.get(timeout=0)
+    late.get(timeout=SOON)
+    assert AsyncResult(late.id, app=app).get(timeout=0) == 0.5
+    assert ResultSet([AsyncResult(late.id, app=app)]).join(timeout=0) == [0.5]
+    assert ResultSet([AsyncResult(late.id, app=app)]).join_native(timeout=0) == [0.5]
+
+
+def a_callback_spends_the_time_there_is():
+    done, late = add.delay(1, 1), nap.delay(2)
+    done.get(timeout=SOON)
+    heard = []
+
+    def take(task_id, value):
+        heard.append((task_id, value))
+        time.sleep(0.3)
+
+    with pytest.raises(NotInTime):
+        ResultSet([done, late]).join(timeout=0.2, callback=take)
+    assert heard == [(done.id, 2)]
 
 
 def get_a_failure():
