@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from celery import states
 
-from celery_kafka_backend import codec, events, order
+from celery_kafka_backend import codec, events, order, timeline
 from celery_kafka_backend.awaiting import awaited
 from celery_kafka_backend.changes import Side
 from celery_kafka_backend.reads import Reads
@@ -23,13 +23,8 @@ if TYPE_CHECKING:
 
     from celery_kafka_backend.events import Event
 
-UNKNOWN: Final = "unknown"
+UNKNOWN: Final = timeline.UNKNOWN
 
-_SAID: Final = {
-    events.WORKER_LOST: events.FAILURE,
-    events.EXPIRED: events.REVOKED,
-    events.UNKNOWN_TASK: events.REJECTED,
-}
 _OF_STATE: Final = {
     states.STARTED: events.STARTED,
     states.RETRY: events.RETRY,
@@ -76,15 +71,16 @@ class KafkaResult:
         return awaited(self.result).__await__()
 
     def history(self) -> list[Event]:
-        """Return every event of the task, oldest first; [] if the view keeps none (Redis does if told so).
+        """Return every event of the task, run by run, in causal order; [] if the view keeps none (Redis does if told so).
 
-        ``pipeline history`` reads the log itself.
+        ``pipeline history`` reads the log itself. `timeline.as_of` tells what had happened by some moment, and
+        `timeline.state` how far the task was then.
 
         Raises:
             Unavailable: The view does not answer.
             CodecError: An event was written by newer software.
         """
-        return [codec.decode(value) for value in self._backend.reader.history(self.result.id)]
+        return timeline.causal(codec.decode(value) for value in self._backend.reader.history(self.result.id))
 
     def describe(self) -> str:
         """Return how far the task is.
@@ -97,11 +93,8 @@ class KafkaResult:
         Raises:
             Unavailable: The view does not answer.
         """
-        if run := _latest_run(self.history()):
-            last = run[-1] if (winner := _winner(run)) is None else winner
-            if last.kind == events.STATE:
-                return last.state or events.STATE
-            return _SAID.get(last.kind, last.kind)
+        if found := self.history():
+            return timeline.state(found)
         shown = self._backend.reader.shown(self.result.id)
         if shown is None:
             return UNKNOWN
@@ -116,7 +109,7 @@ class KafkaResult:
     @property
     def started_at(self) -> datetime | None:
         """When it first started; None if that is not known (yet)."""
-        run = _latest_run(self.history())
+        run = timeline.latest_run(self.history())
         first = _first_start(run)
         at = first.started_at if first is not None else None if run else self._side.started
         return _moment(at)
@@ -127,7 +120,7 @@ class KafkaResult:
 
         Without a history a countdown counts as waiting.
         """
-        run = _latest_run(self.history())
+        run = timeline.latest_run(self.history())
         if run:
             first = _first_start(run)
             if first is None or first.sent_at is None or first.started_at is None:
@@ -142,7 +135,7 @@ class KafkaResult:
 
         Without a history: from start to end, and None if it was tried more than once.
         """
-        run = _latest_run(self.history())
+        run = timeline.latest_run(self.history())
         if run:
             return next((event.runtime_s for event in reversed(run) if event.kind in _ENDS), None)
         side, done = self._side, self.result.date_done
@@ -153,7 +146,7 @@ class KafkaResult:
     @property
     def worker(self) -> str | None:
         """Node name of the worker that had it last; without a history None if there were several."""
-        run = _latest_run(self.history())
+        run = timeline.latest_run(self.history())
         if run:
             return next((event.worker for event in reversed(run) if event.worker and event.role != events.CLIENT), None)
         workers = self._side.workers
@@ -163,18 +156,6 @@ class KafkaResult:
     def _side(self) -> Side:
         shown = self._backend.reader.shown(self.result.id)
         return (shown.side if shown is not None else None) or Side()
-
-
-def _latest_run(history: Sequence[Event]) -> list[Event]:
-    """Return the events of the greatest run, and those that nobody could tell a run of; by their clocks."""
-    latest = max((event.run for event in history if event.run), default=None)
-    return [event for event in history if event.run in (None, latest)]
-
-
-def _winner(run: Sequence[Event]) -> Event | None:
-    """Return the event that ended a run: one that its document shows, unless that is an unready one."""
-    shown = [event for event in run if event.shows and order.rank_of_key(event.key) is not order.Rank.UNREADY]
-    return max(shown, key=lambda event: (event.key, event.id), default=None)
 
 
 def _first_start(run: Sequence[Event]) -> Event | None:

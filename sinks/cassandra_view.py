@@ -32,6 +32,8 @@ from celery_kafka_backend.sinks.per_process import DriverView, PerProcess
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from celery_kafka_backend.query import Query
+
 CHORD: Final = "chord"
 CHUNK: Final = 1000
 """Ids per query."""
@@ -180,6 +182,14 @@ class CassandraView(DriverView[wire.Connection]):
                 if not 0 < row.expires_at <= now_ms:
                     key = f"{row.task_id}/{row.hlc}/{row.event_id}"
                     yield Row("history", key, {"value": bytes(row.value)}, row.expires_at)
+
+    def candidates(self, query: Query) -> Iterator[bytes]:  # noqa: ARG002 - by its partitions, which are tasks'
+        """Read the whole history: nothing but a task and its hours can be looked up here."""
+        with self._reading():
+            now_ms = _now_ms()
+            for row in self._connection.read(ALL_HISTORY):
+                if not 0 < row.expires_at <= now_ms:
+                    yield bytes(row.value)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -27,19 +27,27 @@ Anything else is a bug and ends the process.
 
 from __future__ import annotations
 
+import heapq
+import logging
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from celery_kafka_backend.changes import GROUP
+from celery_kafka_backend import codec
+from celery_kafka_backend.changes import GROUP, Logged
+from celery_kafka_backend.errors import CodecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from celery_kafka_backend.changes import Batch, Partition, Side
+    from celery_kafka_backend.query import Query
+
+logger = logging.getLogger(__name__)
 
 
 class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,6 +207,10 @@ class View(ABC):
     url: str
     push: bool = False
     """Whether `subscribe` works; else the reader polls, in batches."""
+    keeps_history: bool = True
+    """Whether its sink does, unless `StoreOptions.history` says otherwise."""
+    by_time: bool = False
+    """Whether `candidates` come in the order of `Event.at`, as the query asks; else they come in any."""
 
     @abstractmethod
     def documents(self, ids: Sequence[str]) -> dict[str, bytes]:
@@ -228,6 +240,18 @@ class View(ABC):
     def rows(self) -> Iterator[Row]:
         """Return every document, side record, group, history entry and chord fact; no bookkeeping."""
 
+    def candidates(self, query: Query) -> Iterator[bytes]:  # noqa: ARG002 - a store narrows down what it can
+        """Yield the record values of a superset of what matches, streaming; the limit is not theirs to keep."""
+        return (row.columns["value"] for row in self.rows() if row.table == "history")
+
+    def search(self, query: Query) -> Iterator[Logged]:
+        """Yield the events of the history that match.
+
+        With a limit in the order of time, the same in every store but for events of one millisecond; without one in
+        any order. Streams: memory is bounded by the limit. What newer software wrote is left out, with a warning.
+        """
+        return matching(self.candidates(query), query, by_time=self.by_time)
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the store. Called any number of times."""
@@ -253,3 +277,25 @@ class View(ABC):
     def subscribe(self, client: str) -> Subscription:
         """Return the ear of a client; one per process."""
         raise NotImplementedError
+
+
+def matching(values: Iterable[bytes], query: Query, *, by_time: bool) -> Iterator[Logged]:
+    """Yield the events that match, as `View.search` promises; ``by_time``: the values come as the query orders them."""
+    found = (logged for logged in _decoded(values) if query.matches(logged.event))
+    if not query.limit:
+        return found
+    if by_time:
+        return islice(found, query.limit)
+    first = heapq.nlargest if query.newest_first else heapq.nsmallest
+    return iter(first(query.limit, found, key=lambda logged: logged.event.at))
+
+
+def _decoded(values: Iterable[bytes]) -> Iterator[Logged]:
+    unreadable = 0
+    for value in values:
+        try:
+            yield Logged(codec.decode(value), value)
+        except CodecError as exc:
+            unreadable += 1
+            if unreadable == 1:
+                logger.warning("a search leaves out what this software cannot read: %s", exc)

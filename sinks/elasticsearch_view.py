@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from elasticsearch import Elasticsearch
 
+    from celery_kafka_backend.query import Query
+
 CHUNK: Final = 1000
 """Documents per round trip of a read."""
 KEEP_ALIVE: Final = "2m"
@@ -42,6 +44,8 @@ def _now_ms() -> int:
 
 class ElasticView(DriverView["Elasticsearch"]):
     """Reads a view in Elasticsearch."""
+
+    by_time = True
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         self._place = Place(url, options)
@@ -111,6 +115,16 @@ class ElasticView(DriverView["Elasticsearch"]):
             now_ms = _now_ms()
             return [_bytes(entry) for _, entry in found if entry.get("x", NEVER) > now_ms]
 
+    def candidates(self, query: Query) -> Iterator[bytes]:
+        """Search the history's indices by their fields, refreshed; text is left to `Query.matches`."""
+        with translated(self.url):
+            now_ms = _now_ms()
+            wanted = {"bool": {"filter": list(_conditions(query))}}
+            by_time = [{"at": "desc" if query.newest_first else "asc"}]
+            for _, entry in self._search(f"{self._place.history}-*", wanted, by_time):
+                if entry.get("x", NEVER) > now_ms:
+                    yield _bytes(entry)
+
     def chord(self, group_id: str) -> dict[str, bytes]:
         """Search for all facts of a group that has not expired."""
         with translated(self.url):
@@ -176,6 +190,35 @@ class ElasticView(DriverView["Elasticsearch"]):
             for fact in self._facts(list(chords), chords):
                 columns = {"k": fact["k"], "value": _bytes(fact)}
                 yield Row("chord", f"{fact['g']}/{fact['n']}", columns, _expiry_ms(chords[fact["g"]]["x"]))
+
+
+def _conditions(query: Query) -> Iterator[dict[str, Any]]:
+    bounds = {"gte": query.since, "lt": query.until}
+    if given := {name: at for name, at in bounds.items() if at is not None}:
+        yield {"range": {"at": given}}
+    if query.states:
+        yield _any_of({"terms": {"state": list(query.states)}}, {"terms": {"kind": list(query.states)}})
+    for field, pattern in (("name", query.name), ("worker", query.worker), ("queue", query.queue)):
+        if pattern:
+            yield _like(field, pattern)
+    if query.exception:
+        yield _any_of(_like("exception", query.exception), _like("exception", f"*.{query.exception}"))
+    for field, value in (("root", query.root), ("group", query.group)):
+        if value:
+            yield _any_of({"term": {"task": value}}, {"term": {field: value}})
+    if query.retries:
+        yield {"range": {"attempt": {"gte": query.retries}}}
+    lengths = {"gte": query.least_s, "lte": query.most_s}
+    if given_s := {name: seconds for name, seconds in lengths.items() if seconds is not None}:
+        yield {"range": {"runtime_s": given_s}}
+
+
+def _any_of(*conditions: dict[str, Any]) -> dict[str, Any]:
+    return {"bool": {"should": list(conditions), "minimum_should_match": 1}}
+
+
+def _like(field: str, pattern: str) -> dict[str, Any]:
+    return {"wildcard": {field: {"value": pattern.replace("\\", "\\\\")}}}
 
 
 def _chunks(found: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -11,6 +11,7 @@ from bson.max_key import MaxKey
 from bson.min_key import MinKey
 
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
+from celery_kafka_backend.query import expression
 from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, document_row, side_row
 from celery_kafka_backend.sinks.mongodb_native import document_of, stock_document
 from celery_kafka_backend.sinks.mongodb_wire import (
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from pymongo import MongoClient
     from pymongo.collection import Collection
 
+    from celery_kafka_backend.query import Query
+
 CHUNK: Final = 1000
 """Ids per round trip of a read."""
 
@@ -41,6 +44,8 @@ def _now() -> DatetimeMS:
 
 class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
     """Reads a view in MongoDB."""
+
+    by_time = True
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         self._place = Place(url, options)
@@ -104,6 +109,15 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
             now = _now()
             return [bytes(each["value"]) for each in found if "x" not in each or each["x"] > now]
 
+    def candidates(self, query: Query) -> Iterator[bytes]:
+        """Find by the index on time, and by what an entry has beside its value; the rest is left to `Query.matches`."""
+        with translated(self.url):
+            now = _now()
+            found = self._collection(HISTORY).find({"$and": [{}, *_conditions(query)]})
+            for each in found.sort("at", -1 if query.newest_first else 1):
+                if "x" not in each or each["x"] > now:
+                    yield bytes(each["value"])
+
     def chord(self, group_id: str) -> dict[str, bytes]:
         """Read all facts of a group that has not expired."""
         with translated(self.url):
@@ -154,6 +168,23 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
             for each in self._collection(CHORD).find({"_id.g": {"$in": list(ends)}}):
                 group, name = each["_id"]["g"], each["_id"]["n"]
                 yield Row("chord", f"{group}/{name}", {"k": each["k"], "value": bytes(each["v"])}, ends[group])
+
+
+def _conditions(query: Query) -> Iterator[dict[str, Any]]:
+    bounds = {"$gte": query.since, "$lt": query.until}
+    if given := {name: DatetimeMS(at) for name, at in bounds.items() if at is not None}:
+        yield {"at": given}
+    if query.states:
+        yield {"$or": [{"state": {"$in": list(query.states)}}, {"kind": {"$in": list(query.states)}}]}
+    for field, pattern in (("name", query.name), ("worker", query.worker)):
+        if pattern:
+            yield _like(field, pattern)
+    if query.exception:
+        yield {"$or": [_like("exception", query.exception), _like("exception", f"*.{query.exception}")]}
+
+
+def _like(field: str, pattern: str) -> dict[str, Any]:
+    return {field: {"$regex": f"^(?:{expression(pattern)})\\z", "$options": "s"}}
 
 
 def _chunks(found: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     import redis
 
+    from celery_kafka_backend.query import Query
+
 CHUNK: Final = 1000
 """Ids per round trip of a read."""
 
@@ -79,6 +81,7 @@ class RedisView(DriverView["redis.Redis"]):
     """Reads a view in Redis."""
 
     push = True
+    keeps_history = False
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         self.url = mask(url)
@@ -167,6 +170,19 @@ class RedisView(DriverView["redis.Redis"]):
     def subscribe(self, client: str) -> Subscription:
         """Listen on the client's channel."""
         return RedisSubscription(self.url, self._client, self._channel + client)
+
+    def candidates(self, query: Query) -> Iterator[bytes]:  # noqa: ARG002 - Redis cannot look into its values
+        """Scan the whole database for histories; one that moves while Redis resizes may come twice."""
+        with translated(self.url):
+            cursor = -1
+            while cursor:
+                cursor, keys = self._client.scan(max(cursor, 0), match=b"{*}:h", count=CHUNK)
+                pipe = self._client.pipeline(transaction=False)
+                for key in dict.fromkeys(cast("list[bytes]", keys)):
+                    if self._place(key) is not None:
+                        pipe.zrange(key, 0, -1)
+                for members in pipe.execute():
+                    yield from members
 
     def rows(self) -> Iterator[Row]:
         """Scan the whole database; a key that moves while Redis resizes may come twice."""

@@ -32,11 +32,13 @@ from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
 from celery_kafka_backend.sinks import sqlite_statements as statements
 from celery_kafka_backend.sinks.contract import Row, Shown, Sink, StoreOptions, View, document_row, side_row
 from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, task_row
+from celery_kafka_backend.sinks.sqlite_search import search_condition
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from celery_kafka_backend.changes import Batch, Change
+    from celery_kafka_backend.query import Query
 
 SCHEMA_VERSION: Final = 1
 MAX_BLOB: Final = 1_000_000_000
@@ -291,6 +293,8 @@ _parked: Final[list[sqlite3.Connection]] = []
 class SqliteView(View):
     """Reads a view in a file. It never makes the file: until a processor has, it is unavailable."""
 
+    by_time = True
+
     def __init__(self, url: str, options: StoreOptions) -> None:
         self.url = url
         self._path = _path(url)
@@ -363,6 +367,16 @@ class SqliteView(View):
             " ORDER BY hlc, event_id"
         )
         return [value for (value,) in self._select(query, [task_id], _now_ms())]
+
+    def candidates(self, query: Query) -> Iterator[bytes]:
+        where, values = search_condition(query)
+        direction = "DESC" if query.newest_first else "ASC"
+        statement = (
+            f"SELECT value FROM ckb_history WHERE {where} AND expires_at NOT BETWEEN 1 AND ? ORDER BY at {direction}"  # noqa: S608
+        )
+        with self._reading() as db:
+            for (value,) in db.execute(statement, (*values, _now_ms())):
+                yield value
 
     def chord(self, group_id: str) -> dict[str, bytes]:
         query = (

@@ -67,6 +67,7 @@ CREATE TABLE IF NOT EXISTS ckb_history (
 	expires_at INTEGER NOT NULL,
 	PRIMARY KEY (task_id, hlc, event_id)
 );
+CREATE INDEX IF NOT EXISTS ckb_history_at ON ckb_history (at);
 CREATE INDEX IF NOT EXISTS ckb_history_expires_at ON ckb_history (expires_at) WHERE expires_at > 0;
 CREATE TABLE IF NOT EXISTS ckb_chord (
 	group_id TEXT NOT NULL,

@@ -17,6 +17,8 @@ _COMMANDS: Final = (
     "status",
     "doctor",
     "history",
+    "search",
+    "export",
     "chord",
     "replay",
     "verify",
@@ -38,7 +40,8 @@ def pipeline() -> None:
     Then:
       celery -A proj pipeline status          who folds, and how far behind
       celery -A proj pipeline doctor          one verdict on everything
-      celery -A proj pipeline history ID      what happened to a task
+      celery -A proj pipeline history ID      what happened to a task, its workflow, its group; now or then
+      celery -A proj pipeline search          which tasks failed, were slow, were tried again …
       celery -A proj pipeline chord GROUP_ID  what a chord waits for, and how to end or repair it
 
     Every option has an environment variable, CELERY_PIPELINE_<COMMAND>_<OPTION>, which its help names. Global

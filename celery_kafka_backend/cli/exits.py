@@ -50,7 +50,7 @@ MEANINGS: Final = {
     Exit.PROCESSORS_CRASHED: "a processor crashed too often; the others were stopped",
     Exit.FOREIGN_LOG: "the topics belong to another app",
     Exit.DIFFERENT: "verify found differences; spool: records are set aside",
-    Exit.NOT_FOUND: "no event of that task, or no such chord, is to be found",
+    Exit.NOT_FOUND: "no such event, task or chord is to be found",
     Exit.KILLED: "a processor did not stop in time and was killed; its last batch will be repeated",
     Exit.NOT_DONE: "the chord is not in a state for that, or it could not be done",
     Exit.INTERRUPTED: "interrupted",

@@ -1,65 +1,187 @@
-"""``pipeline history``: everything that happened to one task, from a view or from the log itself."""
+"""``pipeline history``: everything that happened to one task, to its workflow or to a group, now or as of any moment."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import click
+import msgspec
 
-from celery_kafka_backend import codec, events, topics
+from celery_kafka_backend import codec, timeline, topics
+from celery_kafka_backend.changes import Partition
+from celery_kafka_backend.cli import history_shown as shown
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import Pipeline, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
-from celery_kafka_backend.cli.output import console, duration, short, table, when
-from celery_kafka_backend.cli.records import saying, scan
+from celery_kafka_backend.cli.moment import Moment, Span
+from celery_kafka_backend.cli.output import duration, when
+from celery_kafka_backend.cli.records import batches, following, saying_batches, spans
+from celery_kafka_backend.cli.sources import CLOCKS_MS, audited, keeps_history, log_of
 from celery_kafka_backend.errors import CodecError, SettingsError, StoreError
+from celery_kafka_backend.query import Query
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.registry import open_view
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from celery_kafka_backend.cli.records import At
     from celery_kafka_backend.events import Event
 
+AROUND_S: Final = 600.0
+WINDOW_S: Final = 3600.0
 
-@click.command("history", cls=Command, short_help="Everything that happened to a task.")
-@click.argument("task_id")
+
+class Asked(msgspec.Struct, frozen=True):
+    """What the command line says."""
+
+    id: str
+    as_json: bool
+    only_log: bool
+    no_log: bool
+    as_of: int | None
+    around: int | None
+    window_s: float | None
+    timeout_s: float
+
+    @property
+    def within(self) -> tuple[int | None, int | None]:
+        """The part of the log that ``--around`` allows to be read: since and until, ms since 1970."""
+        if self.around is None:
+            return None, None
+        window = int((AROUND_S if self.window_s is None else self.window_s) * 1000)
+        return self.around - window, self.around + window
+
+
+@click.command("history", cls=Command, short_help="Everything that happened to a task, now or as of any moment.")
+@click.argument("task_id", required=False)
+@click.option("--tree", "what", flag_value="tree", help="The whole workflow below the task.")
+@click.option("--group", "what", flag_value="group", help="TASK_ID is the id of a group or chord: its members.")
+@click.option("--follow", is_flag=True, help="Go on live, until the task has ended.")
+@click.option("--as-of", type=Moment(), help="The state as it was then. Without TASK_ID: counts of all tasks.")
+@click.option("--around", type=Moment(), help="Read the log only around this time: seconds instead of minutes.")
+@click.option(
+    "--window", type=Span(),
+    help="How far around --around (default 10m); of the counts as of a time, how far back (default 1h).",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The events as they were recorded: a JSON array.")
 @click.option("--log", "only_log", is_flag=True, help="Read the log, also where a view keeps the history.")
 @click.option("--no-log", is_flag=True, help="Only ask the views: reading a large log takes a while.")
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=10.0, help="Seconds that Kafka may take to answer.")
 @click.pass_context
-def command(ctx: click.Context, task_id: str, as_json: bool, only_log: bool, no_log: bool, timeout: float) -> Exit:
-    r"""Show every recorded state of a task (or, by its group id, of a saved group), oldest first.
+def command(
+    ctx: click.Context,
+    task_id: str | None,
+    what: str | None,
+    follow: bool,
+    as_of: int | None,
+    around: int | None,
+    window: float | None,
+    as_json: bool,
+    only_log: bool,
+    no_log: bool,
+    timeout: float,
+) -> Exit:
+    r"""Show every recorded state of a task (or, by its group id, of a saved group): run by run, causes before effects.
 
     The first view that keeps history answers; if none does, the task's partition of the log is read, as far back as
-    Kafka keeps it. "wait" is the time in the queue, without any countdown; "run" that of the attempt.
+    Kafka keeps it; --around has it read only the part that was written around some time. "wait" is the time in the
+    queue, without any countdown; "run" that of the attempt.
+
+    Times: 2026-01-31T03:15 (local; a Z or an offset says otherwise), 03:15 (the latest), 90m, 12h, 3d (ago).
 
     \b
     Examples:
-      celery -A proj pipeline history 5f0e…            a table
-      celery -A proj pipeline history 5f0e… --json     the events
-      celery -A proj pipeline history 5f0e… --log      straight from Kafka, whatever the views say
+      celery -A proj pipeline history 5f0e…                     a table
+      celery -A proj pipeline history 5f0e… --json              the events
+      celery -A proj pipeline history 5f0e… --tree              it, and all that it sent
+      celery -A proj pipeline history 5f0e… --follow            until it has ended
+      celery -A proj pipeline history 5f0e… --as-of 03:15       what was known then
+      celery -A proj pipeline history 5f0e… --log --around 3h   straight from Kafka, ten minutes either side
+      celery -A proj pipeline history 9c1a… --group --as-of 03:15    members of a group or chord, as they were then
+      celery -A proj pipeline history --as-of 03:15 --window 1h      how many tasks were in which state
     """
-    if only_log and no_log:
-        raise Stop(Exit.CONFIGURATION, "--log and --no-log contradict each other", "give one of them")
+    asked = Asked(task_id or "", as_json, only_log, no_log, as_of, around, window, timeout)
+    _check(asked, what, follow=follow)
     pipeline = pipeline_of(ctx)
-    values, source = ([], "") if only_log else from_views(pipeline, task_id)
-    if not values and not no_log:
-        values = from_log(pipeline, task_id, timeout)
-        source = f"the log at {mask(pipeline.settings.bootstrap_servers)}"
-    if not values:
-        where = "the views" if no_log else "the views nor in the log"
-        raise Stop(
-            Exit.NOT_FOUND,
-            f"no event of {task_id!r} in {where}",
-            "check the id; the log forgets after kafka_backend_settings['retention_ms'] "
-            f"({duration(pipeline.settings.retention_ms / 1000)})",
-        )
-    if as_json:
-        click.echo(b"[" + b",\n".join(values) + b"]")
+    if not asked.id:
+        return _counts(pipeline, asked)
+    if what == "tree":
+        return _tree(pipeline, asked)
+    if what == "group":
+        return _group(pipeline, asked)
+    if follow:
+        return _follow(pipeline, asked)
+    return _one(pipeline, asked)
+
+
+def _check(asked: Asked, what: str | None, *, follow: bool) -> None:
+    wrong = [
+        (asked.only_log and asked.no_log, "--log and --no-log contradict each other", "give one of them"),
+        (asked.around is not None and asked.no_log, "--around and --no-log contradict each other", "give one of them"),
+        (follow and (what or asked.as_of is not None), "--follow is for one task, as of now", "leave out the others"),
+        (follow and asked.no_log, "--follow reads the log", "leave out --no-log"),
+        (not asked.id and asked.as_of is None, "no TASK_ID", "give the id of a task; only --as-of works without one"),
+        (not asked.id and bool(what or follow), "no TASK_ID", "give the id of a task or group"),
+        (
+            asked.window_s is not None and asked.around is None and (asked.as_of is None or bool(asked.id)),
+            "--window needs --around, or --as-of without an id",
+            "say around what",
+        ),
+    ]
+    for is_so, problem, remedy in wrong:
+        if is_so:
+            raise Stop(Exit.CONFIGURATION, problem, remedy)
+
+
+# -- one task ------------------------------------------------------------------------------------
+
+
+def _one(pipeline: Pipeline, asked: Asked) -> Exit:
+    found, source = _life(pipeline, asked)
+    if not found:
+        raise _not_found(pipeline, asked)
+    events = timeline.causal(event for event, _ in found)
+    if asked.as_of is not None:
+        events = timeline.causal(timeline.as_of(events, asked.as_of))
+    if asked.as_json:
+        values = {event.id: value for event, value in found}
+        told = b"[" + b",\n".join(values[event.id] for event in events) + b"]"
+        click.echo(told if asked.as_of is None else shown.as_of_json(asked.id, asked.as_of, events, told))
     else:
-        show(task_id, [codec.decode(value) for value in values], source)
+        shown.life(asked.id, events, source, asked.as_of)
     return Exit.OK
+
+
+def _not_found(pipeline: Pipeline, asked: Asked) -> Stop:
+    where = "the views" if asked.no_log else "the log" if asked.only_log else "the views nor in the log"
+    since, until = asked.within
+    if since is not None:
+        where += f" between {when(since)} and {when(until)}"
+    return Stop(
+        Exit.NOT_FOUND,
+        f"no event of {asked.id!r} in {where}",
+        "check the id; the log forgets after kafka_backend_settings['retention_ms'] "
+        f"({duration(pipeline.settings.retention_ms / 1000)})"
+        + ("; leave out --around to read all of it" if since is not None else ""),
+    )
+
+
+def _life(pipeline: Pipeline, asked: Asked) -> tuple[list[tuple[Event, bytes]], str]:
+    """Return a task's events, and where they are from."""
+    values, source = ([], "") if asked.only_log or asked.around is not None else from_views(pipeline, asked.id)
+    if values or asked.no_log:
+        return [(codec.decode(value), value) for value in values], source
+    broker = Broker(pipeline.settings, asked.timeout_s)
+    try:
+        return from_log(broker, asked.id, *asked.within), _log_name(pipeline)
+    finally:
+        broker.close()
+
+
+def _log_name(pipeline: Pipeline) -> str:
+    return f"the log at {mask(pipeline.settings.bootstrap_servers)}"
 
 
 def from_views(pipeline: Pipeline, task_id: str) -> tuple[list[bytes], str]:
@@ -78,94 +200,141 @@ def from_views(pipeline: Pipeline, task_id: str) -> tuple[list[bytes], str]:
     return [], ""
 
 
-def from_log(pipeline: Pipeline, task_id: str, timeout_s: float) -> list[bytes]:
-    """Return a task's events by reading its partition from end to end."""
-    broker = Broker(pipeline.settings, timeout_s)
-    topic = topics.task_events(pipeline.settings.topic_prefix)
-    try:
-        count = broker.partitions(topic)
-        if not count:
-            raise Stop(Exit.TOPICS_WRONG, f"no topic {topic}", f"create the topics: `{pipeline.command} init`")
-        home = topics.chord_partition(task_id, count)  # the same hash that every producer of ours uses
-        found = _scan(broker, topic, home, task_id)
-        # Partitions may have been added since: then old events stand where the id belonged before.
-        for n in range(count) if not found else ():
-            if n != home:
-                found += _scan(broker, topic, n, task_id)
-    finally:
-        broker.close()
-    unique = {event.id: (event.hlc, event.id, value) for event, value in found}
-    return [value for _, _, value in sorted(unique.values())]
+def from_log(
+    broker: Broker, task_id: str, since: int | None = None, until: int | None = None
+) -> list[tuple[Event, bytes]]:
+    """Return a task's events by reading its partition, from end to end or what was written in between."""
+    topic = log_of(broker)
+    parts = spans(broker, topic, since, until)
+    home = (topic, topics.partition_of(task_id, len(parts)))  # the same hash that every producer of ours uses
+    found = _of_key(broker, {home: parts[home]}, task_id)
+    # Partitions may have been added since: then old events stand where the id belonged before.
+    return found or _of_key(broker, {at: span for at, span in parts.items() if at != home}, task_id)
 
 
-def _scan(broker: Broker, topic: str, partition: int, task_id: str) -> list[tuple[Event, bytes]]:
+def _of_key(broker: Broker, parts: Mapping[At, tuple[int, int]], task_id: str) -> list[tuple[Event, bytes]]:
     key, found = task_id.encode(), []
-    for message in saying(scan(broker, topic, partition), f"{topic}/{partition}"):
-        value = message.value()
-        if message.key() != key or value is None:
-            continue
-        try:
-            found.append((codec.decode(value), value))
-        except CodecError as exc:
-            click.secho(f"note: {topic}/{partition}@{message.offset()}: {exc}", fg="yellow", err=True)
+    for batch in saying_batches(batches(broker, parts), next(iter(parts), ("the log", 0))[0]):
+        for message in batch:
+            if message.key() != key:  # nothing else is asked of a message that is not ours: this is the whole cost
+                continue
+            try:
+                found.append((codec.decode(message.value()), message.value() or b""))
+            except CodecError as exc:
+                where = f"{message.topic()}/{message.partition()}@{message.offset()}"
+                click.secho(f"note: {where}: {exc}", fg="yellow", err=True)
     return found
 
 
-# -- showing -----------------------------------------------------------------------------------
+def _follow(pipeline: Pipeline, asked: Asked) -> Exit:
+    """Show what there is, then what comes, from where the source of the first ends."""
+    broker = Broker(pipeline.settings, asked.timeout_s)
+    try:
+        topic = log_of(broker)
+        ends = broker.ends(topic)
+        home = topics.partition_of(asked.id, len(ends))
+        start = min([ends[home][1], *([] if asked.only_log else _positions(pipeline, topic, home))])
+        found, _ = _life(pipeline, asked)
+        events = timeline.causal(event for event, _ in found)
+        values = {event.id: value for event, value in found}
+        for event in events:
+            shown.line(event, values[event.id], as_json=asked.as_json)
+        if not events:
+            click.echo(f"no event of {asked.id!r} yet; waiting for one", err=True)
+        if timeline.ended(events):
+            return Exit.OK
+        for message in following(broker, topic, home, start):
+            value = message.value()
+            if message.key() != asked.id.encode() or value is None:
+                continue
+            event = codec.decode(value)
+            if event.id not in values:
+                values[event.id] = value
+                events.append(event)
+                shown.line(event, value, as_json=asked.as_json)
+                if timeline.ended(timeline.causal(events)):
+                    return Exit.OK
+        return Exit.OK
+    finally:
+        broker.close()
 
 
-def show(task_id: str, found: list[Event], source: str) -> None:
-    """Draw the table, by the clock that orders the events: wall time, never behind what caused it."""
-    screen = console()
-    name = next((event.name for event in found if event.name), "")
-    screen.print(f"{name or 'group'}  {task_id}", style="bold")
-    drawn = table("", "time", "what", "try", "who", "queue", "wait", "run", "result", numbers=("try", "wait", "run"))
-    for event in found:
-        drawn.add_row(
-            when(event.hlc), what(event), str(event.attempt), who(event), event.queue or "",
-            duration(wait_s(event)), duration(event.runtime_s), outcome(event),
-        )  # fmt: skip
-    screen.print(drawn)
-    screen.print(f"{len(found)} events, from {source}", style="dim")
-
-
-def what(event: Event) -> str:
-    """Return what happened, in a few words."""
-    text = event.state if event.kind == events.STATE and event.state else event.kind
-    if event.redelivered:
-        text += " (redelivered)"
-    if event.terminated:
-        text += " (terminated)"
-    return text
-
-
-def who(event: Event) -> str:
-    """Return who says so."""
-    return f"{event.role} {event.worker or event.host} [{event.pid}]"
-
-
-def wait_s(event: Event) -> float | None:
-    """Return how long a task that starts was in the queue: not before its eta, and not before it was sent."""
-    started = event.started_at if event.kind == events.STARTED else None
-    if started is None or event.sent_at is None:
-        return None
-    return max(started - max(event.sent_at, event.eta or 0), 0) / 1000
-
-
-def outcome(event: Event) -> str:
-    """Return result, exception or reason, short."""
-    if event.exception:
-        text = short(f"{event.exception.removeprefix('builtins.')}: {event.message or ''}")
-        return f"{text}; again at {when(event.due)}" if event.due else text
-    if event.kind == events.REVOKED and (event.by or event.message):
-        return short(f"{event.message or ''} {('by ' + event.by) if event.by else ''}")
-    if event.ignored:
-        return "(ignored)"
-    if event.doc:
+def _positions(pipeline: Pipeline, topic: str, home: int) -> list[int]:
+    """Return how far the views are that may have answered: what they lack is still to come."""
+    found = []
+    for url in pipeline.settings.views:
+        view = open_view(url, pipeline.options(url))
         try:
-            return short(bytes(codec.native_parts(bytes(event.doc)).result).decode(errors="replace"))
-        except CodecError:
-            return ""
-    if event.opaque is not None:
-        return f"({event.opaque.content_type or 'opaque'}, {len(event.opaque.meta)} bytes)"
-    return short(event.message or "")
+            if keeps_history(pipeline, url, view):
+                found.append(view.positions().get(Partition(topic, home), 0))
+        except (StoreError, SettingsError):
+            continue
+        finally:
+            view.close()
+    return found
+
+
+# -- more than one -------------------------------------------------------------------------------
+
+
+def _tree(pipeline: Pipeline, asked: Asked) -> Exit:
+    found, _ = _life(pipeline, asked)
+    if not found:
+        raise _not_found(pipeline, asked)
+    root = next((event.root for event, _ in found if event.root), asked.id)
+    # Nothing of a workflow is older than what it began with; of a part of one, than that part.
+    query = Query(root=root, since=min(event.at for event, _ in found) - CLOCKS_MS)
+    events, source = _gathered(pipeline, asked, query)
+    nodes = timeline.tree([*events, *(event for event, _ in found)], asked.id)
+    if asked.as_json:
+        click.echo(msgspec.json.encode([shown.node_json(node) for node in nodes]))
+    else:
+        shown.workflow(asked.id, root, nodes, source, asked.as_of)
+    return Exit.OK
+
+
+def _group(pipeline: Pipeline, asked: Asked) -> Exit:
+    since, until = asked.within
+    events, source = _gathered(pipeline, asked, Query(group=asked.id, since=since, until=until))
+    members: dict[str, list[Event]] = {}
+    for event in events:
+        members.setdefault(event.task, []).append(event)
+    # What was said of the group itself, and its chord's body, which carries the group's id too.
+    for other in (asked.id, *{event.chord for event in events if event.chord}):
+        members.pop(other, None)
+    if not events:
+        raise _not_found(pipeline, asked)
+    lives = {task: timeline.causal(life) for task, life in members.items()}
+    chord = shown.chord_line(pipeline, asked.id, asked.as_of, asked.timeout_s)
+    if asked.as_json:
+        click.echo(msgspec.json.encode(shown.group_json(asked.id, asked.as_of, lives, chord)))
+    else:
+        shown.group(asked.id, asked.as_of, lives, chord, source)
+    return Exit.OK
+
+
+def _gathered(pipeline: Pipeline, asked: Asked, query: Query) -> tuple[list[Event], str]:
+    """Return what a query finds, as of the moment asked for, and where."""
+    only_log = asked.only_log or asked.around is not None
+    with audited(pipeline, None, asked.timeout_s, only_log=only_log) as source:
+        found = [event for event, _ in source.search(query)]
+        return (found if asked.as_of is None else timeline.as_of(found, asked.as_of)), source.name
+
+
+def _counts(pipeline: Pipeline, asked: Asked) -> Exit:
+    assert asked.as_of is not None
+    window_s = WINDOW_S if asked.window_s is None else asked.window_s
+    query = Query(since=asked.as_of - int(window_s * 1000), until=asked.as_of + 1)
+    tally = timeline.Tally()
+    with audited(pipeline, None, asked.timeout_s, only_log=asked.only_log) as source:
+        for event, _ in source.search(query):
+            tally.take(event)
+        name = source.name
+    counts = tally.counts()
+    if asked.as_json:
+        rows = [{"name": task, "state": state, "tasks": n} for (task, state), n in sorted(counts.items())]
+        told: dict[str, Any] = {"as_of": asked.as_of, "window_s": window_s, "counts": rows}
+        click.echo(msgspec.json.encode(told))
+    else:
+        shown.counts(asked.as_of, window_s, counts, name)
+    return Exit.OK

@@ -11,7 +11,7 @@ from confluent_kafka import OFFSET_BEGINNING, KafkaError, TopicPartition
 from celery_kafka_backend.cli.output import when
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from confluent_kafka import Consumer, Message
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SLICE_S: Final = 0.2
 SAY_FIRST_S: Final = 2.0
 SAY_EVERY_S: Final = 1.0
+BATCH: Final = 1_000
 
 At = tuple[str, int]
 """Topic and partition."""
@@ -78,6 +79,85 @@ def since(broker: Broker, topic: str, at_ms: int, quiet_s: float = 30.0) -> Iter
     yield from _read(broker.reader(), starts, {at: high for at, (_, high) in ends.items()}, quiet_s)
 
 
+def spans(broker: Broker, topic: str, since_ms: int | None, until_ms: int | None) -> dict[At, tuple[int, int]]:
+    """Return from which offset to before which one the records lie that Kafka wrote at some time, by its time index.
+
+    Args:
+        broker: Kafka.
+        topic: The topic.
+        since_ms: Not before, ms since 1970; None: from the start.
+        until_ms: Before; None: to the end as it is now.
+    """
+    marks = {(topic, n): ends for n, ends in broker.ends(topic).items()}
+    if broker.embedded:  # it keeps no times
+        return marks
+    starts = {at: low for at, (low, _) in marks.items()} if since_ms is None else _at_time(broker, marks, since_ms)
+    ends = {at: high for at, (_, high) in marks.items()} if until_ms is None else _at_time(broker, marks, until_ms)
+    return {at: (starts[at], ends[at]) for at in marks}
+
+
+def _at_time(broker: Broker, marks: Mapping[At, tuple[int, int]], at_ms: int) -> dict[At, int]:
+    asked = [TopicPartition(*at, max(at_ms, 0)) for at in marks]
+    found = broker.ask(
+        "asking where the log was at that time",
+        lambda: broker.consumer.offsets_for_times(asked, timeout=broker.timeout_s),
+    )
+    offsets = {(one.topic, one.partition): one.offset for one in found}
+    return {at: offsets[at] if offsets[at] >= 0 else high for at, (_, high) in marks.items()}
+
+
+def batches(
+    broker: Broker, parts: Mapping[At, tuple[int, int]], count: int = BATCH, quiet_s: float = 30.0
+) -> Iterator[list[Message]]:
+    """Yield the records of some spans, as `spans` has them, in batches: one call for many costs a tenth of many calls.
+
+    There may be messages in between that are errors or ends of partitions: these have no key. The last batch of a
+    partition may reach beyond its span.
+
+    Raises:
+        Stop: Kafka gave nothing for ``quiet_s`` although there is more.
+    """
+    left = {at: end for at, (start, end) in parts.items() if start < end}
+    if not left:
+        return
+    consumer = broker.reader()
+    deadline = time.monotonic() + quiet_s
+    try:
+        consumer.assign([TopicPartition(*at, parts[at][0]) for at in left])
+        while left:
+            found = consumer.consume(count, SLICE_S)
+            if found:
+                deadline = time.monotonic() + quiet_s
+                yield found
+                if _is_end(found[-1]):
+                    left.pop((found[-1].topic() or "", found[-1].partition() or 0), None)
+            # Not the last record's offset: what stands at the end may be a control record, or have been compacted away.
+            for at in consumer.position([TopicPartition(*each) for each in left]) if left else ():
+                if at.offset >= left[at.topic, at.partition]:
+                    del left[at.topic, at.partition]
+                    consumer.pause([TopicPartition(at.topic, at.partition)])
+            if time.monotonic() > deadline:
+                raise broker.unreachable(f"no record of {', '.join(f'{t}/{n}' for t, n in left)} for {quiet_s:g} s")
+    finally:
+        consumer.close()
+
+
+def _is_end(message: Message) -> bool:
+    error = message.error()
+    return error is not None and error.code() == KafkaError._PARTITION_EOF  # noqa: SLF001 - confluent-kafka's name for it
+
+
+def following(broker: Broker, topic: str, partition: int, offset: int) -> Iterator[Message]:
+    """Yield every record of a partition from an offset on, for ever: those that come, too."""
+    consumer = broker.reader()
+    try:
+        consumer.assign([TopicPartition(topic, partition, offset)])
+        while True:
+            yield from (message for message in consumer.consume(BATCH, SLICE_S) if message.error() is None)
+    finally:
+        consumer.close()
+
+
 def tail(broker: Broker, topic: str, partition: int, timeout_s: float) -> Iterator[Message | None]:
     """Yield every record of a partition, then those that come, for so long; None at each end."""
     consumer = broker.reader()
@@ -95,14 +175,21 @@ def tail(broker: Broker, topic: str, partition: int, timeout_s: float) -> Iterat
         consumer.close()
 
 
-def saying(messages: Iterator[Message], place: str) -> Iterator[Message]:
+def saying(messages: Iterable[Message], place: str) -> Iterator[Message]:
     """Pass messages on, and say on stderr now and then how far that is; nothing in the first two seconds."""
-    say_at = time.monotonic() + SAY_FIRST_S
-    for read, message in enumerate(messages, 1):
+    for batch in saying_batches(([message] for message in messages), place):
+        yield from batch
+
+
+def saying_batches(found: Iterable[list[Message]], place: str) -> Iterator[list[Message]]:
+    """Likewise, of batches."""
+    read, say_at = 0, time.monotonic() + SAY_FIRST_S
+    for batch in found:
+        read += len(batch)
         if time.monotonic() >= say_at:
             say_at = time.monotonic() + SAY_EVERY_S
-            click.echo(f"reading {place}: {read} records, at {when(message.timestamp()[1])}", err=True)
-        yield message
+            click.echo(f"reading {place}: {read} records, at {when(batch[-1].timestamp()[1])}", err=True)
+        yield batch
 
 
 def last_records(broker: Broker, topic: str, count: int) -> list[Message]:

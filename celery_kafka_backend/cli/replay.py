@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import time
-from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +10,7 @@ from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import chosen_views, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
+from celery_kafka_backend.cli.moment import Moment
 from celery_kafka_backend.cli.output import progress
 from celery_kafka_backend.cli.run import check_topics
 from celery_kafka_backend.processors.replay import EARLIEST, replay
@@ -23,27 +21,6 @@ if TYPE_CHECKING:
     from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.cli.context import Pipeline
     from celery_kafka_backend.processors.replay import Replayed
-
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-
-
-class Moment(click.ParamType):
-    """A point in time: ISO 8601 (local unless it says otherwise), or so long ago: ``90m``, ``12h``, ``3d``."""
-
-    name = "time"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return ms since 1970."""
-        if isinstance(value, int):
-            return value
-        text = str(value)
-        ago = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
-        if ago:
-            return int((time.time() - float(ago[1]) * _UNITS[ago[2]]) * 1000)
-        try:
-            return int(datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() * 1000)
-        except ValueError:
-            self.fail(f"{text!r} is no time: 2026-01-31T12:00, 90m, 12h or 3d", param, ctx)
 
 
 @click.command("replay", cls=Command, short_help="Feed the log into another store.")

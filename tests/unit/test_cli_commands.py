@@ -14,10 +14,11 @@ from celery import Celery
 from celery.bin.base import CLIContext
 from click.testing import CliRunner
 
+from celery_kafka_backend import timeline
 from celery_kafka_backend.cli import checks, output, pipeline
 from celery_kafka_backend.cli.command import complain
 from celery_kafka_backend.cli.exits import MEANINGS, Exit, Stop, code_of
-from celery_kafka_backend.cli.history import outcome, wait_s
+from celery_kafka_backend.cli.history_shown import outcome
 from celery_kafka_backend.errors import ForeignLog, NotAcknowledged, SettingsError, Unavailable
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.producer.publisher import Record
@@ -25,7 +26,7 @@ from celery_kafka_backend.producer.spool import Spool, spool_for
 from celery_kafka_backend.settings import parse
 
 SECRET = "hunter2"
-COMMANDS = ("run", "init", "status", "doctor", "history", "replay", "verify", "size", "spool")
+COMMANDS = ("run", "init", "status", "doctor", "history", "search", "export", "replay", "verify", "size", "spool")
 
 
 def invoke(*arguments, backend=f"kafka://127.0.0.1:1/?view=redis://:{SECRET}@127.0.0.1:1/0", settings=None):
@@ -118,6 +119,19 @@ def test_a_view_is_chosen_by_url_scheme_or_name_and_others_are_refused():
         ("run", "--no-chords", "--chords-only"),
         ("run", "--view", "redis", "--chords-only"),
         ("history", "x", "--log", "--no-log"),
+        ("history", "x", "--around", "1h", "--no-log"),
+        ("history", "x", "--follow", "--as-of", "1h"),
+        ("history", "x", "--window", "1h"),
+        ("history",),
+        ("history", "--as-of", "1h", "--tree"),
+        ("history", "x", "--as-of", "whenever"),
+        ("search", "--since", "1h", "--until", "2h"),
+        ("search", "--min-duration", "2s", "--max-duration", "1s"),
+        ("search", "--view", "redis", "--log"),
+        ("search", "--view", "redis"),  # it keeps no history unless told to
+        ("search", "--limit", "0"),
+        ("export", "--format", "parquet"),
+        ("export", "--format", "csv"),
         ("replay", "--to", "redis", "--continue", "--from", "1h"),
         ("verify", "--view", "redis", "--against", "redis"),
     ],
@@ -183,7 +197,7 @@ def test_celerys_other_commands_do_not_pay_for_this_one():
 
 def test_the_time_in_the_queue_does_not_count_a_countdown():
     event = Event(id="e", kind="started", task="t", at=9_000, hlc=9_000, sent_at=1_000, eta=6_000, started_at=9_000)
-    assert wait_s(event) == 3.0
+    assert timeline.wait_s(event) == 3.0
 
 
 def test_a_retry_says_why_and_when_it_is_due():

@@ -1,0 +1,123 @@
+"""Where an audit reads: a view that keeps history, else the log itself. Both answer the same `Query`."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import click
+
+from celery_kafka_backend import topics
+from celery_kafka_backend.cli.broker import Broker
+from celery_kafka_backend.cli.context import chosen_views
+from celery_kafka_backend.cli.exits import Exit, Stop
+from celery_kafka_backend.cli.records import batches, saying_batches, spans
+from celery_kafka_backend.errors import SettingsError, StoreError
+from celery_kafka_backend.settings import mask
+from celery_kafka_backend.sinks.contract import matching
+from celery_kafka_backend.sinks.registry import open_view
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from celery_kafka_backend.changes import Logged
+    from celery_kafka_backend.cli.context import Pipeline
+    from celery_kafka_backend.query import Query
+    from celery_kafka_backend.sinks.contract import View
+
+CLOCKS_MS: Final = 60_000
+"""Hosts' and brokers' clocks may differ by so much."""
+LATE_MS: Final = 3_600_000
+"""An event may reach Kafka so much later than it happened: the producer's own patience, and an hour's outage with a spool."""
+
+
+class Source(NamedTuple):
+    """A place that has events.
+
+    Attributes:
+        name: What to call it, password masked.
+        search: Yields the events that match, as `View.search` does.
+    """
+
+    name: str
+    search: Callable[[Query], Iterator[Logged]]
+
+
+@contextmanager
+def audited(pipeline: Pipeline, chosen: str | None, timeout_s: float, *, only_log: bool) -> Iterator[Source]:
+    """Open the view that was chosen, else the first that keeps history and can be read, else the log.
+
+    Raises:
+        Stop: What was chosen is no view that keeps history, or both were chosen; Kafka does not answer.
+    """
+    if chosen and only_log:
+        raise Stop(Exit.CONFIGURATION, "--view and --log contradict each other", "give one of them")
+    urls = [] if only_log else chosen_views(pipeline.settings, (chosen,) if chosen else ())
+    for url in urls:
+        view = open_view(url, pipeline.options(url))
+        try:
+            if _usable(pipeline, url, view, must=bool(chosen)):
+                yield Source(mask(url), view.search)
+                return
+        finally:
+            view.close()
+    broker = Broker(pipeline.settings, timeout_s)
+    try:
+        yield Source(f"the log at {mask(pipeline.settings.bootstrap_servers)}", lambda query: in_log(broker, query))
+    finally:
+        broker.close()
+
+
+def keeps_history(pipeline: Pipeline, url: str, view: View) -> bool:
+    """Return whether a view is told to keep history, or does so by itself."""
+    told = pipeline.options(url).history
+    return view.keeps_history if told is None else told
+
+
+def _usable(pipeline: Pipeline, url: str, view: View, *, must: bool) -> bool:
+    if not keeps_history(pipeline, url, view):
+        if must:
+            scheme = url.partition("://")[0]
+            raise Stop(
+                Exit.CONFIGURATION,
+                f"{mask(url)} keeps no history",
+                f"set kafka_backend_settings['history'] = {{'{scheme}': True}} and replay, name another view, or use --log",
+            )
+        return False
+    try:
+        view.positions()
+    except (StoreError, SettingsError) as exc:
+        if must:
+            raise
+        click.secho(f"note: {mask(url)} cannot be read: {exc}", fg="yellow", err=True)
+        return False
+    return True
+
+
+def in_log(broker: Broker, query: Query) -> Iterator[Logged]:
+    """Yield the events of the log that match: by Kafka's time index, then by reading all that was written then.
+
+    An event that reached Kafka more than `LATE_MS` after ``query.until`` is not found.
+    """
+    topic = log_of(broker)
+    since = None if query.since is None else query.since - CLOCKS_MS
+    until = None if query.until is None else query.until + LATE_MS
+    values = (
+        value
+        for batch in saying_batches(batches(broker, spans(broker, topic, since, until)), topic)
+        for message in batch
+        if message.error() is None and (value := message.value()) is not None
+    )
+    return matching(values, query, by_time=False)
+
+
+def log_of(broker: Broker) -> str:
+    """Return the topic of the events.
+
+    Raises:
+        Stop: There is none.
+    """
+    topic = topics.task_events(broker.settings.topic_prefix)
+    if not broker.partitions(topic):
+        raise Stop(Exit.TOPICS_WRONG, f"no topic {topic}", "create the topics: `celery -A proj pipeline init`")
+    return topic
