@@ -76,23 +76,24 @@ def install() -> None:
         jars()
 
 
-def start(brokers: int = 1, advertise: Callable[[int], int] | None = None) -> KafkaCluster:
+def start(brokers: int = 1, advertise: Callable[[int], int] | None = None, folder: Path | None = None) -> KafkaCluster:
     """Start one node or three; returns when each sees all.
 
     Args:
         brokers: How many.
         advertise: Given a broker's port, returns the one that clients and the other brokers are told, a proxy's; its
             controller is reached without it. `KafkaCluster.bootstrap` goes past it. Not for containers.
+        folder: Empty, for all their data; else a throw-away one. Not for containers.
 
     Raises:
         ServiceError: They could not be installed, or did not start; nothing is left running.
     """
     if docker.chosen():
-        if advertise is not None:
-            raise ServiceError("brokers behind a proxy are started as processes only: use SERVICES=native")
+        if advertise is not None or folder is not None:
+            raise ServiceError("brokers behind a proxy, or on a disk of their own, are processes: use SERVICES=native")
         return _started(KafkaCluster(docker.kafka(brokers)))
     libs = jars()
-    folder = scratch.folder(f"kafka{brokers}")
+    folder = folder or scratch.folder(f"kafka{brokers}")
     node_ids = range(1, brokers + 1)
     numbers = ports.free(2 * brokers)
     broker_ports, controller_ports = numbers[:brokers], numbers[brokers:]
