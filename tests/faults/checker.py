@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 READY = frozenset({"SUCCESS", "FAILURE", "REVOKED"})
 GET_MARGIN_S = 3.0
+POPPED_S = 1.0
 """Beyond its timeout and the time for which its process did not run: what a busy machine may take to wake it."""
 SEND_MARGIN_S = 5.0
 """Likewise for a ``delay()``; the queue of the tasks is never hurt."""
@@ -87,7 +88,7 @@ class Shown(NamedTuple):
 
 
 class LogEvent(NamedTuple):
-    """A record of the log; state None: it touches no document."""
+    """A record of the log; state None: it touches no document; ``at``: when it was written, by its producer's clock."""
 
     id: str
     task: str
@@ -97,6 +98,7 @@ class LogEvent(NamedTuple):
     key: int
     partition: int
     offset: int
+    at: float = 0.0
 
 
 class Evidence(NamedTuple):
@@ -117,6 +119,7 @@ class Evidence(NamedTuple):
         exits: What was asked to end: its name, exit code (None: it did not end), seconds.
         stuck: What did not come to rest after everything was healed.
         calm: No fault hit a broker or a chord processor.
+        deaths: When a worker's main process was killed.
     """
 
     executions: tuple[Execution, ...]
@@ -133,6 +136,7 @@ class Evidence(NamedTuple):
     exits: tuple[tuple[str, int | None, float], ...]
     stuck: tuple[str, ...]
     calm: bool
+    deaths: tuple[float, ...] = ()
 
 
 class Violation(NamedTuple):
@@ -265,8 +269,17 @@ def chords_fire(e: Evidence) -> Iterator[tuple[str, str]]:
         if not (chord.applied and complete) or e.began.get(chord.body):
             continue
         failed = e.view.get(chord.body, NONE).state == "FAILURE" and any(one in failures for one in chord.members)
-        if not failed:
+        if not failed and not _died_with_a_worker(e, chord.body):
             yield chord.body, f"all its members' ends are stored, and its body was not sent: {chord.members}"
+
+
+def _died_with_a_worker(e: Evidence, task: str) -> bool:
+    """Whether a message was sent while a worker's main process was killed.
+
+    kombu takes a message from Redis first and notes that it has it afterwards: who is killed between takes it along.
+    """
+    sent = [event.at for event in e.log or () if event.task == task and event.kind == "sent"]
+    return any(abs(death - at) < POPPED_S for at in sent for death in e.deaths)
 
 
 def chords_fire_once(e: Evidence) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from celery_kafka_backend.sinks.redis_wire import unpack
 from tests.faults import journal as journals
 from tests.faults.checker import Chord, Evidence, Execution, Get, LogEvent, Sending, Shown
+from tests.faults.schedule import BEHEAD, KILL
 from tests.faults.watcher import PREFIX, value_of
 from tests.faults.world import TOPIC_PREFIX
 
@@ -79,7 +80,14 @@ def _journal(folder: Path) -> dict[str, Any]:
         ),
         "chords": tuple(_chords(clients)),
         "seen": {task: tuple(states) for task, states in seen.items()},
+        "deaths": tuple(_deaths(folder)),
     }
+
+
+def _deaths(folder: Path) -> Iterator[float]:
+    for line in journals.read(folder, "nemesis"):
+        if line["what"] == "fault" and line["target"].startswith("worker-") and line["verb"] in {KILL, BEHEAD}:
+            yield line["at"]
 
 
 def _executions(lines: list[dict[str, Any]]) -> Iterator[Execution]:
@@ -148,6 +156,7 @@ def _log(bootstrap: str) -> Iterator[LogEvent]:
             key=event.get("key", 0),
             partition=message.partition() or 0,
             offset=message.offset() or 0,
+            at=message.timestamp()[1] / 1000,
         )
 
 

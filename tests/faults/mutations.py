@@ -151,7 +151,7 @@ def older_event_shown(e: Evidence) -> Evidence:
 
 def body_not_sent(e: Evidence) -> Evidence:
     body = _fired(e).body
-    return e._replace(began=_without(e.began, body), view=_without(e.view, body))
+    return e._replace(began=_without(e.began, body), view=_without(e.view, body), deaths=())
 
 
 def body_got_other_values(e: Evidence) -> Evidence:

@@ -91,6 +91,15 @@ def test_a_dead_letter_is_a_place(healthy: Evidence) -> None:
     assert check(gone._replace(letters=frozenset({(event.partition, event.offset)}))) == []
 
 
+def test_a_body_that_a_killed_worker_had_just_taken_is_no_loss_of_ours(healthy: Evidence) -> None:
+    lost = MUTATIONS["body_not_sent"].tell(healthy)
+    lost = lost._replace(log=tuple(event._replace(at=100.0) for event in lost.log or ()))
+    unsent = lost._replace(log=tuple(event for event in lost.log or () if event.kind != "sent"), deaths=(100.5,))
+    assert {one.check for one in check(lost._replace(deaths=(50.0, 150.0)))} >= {"chords fire"}
+    assert {one.check for one in check(unsent)} >= {"chords fire"}
+    assert not {one.check for one in check(lost._replace(deaths=(100.5,)))} & {"chords fire"}
+
+
 def test_a_seed_is_a_schedule_that_can_be_repeated() -> None:
     for targets in TARGETS.values():
         made = schedule(7, 90.0, targets)
