@@ -109,15 +109,19 @@ def _common(settings: Settings, *extra: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def producer_config(settings: Settings) -> dict[str, Any]:
-    """Return the configuration of every producer: idempotent, all replicas, Java's partitioner."""
+def producer_config(settings: Settings, linger_ms: int = 0) -> dict[str, Any]:
+    """Return the configuration of every producer: idempotent, all replicas, Java's partitioner.
+
+    Args:
+        settings: The user's.
+        linger_ms: How long a record waits for company, where whoever cannot wait flushes.
+    """
     return _common(
         settings,
         {
-            # A result that somebody waits for leaves at once; what nobody waits for is gathered by
-            # `Publisher`. Under load librdkafka batches what queues up behind the request in flight.
             # Where nobody ever waits, a request for each result would only take the cores from the tasks.
-            "linger.ms": BUFFERED_LINGER_MS if settings.delivery == "buffered" else 0,
+            # Under load librdkafka batches what queues up behind the request in flight.
+            "linger.ms": BUFFERED_LINGER_MS if settings.delivery == "buffered" else linger_ms,
             # ADR 11: zstd costs 0.16 ms more for each record that travels alone, as an awaited result does.
             "compression.type": "lz4",
             "partitioner": "murmur2_random",

@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -26,7 +27,8 @@ from celery_kafka_backend.errors import CodecError, SettingsError, SpoolError, U
 from celery_kafka_backend.reader import Reader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
     from celery_kafka_backend.barrier import Barrier
     from celery_kafka_backend.producer.recorder import Recorder
@@ -46,10 +48,12 @@ class Reading(threading.local):
     Attributes:
         ordinary: A read that needs no barrier.
         failing_chain: Celery fails what was chained after a task.
+        pending: Tasks that have been asked for just now, and have not ended.
     """
 
     ordinary = False
     failing_chain = False
+    pending: AbstractSet[str] = frozenset()
 
 
 class Reads(BaseKeyValueStoreBackend):  # type: ignore[misc]
@@ -111,8 +115,25 @@ class Reads(BaseKeyValueStoreBackend):  # type: ignore[misc]
     def mget(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return the values under several native keys of tasks."""
         ids = [bytes_to_str(key[len(self.task_keyprefix) :]) for key in keys]
-        found = self._documents_of(TASK, ids)
+        found = self.documents(ids)
         return [found.get(one) for one in ids]
+
+    def documents(self, ids: Sequence[str]) -> dict[str, bytes]:
+        """Return the documents there are of some tasks.
+
+        Raises:
+            Unavailable: The view does not answer.
+        """
+        return self._documents_of(TASK, [one for one in ids if one not in self._here.pending])
+
+    @contextmanager
+    def pending(self, ids: AbstractSet[str]) -> Iterator[None]:
+        """Answer for this thread that these tasks have not ended, without asking again."""
+        self._here.pending = ids
+        try:
+            yield
+        finally:
+            self._here.pending = frozenset()
 
     def _documents_of(self, subject: str, ids: Sequence[str]) -> dict[str, bytes]:
         return self.barrier.documents(self.reader, subject, ids, self.recorder.clock.wall_ms())

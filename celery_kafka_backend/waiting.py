@@ -13,6 +13,7 @@ from celery import states
 from celery.backends.asynchronous import BaseResultConsumer
 
 from celery_kafka_backend.errors import Unavailable
+from celery_kafka_backend.parents import Parents, asks_for_parents, has_ended, members
 from celery_kafka_backend.reader import Ear
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
         """Look once at what is there already, in the waiter's own thread, then wait for the rest of the timeout."""
         outer = getattr(self._here, "until", None)
         self._here.until = until = None if timeout is None else time.monotonic() + timeout
-        unknown = list(_unknown(result))
+        unknown = [one for one in members(result) if not has_ended(one)]
         # A group asks the backend of the thread that waits; its members know that of the thread that sent them.
         foreign = [one for one in unknown if one.backend is not self.backend]
         for one in foreign:
@@ -115,6 +116,8 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
         try:
             for task_id, document in self.ear.meet([one.id for one in unknown], self._patience_s()).items():
                 self._changed(task_id, document)
+            if on_interval is not None and asks_for_parents(result, on_interval):
+                on_interval = Parents(self.backend, result, on_interval)
             # Older versions of Celery take 0, what is left of a spent timeout, for no timeout at all.
             left = None if until is None else max(until - time.monotonic(), 0.01)
             yield from super()._wait_for_pending(
@@ -141,15 +144,6 @@ def _after_fork() -> None:
 
 # Not by the process id when next used: of two threads of the child, the second one would take the turn from the first.
 os.register_at_fork(after_in_child=_after_fork)
-
-
-def _unknown(result: Any) -> Iterator[Any]:
-    """Yield a result, or the members of a group of groups, whose end is not known yet."""
-    if (members := getattr(result, "results", None)) is not None:
-        for each in members:
-            yield from _unknown(each)
-    elif result._cache is None:  # noqa: SLF001 - as Celery's own `ResultSet` asks
-        yield result
 
 
 def _unless_away(on_interval: Callable[[], Any]) -> Callable[[], None]:

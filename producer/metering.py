@@ -101,15 +101,21 @@ class MeteredProducer(Producer):
     def poll(self, timeout: float = -1) -> int:
         """As the client's own. Called all the time, so this is where samples are taken."""
         served = super().poll(timeout)
-        if time.monotonic() - self._sampled >= SAMPLE_S:
-            self._sample()
+        self._sample_now_and_then()
         return served
 
     def flush(self, timeout: float = -1) -> int:
-        """As the client's own."""
+        """As the client's own; whoever waits for a record does so by short flushes, a process that ends by its last one."""
         left = super().flush(timeout)
-        self._sample()
+        if timeout > SAMPLE_S:
+            self._sample()
+        else:
+            self._sample_now_and_then()
         return left
+
+    def _sample_now_and_then(self) -> None:
+        if time.monotonic() - self._sampled >= SAMPLE_S:
+            self._sample()
 
     def _sample(self) -> None:
         self._sampled = time.monotonic()

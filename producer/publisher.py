@@ -46,6 +46,15 @@ WARM_UP_S: Final = 5.0
 """How long a process that starts waits for a sign of Kafka before it says in the log that there is none."""
 CAST_S: Final = 0.05
 """How long a record that nobody waits for may wait for company."""
+CROWD: Final = 5
+CROWD_S: Final = 0.25
+"""… and where so many come in that time: each partition's next request takes more of them along."""
+LINGER_MS: Final = 1
+"""A record that is waited for leaves when its waiter flushes, and what was produced just before it in the same request;
+with no linger Kafka has two of them."""
+FLUSH_S: Final = 0.002
+FLUSHES_S: Final = 0.05
+"""A wait flushes in such steps for so long; a Kafka that takes longer is away, and what lingered has left."""
 PATCHED_S: Final = 0.005
 """Pause between two looks where a blocking call into librdkafka is not possible, or another thread's."""
 CASTS: Final = 10_000
@@ -169,6 +178,8 @@ class Publisher:
         self._waiting = 0
         self._wanted = threading.Event()
         self._casts: deque[Record] = deque()
+        self._casts_before = 0
+        self._casts_at = 0.0
         self._counts: dict[str, int] = {}
         self.dropped = 0
         self.failed = 0
@@ -212,7 +223,8 @@ class Publisher:
         if time.monotonic() < self._no_token_until:
             raise NoToken(f"no token for Kafka at {self.settings.bootstrap_servers}: {self._complaints.token_error}")
         try:
-            return self._complaints.handle(self.make, kafka.producer_config(self.settings))
+            linger_ms = 0 if self._patched else LINGER_MS
+            return self._complaints.handle(self.make, kafka.producer_config(self.settings, linger_ms))
         except NoToken:
             # The driver has just waited 10 s for it: not everybody who publishes is to wait as long.
             self._no_token_until = time.monotonic() + NO_TOKEN_S
@@ -236,13 +248,23 @@ class Publisher:
     def _poll(self, producer: Any, pid: int) -> None:
         while self._pid == pid and (self._producer is producer or len(producer)):  # a retired one has answers yet
             self._pause()
-            self._send_casts(producer)
+            if self._casts and self._casts_are_due():
+                self._send_casts(producer)
             if self._polling.acquire(blocking=False):
                 try:
                     self._served(producer, 0)
                 finally:
                     self._polling.release()
             self._report()
+
+    def _casts_are_due(self) -> bool:
+        """Whether what is there has waited long enough; asked every `CAST_S`."""
+        now, waiting = time.monotonic(), len(self._casts)
+        crowded = waiting - self._casts_before >= CROWD
+        if not self._casts_before:
+            self._casts_at = now
+        self._casts_before = waiting
+        return not crowded or now - self._casts_at >= CROWD_S
 
     def _pause(self) -> None:
         if not self._patched:
@@ -270,18 +292,28 @@ class Publisher:
                 done.wait(min(left, PATCHED_S))
                 continue
             try:
-                while not done.is_set() and (left := deadline - time.monotonic()) > 0:
-                    self._served(producer, min(left, CAST_S))
+                self._wait(producer, done, deadline)
             finally:
                 self._polling.release()
 
-    def _served(self, producer: Any, wait_s: float) -> None:
+    def _wait(self, producer: Any, done: threading.Event, deadline: float) -> None:
+        began = now = time.monotonic()
+        while not done.is_set() and now < deadline:
+            # A flush alone sends what lingers; it ends when all is answered, another thread's records too.
+            flushing = now - began < FLUSHES_S
+            self._served(producer, min(deadline - now, FLUSH_S if flushing else CAST_S), flush=flushing)
+            now = time.monotonic()
+
+    def _served(self, producer: Any, wait_s: float, *, flush: bool = False) -> None:
         """Let librdkafka call us back. After a fatal error, which it raises here once, the next record has a new handle.
 
         An idempotent producer without any right to write is such an error: it would stay dead when the right is given.
         """
         try:
-            producer.poll(wait_s)
+            if flush:
+                producer.flush(wait_s)
+            else:
+                producer.poll(wait_s)
         except KafkaException as exc:
             self._fatal = exc.args[0]
             self._retire_if_fatal(producer, exc)
@@ -380,7 +412,7 @@ class Publisher:
         """
         producer = self._handle()
         partition = self._partition(record, wait_s) if record.group else -1
-        if self._casts:
+        if self._casts and not record.group:  # a chord's part goes before the state, and what was cast goes with that
             self._send_casts(producer)
         deadline = time.monotonic() + wait_s if wait_s else 0.0
         while True:
@@ -459,6 +491,7 @@ class Publisher:
 
     def _send_casts(self, producer: Any) -> None:
         casts = self._casts
+        self._casts_before = 0
         while casts:
             try:
                 record = casts.popleft()

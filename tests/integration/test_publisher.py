@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -47,6 +48,13 @@ def read(address, topic, n):
             found.append(message.value())
     consumer.close()
     return found
+
+
+def wait_until(fact):
+    deadline = time.monotonic() + 20
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def test_a_delivery_knows_where_its_record_is(broker, publisher):
@@ -121,6 +129,43 @@ def test_what_nobody_waits_for_leaves_with_what_somebody_waits_for(broker, publi
     made.cast(Record("company", b"k", b"started"))
     made.publish(Record("company", b"k", b"success")).wait(10)
     assert read(broker, "company", 3) == [b"first", b"started", b"success"]
+
+
+def test_what_is_waited_for_takes_along_what_was_cast_in_one_request(broker):
+    said = []
+
+    def make(config):
+        return Producer({**config, "statistics.interval.ms": 50, "stats_cb": said.append})
+
+    # A linger long enough for all of a slow machine's pairs: that none takes it shows that whoever waits flushes.
+    settings = settings_module.parse(f"kafka://{broker}/?view=memory://x", {"producer": {"linger.ms": 2_000}})
+    made = Publisher(settings, make)
+    made.publish(Record("one-request", b"k", b"librdkafka meets the topic")).wait(10)
+    for n in range(20):
+        made.cast(Record("one-request", b"%d" % n, b"started"))
+        made.publish(Record("one-request", b"%d" % n, b"success")).wait(10)
+    wait_until(lambda: said and json.loads(said[-1])["txmsgs"] == 41)
+    assert sum(each["req"].get("Produce", 0) for each in json.loads(said[-1])["brokers"].values()) == 21
+    made.close()
+
+
+def test_a_chord_s_part_leaves_before_what_was_cast(broker, publisher):
+    made = publisher(broker)
+    made.publish(Record("parts", b"k", b"a part", group="g"), wait_s=10).wait(10)
+    made.cast(Record("states", b"k", b"started"))
+    made.publish(Record("parts", b"k", b"a part", group="g"), wait_s=10).wait(10)
+    made.publish(Record("states", b"k", b"success")).wait(10)
+    assert read(broker, "states", 2) == [b"started", b"success"]
+
+
+def test_in_a_crowd_that_does_not_end_records_leave_all_the_same(broker, publisher):
+    made = publisher(broker)
+
+    def one_more():
+        made.cast(Record("crowd", b"k", b"v"))
+        return made.latest is not None
+
+    wait_until(one_more)
 
 
 def test_an_option_that_librdkafka_does_not_know_is_named(publisher):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import threading
 import time
@@ -121,3 +122,36 @@ def test_a_fork_hears_though_a_thread_of_its_parent_was_hearing(server, app):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     for one in threads:
         one.join()
+
+
+def chord_of(app, count):
+    members = [AsyncResult(uuid.uuid4().hex, app=app) for _ in range(count)]
+    return AsyncResult(uuid.uuid4().hex, app=app, parent=GroupResult(uuid.uuid4().hex, members, app=app)), members
+
+
+def test_the_parents_of_an_awaited_result_are_asked_for_all_at_once(server, app):
+    body, members = chord_of(app, 300)
+    intervals = []
+    with Redis(port=server.port) as client:
+        client.config_resetstat()
+        with pytest.raises(NotInTime):
+            body.get(timeout=1.5, on_interval=lambda *_: intervals.append(1))
+        reads = client.info("commandstats")["cmdstat_mget"]["calls"]
+    assert intervals
+    # Celery asks for each when get() begins; then every 0.1 s all of them were asked for, one by one.
+    assert reads < 2 * len(members)
+
+
+def test_the_failure_of_a_parent_ends_the_wait_for_its_child(server, app):
+    body, members = chord_of(app, 3)
+    failure = {"exc_type": "ValueError", "exc_message": ["broken"], "exc_module": "builtins"}
+
+    def end(*_):
+        with Redis(port=server.port) as client:
+            for member, status, result in ((members[0], "SUCCESS", 1), (members[2], "FAILURE", failure)):
+                meta = {"status": status, "result": result, "traceback": None, "children": [], "task_id": member.id}
+                client.set(f"celery-task-meta-{member.id}", json.dumps(meta))
+
+    with pytest.raises(ValueError, match="broken"):
+        body.get(timeout=20, on_interval=end)
+    assert members[0].result == 1
