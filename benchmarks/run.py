@@ -37,12 +37,13 @@ BENCHES = {
     "metrics_cost": "a fold and a worker with metrics, against the same without",
     "catch_up": "how long the view lags after a ten-minute outage",
     "barrier": "a read that a lagging view does not fool, against a plain read",
+    "waiting": "100,000 results waited for in one process, and 1,000 processes that wait, against Celery's Redis backend (only with --long or by name)",
     "process_model": "a producer per child against one publisher process per host (only with --long or by name)",
     "stores": "events per second into the stores on disk, from the log and from memory (only with --long or by name)",
     "chord_memory": "memory of the chord processor with 100,000 members, and such a chord (only with --long or by name)",
     "memory": "resident memory of a materializer from 1 to 5 million events (only with --long or by name)",
 }
-LONG = frozenset({"stores", "memory", "chord_memory", "process_model"})
+LONG = frozenset({"stores", "waiting", "memory", "chord_memory", "process_model"})
 RUNS = 5
 
 
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 SETTINGS = {
     "topics": "8 partitions, LogAppendTime; 1 broker: replication 1; 3 brokers: replication 3, min.insync.replicas 2",
     "brokers": "Kafka in KRaft mode on the same machine, 512 MB to 1 GB of heap, serial GC, no second compiler",
-    "producer": "acks=all, idempotent, lz4, linger 0",
+    "producer": "acks=all, idempotent, lz4; what lingers leaves when somebody waits",
     "redis": "Redis on the same machine, no persistence, noeviction",
 }
 

@@ -13,6 +13,7 @@ from celery_kafka_backend.changes import Partition
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
 from celery_kafka_backend.sinks import registry
 from celery_kafka_backend.sinks.contract import StoreOptions
+from celery_kafka_backend.sinks.redis_view import REGISTERED
 from tests.contract.factories import R, batch, event_id, stated
 from tests.services import redis as service
 
@@ -204,6 +205,20 @@ def test_all_keys_of_a_task_share_a_slot(redis_url: str) -> None:
     assert len({key_slot(key) for key in keys}) == 1
     assert {row.table for row in view.rows()} == {"document", "side", "history"}
     sink.close()
+    view.close()
+
+
+def test_registering_more_than_a_script_call_takes_reads_all_and_ends_all(redis_url: str) -> None:
+    ids = [f"t{number}" for number in range(2 * REGISTERED + 1)]
+    view = registry.open_view(redis_url, StoreOptions())
+    with redis.Redis.from_url(redis_url) as client:
+        client.set(f"celery-task-meta-{ids[0]}", b"first")
+        client.set(f"celery-task-meta-{ids[-1]}", b"last")
+        assert view.register("me", ids, 60) == {ids[0]: b"first", ids[-1]: b"last"}
+        for one in (ids[0], ids[REGISTERED], ids[-1]):
+            waiters = f"{{celery-task-meta-{one}}}:w"
+            assert client.smembers(waiters) == {b"me"}
+            assert 0 < client.pttl(waiters) <= 60_000
     view.close()
 
 
