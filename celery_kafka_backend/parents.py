@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import states
+from celery.exceptions import ChordError
 from celery.result import AsyncResult
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 SHARE: Final = 0.05
 """Of the time that one waits, what is spent on looking at parents."""
+SETTLE_S: Final = 1.0
+"""How long after a failed chord's end its members' ends are still looked for."""
+SETTLE_PAUSE_S: Final = 0.01
 
 
 def asks_for_parents(result: Any, on_interval: Any) -> bool:
@@ -40,6 +44,7 @@ class Parents:
 
     def __init__(self, backend: Reads, result: AsyncResult, look: Callable[[], Any]) -> None:
         self._backend = backend
+        self._result = result
         self._left = [member for parent in _parents(result) for member in members(parent)]
         self._look: Callable[[], Any] | None = look
         self._next = 0.0
@@ -68,6 +73,28 @@ class Parents:
                 look()
         now = time.monotonic()
         self._next = now + (now - began) / SHARE
+
+    def settle(self, until: float | None) -> None:
+        """Raise what a member has failed with, when all that the result says is that its chord failed.
+
+        A part of a chord is in Kafka before its task's end is: a view may show the chord's end a moment earlier.
+
+        Args:
+            until: When to give up at the latest, monotonic.
+
+        Raises:
+            Unavailable: The view does not answer.
+        """
+        if not (has_ended(self._result) and isinstance(self._result.result, ChordError)):
+            return
+        deadline = time.monotonic() + SETTLE_S
+        deadline = deadline if until is None else min(deadline, until)
+        while self._left:
+            self._next = 0.0
+            self()
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(SETTLE_PAUSE_S)
 
     def _ask(self, waiting: list[AsyncResult]) -> None:
         found = self._backend.documents([one.id for one in waiting])

@@ -116,13 +116,17 @@ class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
         try:
             for task_id, document in self.ear.meet([one.id for one in unknown], self._patience_s()).items():
                 self._changed(task_id, document)
+            parents = None
             if on_interval is not None and asks_for_parents(result, on_interval):
-                on_interval = Parents(self.backend, result, on_interval)
+                on_interval = parents = Parents(self.backend, result, on_interval)
             # Older versions of Celery take 0, what is left of a spent timeout, for no timeout at all.
             left = None if until is None else max(until - time.monotonic(), 0.01)
             yield from super()._wait_for_pending(
                 result, timeout=left, on_interval=on_interval and _unless_away(on_interval), **kwargs
             )
+            if parents is not None:
+                with suppress(Unavailable):
+                    parents.settle(until)
         finally:
             self._here.until = outer
             for one in foreign:
