@@ -38,12 +38,14 @@ BENCHES = {
     "catch_up": "how long the view lags after a ten-minute outage",
     "barrier": "a read that a lagging view does not fool, against a plain read",
     "waiting": "100,000 results waited for in one process, and 1,000 processes that wait, against Celery's Redis backend (only with --long or by name)",
+    "history": "a task's history straight from the log, against bare consuming, and around a time",
+    "export": "search and export of a history in SQLite, and memory while at it (only with --long or by name)",
     "process_model": "a producer per child against one publisher process per host (only with --long or by name)",
     "stores": "events per second into the stores on disk, from the log and from memory (only with --long or by name)",
     "chord_memory": "memory of the chord processor with 100,000 members, and such a chord (only with --long or by name)",
     "memory": "resident memory of a materializer from 1 to 5 million events (only with --long or by name)",
 }
-LONG = frozenset({"stores", "waiting", "memory", "chord_memory", "process_model"})
+LONG = frozenset({"stores", "waiting", "export", "memory", "chord_memory", "process_model"})
 RUNS = 5
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from celery import states
 
-from celery_kafka_backend import codec, events, order, timeline
+from celery_kafka_backend import codec, events, order, past, timeline
 from celery_kafka_backend.awaiting import awaited
 from celery_kafka_backend.changes import Side
 from celery_kafka_backend.reads import Reads
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 UNKNOWN: Final = timeline.UNKNOWN
 
+_AROUND_MS: Final = 600_000
 _OF_STATE: Final = {
     states.STARTED: events.STARTED,
     states.RETRY: events.RETRY,
@@ -70,17 +71,27 @@ class KafkaResult:
         """
         return awaited(self.result).__await__()
 
-    def history(self) -> list[Event]:
+    def history(self, *, log: bool = False, around: datetime | None = None) -> list[Event]:
         """Return every event of the task, run by run, in causal order; [] if the view keeps none (Redis does if told so).
 
-        ``pipeline history`` reads the log itself. `timeline.as_of` tells what had happened by some moment, and
-        `timeline.state` how far the task was then.
+        `timeline.as_of` tells what had happened by some moment, and `timeline.state` how far the task was then.
+
+        Args:
+            log: Read the task's partition of the log where the view has nothing: seconds, or minutes on a large log.
+            around: Read only what the log got within ten minutes of this time; the view is not asked.
 
         Raises:
             Unavailable: The view does not answer.
+            PublishError: Kafka does not, or refuses.
             CodecError: An event was written by newer software.
         """
-        return timeline.causal(codec.decode(value) for value in self._backend.reader.history(self.result.id))
+        found = [] if around is not None else self._backend.reader.history(self.result.id)
+        if around is not None:
+            at = int(around.timestamp() * 1000)
+            found = past.of_task(self._backend.settings, self.result.id, at - _AROUND_MS, at + _AROUND_MS)
+        elif log and not found:
+            found = past.of_task(self._backend.settings, self.result.id)
+        return timeline.causal(codec.decode(value) for value in found)
 
     def describe(self) -> str:
         """Return how far the task is.

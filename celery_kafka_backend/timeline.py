@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
+from sys import intern
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from celery_kafka_backend import events, order
@@ -256,7 +257,7 @@ class _Slot:
 
 
 class Tally:
-    """How many tasks are in which state, as `state` has it, fed with events in any order. Keeps some 600 bytes per task."""
+    """How many tasks are in which state, as `state` has it, fed with events in any order. Keeps some 1,200 bytes per task."""
 
     def __init__(self) -> None:
         self._tasks: dict[str, dict[int | None, _Slot]] = {}
@@ -269,8 +270,8 @@ class Tally:
         slot = slots.get(event.run)
         if slot is None:
             slot = slots[event.run] = _Slot()
-        word = state([event])
-        slot.name = slot.name or event.name or ""
+        word = intern(state([event]))
+        slot.name = slot.name or intern(event.name or "")
         slot.last = max(slot.last, (_clock(event), word))
         if event.shows and order.rank_of_key(event.key) is not order.Rank.UNREADY:
             slot.ended = max(slot.ended, (event.key, event.id, word))

@@ -19,7 +19,9 @@ _COMMANDS: Final = (
     "history",
     "search",
     "export",
+    "findings",
     "chord",
+    "forget",
     "replay",
     "verify",
     "size",
@@ -42,6 +44,7 @@ def pipeline() -> None:
       celery -A proj pipeline doctor          one verdict on everything
       celery -A proj pipeline history ID      what happened to a task, its workflow, its group; now or then
       celery -A proj pipeline search          which tasks failed, were slow, were tried again …
+      celery -A proj pipeline findings        lost tasks, contradictions, stuck chords
       celery -A proj pipeline chord GROUP_ID  what a chord waits for, and how to end or repair it
 
     Every option has an environment variable, CELERY_PIPELINE_<COMMAND>_<OPTION>, which its help names. Global

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Final
 import click
 from confluent_kafka import OFFSET_BEGINNING, KafkaError, TopicPartition
 
+from celery_kafka_backend import past
 from celery_kafka_backend.cli.output import when
+from celery_kafka_backend.errors import NotAcknowledged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 SLICE_S: Final = 0.2
 SAY_FIRST_S: Final = 2.0
 SAY_EVERY_S: Final = 1.0
-BATCH: Final = 1_000
 
 At = tuple[str, int]
 """Topic and partition."""
@@ -106,45 +107,19 @@ def _at_time(broker: Broker, marks: Mapping[At, tuple[int, int]], at_ms: int) ->
     return {at: offsets[at] if offsets[at] >= 0 else high for at, (_, high) in marks.items()}
 
 
-def batches(
-    broker: Broker, parts: Mapping[At, tuple[int, int]], count: int = BATCH, quiet_s: float = 30.0
-) -> Iterator[list[Message]]:
-    """Yield the records of some spans, as `spans` has them, in batches: one call for many costs a tenth of many calls.
-
-    There may be messages in between that are errors or ends of partitions: these have no key. The last batch of a
-    partition may reach beyond its span.
+def batches(broker: Broker, parts: Mapping[At, tuple[int, int]]) -> Iterator[list[Message]]:
+    """Yield the records of some spans, as `spans` has them, by `past.batches`.
 
     Raises:
-        Stop: Kafka gave nothing for ``quiet_s`` although there is more.
+        Stop: Kafka refused, or gave nothing for long although there is more.
     """
-    left = {at: end for at, (start, end) in parts.items() if start < end}
-    if not left:
-        return
     consumer = broker.reader()
-    deadline = time.monotonic() + quiet_s
     try:
-        consumer.assign([TopicPartition(*at, parts[at][0]) for at in left])
-        while left:
-            found = consumer.consume(count, SLICE_S)
-            if found:
-                deadline = time.monotonic() + quiet_s
-                yield found
-                if _is_end(found[-1]):
-                    left.pop((found[-1].topic() or "", found[-1].partition() or 0), None)
-            # Not the last record's offset: what stands at the end may be a control record, or have been compacted away.
-            for at in consumer.position([TopicPartition(*each) for each in left]) if left else ():
-                if at.offset >= left[at.topic, at.partition]:
-                    del left[at.topic, at.partition]
-                    consumer.pause([TopicPartition(at.topic, at.partition)])
-            if time.monotonic() > deadline:
-                raise broker.unreachable(f"no record of {', '.join(f'{t}/{n}' for t, n in left)} for {quiet_s:g} s")
+        yield from past.batches(consumer, parts)
+    except NotAcknowledged as exc:
+        raise broker.unreachable(str(exc)) from exc
     finally:
         consumer.close()
-
-
-def _is_end(message: Message) -> bool:
-    error = message.error()
-    return error is not None and error.code() == KafkaError._PARTITION_EOF  # noqa: SLF001 - confluent-kafka's name for it
 
 
 def following(broker: Broker, topic: str, partition: int, offset: int) -> Iterator[Message]:
@@ -153,7 +128,7 @@ def following(broker: Broker, topic: str, partition: int, offset: int) -> Iterat
     try:
         consumer.assign([TopicPartition(topic, partition, offset)])
         while True:
-            yield from (message for message in consumer.consume(BATCH, SLICE_S) if message.error() is None)
+            yield from (message for message in consumer.consume(past.BATCH, SLICE_S) if message.error() is None)
     finally:
         consumer.close()
 

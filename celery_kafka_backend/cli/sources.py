@@ -85,7 +85,9 @@ def _usable(pipeline: Pipeline, url: str, view: View, *, must: bool) -> bool:
             )
         return False
     try:
-        view.positions()
+        if not view.positions() and not must:
+            click.secho(f"note: {mask(url)} has folded nothing yet", fg="yellow", err=True)
+            return False
     except (StoreError, SettingsError) as exc:
         if must:
             raise

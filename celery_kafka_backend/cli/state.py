@@ -10,8 +10,10 @@ import msgspec
 from celery_kafka_backend import topics
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.records import first_at
+from celery_kafka_backend.cli.sources import keeps_history
 from celery_kafka_backend.errors import SettingsError, StoreError
 from celery_kafka_backend.processors.materializer import view_name
+from celery_kafka_backend.query import Query
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.registry import open_sink, open_view
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from celery_kafka_backend.cli.broker import Broker, Member
     from celery_kafka_backend.cli.context import Pipeline
     from celery_kafka_backend.cli.records import At
+    from celery_kafka_backend.sinks.contract import View
 
 
 class Lag(msgspec.Struct):
@@ -72,6 +75,10 @@ class Reading(msgspec.Struct):
         lags: Per partition.
         warnings: What endangers it.
         error: Why the view could not be read.
+        results_kept_s: How long it keeps a result, where the task does not say otherwise; None: for ever.
+        keeps_history: Whether it keeps history, as long as results.
+        history_from: When the oldest event that it has of it happened, ms since 1970; None: it has none, or cannot
+            tell without reading all.
     """
 
     name: str
@@ -81,6 +88,9 @@ class Reading(msgspec.Struct):
     lags: list[Lag]
     warnings: list[str] = []
     error: str = ""
+    results_kept_s: float | None = None
+    keeps_history: bool = False
+    history_from: int | None = None
 
 
 class State(msgspec.Struct):
@@ -91,7 +101,9 @@ class State(msgspec.Struct):
         embedded: Whether that is librdkafka's in-process broker.
         prefix: Topic prefix.
         at: When this was gathered, ms since 1970.
-        oldest: When the oldest event that the log still has was written; None if it is empty.
+        log_kept_ms: How long Kafka keeps an event; None: for ever, or it does not tell.
+        oldest: When the oldest event that the log still has was written: so far back audit and replay reach; None if it
+            is empty.
         latest: … the latest.
         events: Records in the log.
         dead_letters: Records among the dead letters.
@@ -103,6 +115,7 @@ class State(msgspec.Struct):
     embedded: bool
     prefix: str
     at: int
+    log_kept_ms: int | None
     oldest: int | None
     latest: int | None
     events: int
@@ -145,6 +158,7 @@ def gather(pipeline: Pipeline, broker: Broker, urls: Sequence[str], *, chords: b
         embedded=broker.embedded,
         prefix=prefix,
         at=time.time_ns() // 1_000_000,
+        log_kept_ms=_kept_ms(broker, log),
         oldest=min((one.timestamp()[1] for one in oldest.values()), default=None),
         latest=max((one.timestamp()[1] for one in latest.values()), default=None),
         events=sum(high - low for low, high in in_log.values()),
@@ -154,23 +168,34 @@ def gather(pipeline: Pipeline, broker: Broker, urls: Sequence[str], *, chords: b
     )
 
 
+def _kept_ms(broker: Broker, topic: str) -> int | None:
+    try:
+        told = int(broker.configs([topic]).get(topic, {}).get("retention.ms", -1))
+    except Stop:  # to read a topic's settings is a right of its own
+        return None
+    return told if told >= 0 else None
+
+
 def _ends(marks: Mapping[At, tuple[int, int]]) -> dict[At, int]:
     return {at: high for at, (_, high) in marks.items()}
 
 
 def _view(pipeline: Pipeline, broker: Broker, url: str, marks: Mapping[At, tuple[int, int]]) -> Reading:
-    error, positions = "", None
+    error, positions, keeps, since = "", None, False, None
     options = pipeline.options(url)
     view = open_view(url, options)
     try:
+        keeps = keeps_history(pipeline, url, view)
         # The view's own word for how far it is: the commit comes a moment later.
         positions = {(at.topic, at.partition): offset for at, offset in view.positions().items()}
+        since = _oldest(view) if keeps else None
     except (StoreError, SettingsError) as exc:
         error = str(exc)
     finally:
         view.close()
     found = _reading(broker, view_name(url), url, marks, positions)
-    found.error = error
+    found.error, found.keeps_history, found.history_from = error, keeps, since
+    found.results_kept_s = pipeline.app.backend.expires or None
     if positions:  # only of a view that is there: opening a sink makes what is missing
         sink = open_sink(url, options)
         try:
@@ -181,6 +206,11 @@ def _view(pipeline: Pipeline, broker: Broker, url: str, marks: Mapping[At, tuple
         finally:
             sink.close()
     return found
+
+
+def _oldest(view: View) -> int | None:
+    """Return when the oldest event of a history happened; None where that is no quick question."""
+    return next((event.at for event, _ in view.search(Query(limit=1))), None) if view.by_time else None
 
 
 def _reading(

@@ -91,23 +91,38 @@ def show(state: State) -> None:
     else:
         back = duration((state.at - state.oldest) / 1000)
         screen.print(f"  {state.events} events, from {when(state.oldest)} ({back} back) to {when(state.latest)}")
+        kept = f"; Kafka keeps them for {duration(state.log_kept_ms / 1000)}" if state.log_kept_ms is not None else ""
+        screen.print(f"  audit and replay reach back to {when(state.oldest)}{kept}")
     style = "yellow" if state.dead_letters else None
     screen.print(f"  {state.dead_letters} dead letters in {state.prefix}.dead-letters", style=style)
     for reading in state.readings:
         screen.print()
-        _show(reading)
+        _show(reading, state.at)
     if state.code is Exit.NOBODY_FOLDS:
         lonely = ", ".join(reading.name for reading in state.readings if reading.folders == [])
         screen.print(f"\nnobody folds: {lonely}. Start `celery -A proj pipeline run`.", style="red")
 
 
-def _show(reading: Reading) -> None:
+def _kept(reading: Reading, now_ms: int) -> str:
+    span = f"for {duration(reading.results_kept_s)}" if reading.results_kept_s else "for ever"
+    results = f"results are kept {span} (result_expires)"
+    if not reading.keeps_history:
+        return f"{results}; no history: an audit reads the log"
+    if reading.history_from is None:
+        return f"{results}, and their history as long"
+    back = duration((now_ms - reading.history_from) / 1000)
+    return f"{results}, and their history as long: from {when(reading.history_from)} ({back} back)"
+
+
+def _show(reading: Reading, now_ms: int) -> None:
     screen = console()
     events, seconds = total(reading)
     late = "up to date" if not events else f"{events} events behind, {duration(seconds) or 'age unknown'}"
     screen.print(f"{reading.name}  {reading.url}  {late}".rstrip(), style="bold")
     if reading.error:
         screen.print(f"  cannot be read: {reading.error}", style="red")
+    if reading.url and not reading.error:
+        screen.print(f"  {_kept(reading, now_ms)}")
     for warning in reading.warnings:
         screen.print(f"  warning: {warning}", style="yellow")
     if reading.folders is None:

@@ -26,7 +26,21 @@ from celery_kafka_backend.producer.spool import Spool, spool_for
 from celery_kafka_backend.settings import parse
 
 SECRET = "hunter2"
-COMMANDS = ("run", "init", "status", "doctor", "history", "search", "export", "replay", "verify", "size", "spool")
+COMMANDS = (
+    "run",
+    "init",
+    "status",
+    "doctor",
+    "history",
+    "search",
+    "export",
+    "findings",
+    "forget",
+    "replay",
+    "verify",
+    "size",
+    "spool",
+)
 
 
 def invoke(*arguments, backend=f"kafka://127.0.0.1:1/?view=redis://:{SECRET}@127.0.0.1:1/0", settings=None):
@@ -132,6 +146,9 @@ def test_a_view_is_chosen_by_url_scheme_or_name_and_others_are_refused():
         ("search", "--limit", "0"),
         ("export", "--format", "parquet"),
         ("export", "--format", "csv"),
+        ("findings", "--since", "1h", "--until", "2h"),
+        ("findings", "--kind", "wat"),
+        ("forget",),
         ("replay", "--to", "redis", "--continue", "--from", "1h"),
         ("verify", "--view", "redis", "--against", "redis"),
     ],
