@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from uuid import uuid4
 
 from celery_kafka_backend.errors import Unavailable
+from celery_kafka_backend.sinks.patience import at_most
 from celery_kafka_backend.sinks.registry import open_view
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from celery_kafka_backend.changes import Partition
@@ -34,6 +35,10 @@ REREAD_FIRST_S: Final = 1.0
 REREAD_MAX_S: Final = 25.0
 """Twice before a registration ends, for it is renewed at the same time."""
 POLL_FIRST_S: Final = 0.005
+WATCH_FROM_S: Final = 0.04
+"""From such a pause on a view that is polled is asked to tell by itself: for whom nothing has been new for 0.1 s."""
+WATCHED_MOST: Final = 10_000
+"""Tasks; of more it is polled."""
 
 
 _Found = TypeVar("_Found")
@@ -69,6 +74,8 @@ class Reader:
             try:
                 return read(self.live())
             except Unavailable:
+                if at_most(pause) < pause:  # whoever waits would not see the end of the pause
+                    raise
                 time.sleep(pause)
         return read(self.live())
 
@@ -141,6 +148,9 @@ class Ear:
         """Whom we wait for, and a hash of the document last seen of each."""
         self._new: set[str] = set()
         self._subscription: Subscription | None = None
+        self._watched: frozenset[str] = frozenset()
+        """Of whom a view that is polled tells by itself."""
+        self._watchable = True
         self._reread_at = 0.0
         self._reread_pause = REREAD_FIRST_S
         self._poll_pause = POLL_FIRST_S
@@ -192,7 +202,7 @@ class Ear:
         self._here()
         try:
             with self._patient(patience_s):
-                found = self._hear_pushed(timeout_s) if self._reader.view.push else self._poll(timeout_s)
+                found = self._hear_pushed(timeout_s) if self._reader.view.push else self._hear_asking(timeout_s)
         except Unavailable as exc:
             if not self._said_lost:
                 logger.warning("the view is away, waiting for it: %s", exc)
@@ -211,9 +221,7 @@ class Ear:
         return nullcontext() if patience_s is None else self._reader.live().within(patience_s)
 
     def _lose(self) -> None:
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None:
-            subscription.close()
+        self._unsubscribe()
         with self._lock:
             self._new.update(self._ids)  # registered and read again after the reconnect
 
@@ -256,29 +264,66 @@ class Ear:
 
     def _reread(self, now: float) -> dict[str, bytes]:
         """Renew and read everything, slower and slower: a publish to a dying connection is lost silently."""
-        self._reread_pause = min(self._reread_pause * 2, REREAD_MAX_S)
-        self._reread_at = now + self._reread_pause
+        self._postpone_reread(now)
         return self._register(list(self._ids))
 
-    def _poll(self, timeout_s: float) -> dict[str, bytes]:
-        """One batched read per tick for all that wait."""
-        self._take_new()
-        changed = {}
-        for task_id, document in self._reader.documents(list(self._ids)).items():
-            seen = hash(document)
-            if self._ids.get(task_id, seen) != seen:
-                self._ids[task_id] = seen
-                changed[task_id] = document
-        if changed:
+    def _postpone_reread(self, now: float) -> None:
+        self._reread_pause = min(self._reread_pause * 2, REREAD_MAX_S)
+        self._reread_at = now + self._reread_pause
+
+    def _hear_asking(self, timeout_s: float) -> dict[str, bytes]:
+        """Poll, until the view tells by itself of all that wait, if it can."""
+        new = self._take_new()  # of whom nobody has looked what is there already
+        if not new and self._watched and self._watched.issuperset(list(self._ids)):
+            return self._listen(timeout_s)
+        if changed := self._news(self._reader.documents(list(self._ids))):
             self._poll_pause = POLL_FIRST_S
             return changed
+        if self._poll_pause >= WATCH_FROM_S and self._watch():
+            return {}
         pause = min(self._poll_pause, timeout_s, self._poll_max_s)
         self._poll_pause = min(self._poll_pause * 1.5, self._poll_max_s)
         time.sleep(pause)
         return {}
 
+    def _watch(self) -> bool:
+        """Have the view tell of all that wait now; return False if it cannot."""
+        ids = list(self._ids)
+        if not self._watchable or not 0 < len(ids) <= WATCHED_MOST:
+            return False
+        self._unsubscribe()
+        self._subscription = self._reader.live().watch(ids)
+        self._watchable = self._subscription is not None
+        if self._watchable:
+            self._watched = frozenset(ids)
+            self._reread_pause = REREAD_FIRST_S
+            self._reread_at = time.monotonic() + self._reread_pause
+        return self._watchable
+
+    def _listen(self, timeout_s: float) -> dict[str, bytes]:
+        assert self._subscription is not None
+        if (now := time.monotonic()) >= self._reread_at:
+            self._postpone_reread(now)
+            return self._news(self._reader.documents(list(self._ids)))
+        return self._news(self._subscription.wait(timeout_s))
+
+    def _news(self, found: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Return what is not as it was seen last; one batched read per tick is for all that wait."""
+        changed = {}
+        for task_id, document in found.items():
+            seen = hash(document)
+            if self._ids.get(task_id, seen) != seen:
+                self._ids[task_id] = seen
+                changed[task_id] = document
+        return changed
+
+    def _unsubscribe(self) -> None:
+        subscription, self._subscription = self._subscription, None
+        self._watched = frozenset()
+        if subscription is not None:
+            subscription.close()
+
     def close(self) -> None:
         """Stop hearing."""
-        if self._pid == os.getpid() and self._subscription is not None:
-            self._subscription.close()
-            self._subscription = None
+        if self._pid == os.getpid():
+            self._unsubscribe()

@@ -206,7 +206,7 @@ class View(ABC):
 
     url: str
     push: bool = False
-    """Whether `subscribe` works; else the reader polls, in batches."""
+    """Whether `subscribe` works; else the reader polls, in batches, and tries `watch`."""
     keeps_history: bool = True
     """Whether its sink does, unless `StoreOptions.history` says otherwise."""
     by_time: bool = False
@@ -277,6 +277,13 @@ class View(ABC):
     def subscribe(self, client: str) -> Subscription:
         """Return the ear of a client; one per process."""
         raise NotImplementedError
+
+    def watch(self, ids: Sequence[str]) -> Subscription | None:  # noqa: ARG002 - for stores that can
+        """Return the ear for these tasks: what is there now is heard first, then what changes; None if there is no such.
+
+        For a view without `push`, whose reader otherwise polls; one per process.
+        """
+        return None
 
 
 def matching(values: Iterable[bytes], query: Query, *, by_time: bool) -> Iterator[Logged]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from bson.datetime_ms import DatetimeMS
 from bson.max_key import MaxKey
 from bson.min_key import MinKey
+from pymongo import errors
 
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
 from celery_kafka_backend.query import expression
-from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, document_row, side_row
+from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, Subscription, document_row, side_row
 from celery_kafka_backend.sinks.mongodb_native import document_of, stock_document
+from celery_kafka_backend.sinks.mongodb_stream import ChangeStream
 from celery_kafka_backend.sinks.mongodb_wire import (
+    AWAY,
     CHORD,
     CHORD_EXPIRY,
     HISTORY,
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from pymongo import MongoClient
+    from pymongo.client_session import ClientSession
     from pymongo.collection import Collection
 
     from celery_kafka_backend.query import Query
@@ -64,9 +69,11 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
     def _native(self, subject: str) -> Collection[dict[str, Any]]:
         return self._place.native(self._client, subject)
 
-    def _find(self, collection: Collection[dict[str, Any]], ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def _find(
+        self, collection: Collection[dict[str, Any]], ids: Sequence[str], session: ClientSession | None = None
+    ) -> Iterator[dict[str, Any]]:
         for start in range(0, len(ids), CHUNK):
-            yield from collection.find({"_id": {"$in": list(ids[start : start + CHUNK])}})
+            yield from collection.find({"_id": {"$in": list(ids[start : start + CHUNK])}}, session=session)
 
     def documents(self, ids: Sequence[str]) -> dict[str, bytes]:
         """Read by ``$in``, a thousand at a time."""
@@ -76,9 +83,9 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
         """Read by ``$in``, a thousand at a time."""
         return self._documents(GROUP, ids)
 
-    def _documents(self, subject: str, ids: Sequence[str]) -> dict[str, bytes]:
+    def _documents(self, subject: str, ids: Sequence[str], session: ClientSession | None = None) -> dict[str, bytes]:
         with translated(self.url):
-            found = {each["_id"]: self._shown_of(each) for each in self._find(self._native(subject), ids)}
+            found = {each["_id"]: self._shown_of(each) for each in self._find(self._native(subject), ids, session)}
         return {each: shown.document for each, shown in found.items() if shown.document is not None}
 
     def _shown_of(self, found: dict[str, Any]) -> Shown:
@@ -131,6 +138,16 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
         with translated(self.url):
             found = self._collection(POSITION).find({"_id.n": self._namespace})
             return {Partition(each["_id"]["t"], each["_id"]["p"]): each["next"] for each in found}
+
+    def watch(self, ids: Sequence[str]) -> Subscription | None:
+        """Open a change stream; a standalone server has none, nor a user who may not."""
+        with translated(self.url):
+            try:
+                return ChangeStream(self.url, self._native(TASK), ids, partial(self._documents, TASK))
+            except errors.OperationFailure as exc:
+                if exc.code in AWAY:
+                    raise
+        return None
 
     def rows(self) -> Iterator[Row]:
         """Scan the collections; not a snapshot."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl
 
@@ -14,9 +14,11 @@ from pymongo import errors
 from celery_kafka_backend.changes import GROUP, TASK
 from celery_kafka_backend.errors import SettingsError, Unavailable
 from celery_kafka_backend.settings import mask
+from celery_kafka_backend.sinks.patience import left_s
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from pymongo.collection import Collection
 
@@ -43,7 +45,7 @@ _DEFAULTS: Final = {
 _OURS: Final = frozenset({"database", *_NAMED_BY.values()})
 _DENIED: Final = frozenset({13, 18, 8000})
 """Unauthorized, AuthenticationFailed, Atlas' own for both."""
-_AWAY: Final = frozenset(
+AWAY: Final = frozenset(
     {6, 7, 24, 50, 64, 79, 89, 91, 100, 112, 133, 134, 189, 202, 262, 317, 358, 384, 9001, 10058, 10107}
     | {11600, 11602, 13388, 13435, 13436, 14031}
 )
@@ -111,11 +113,18 @@ class Place:
         return self._names[subject]
 
 
+def bounded() -> AbstractContextManager[Any]:
+    """Have what is asked for inside, retries included, end when this thread's patience does."""
+    left = left_s()
+    return nullcontext() if left is None else pymongo.timeout(left)
+
+
 @contextmanager
 def translated(url: str) -> Iterator[None]:
-    """Turn pymongo's errors into ours."""
+    """Bound what is asked for inside, and turn pymongo's errors into ours."""
     try:
-        yield
+        with bounded():
+            yield
     except errors.ConfigurationError as exc:
         raise SettingsError("view", f"{url}: {exc}", "check the view's URL and options") from exc
     except errors.BulkWriteError as exc:
@@ -129,13 +138,13 @@ def translated(url: str) -> Iterator[None]:
 def _first_code(exc: errors.BulkWriteError) -> int:
     found = [error["code"] for error in exc.details.get("writeErrors", ())]
     found += [error.get("code", 64) for error in exc.details.get("writeConcernErrors", ())]
-    return next((code for code in found if code in _DENIED | _AWAY), found[0] if found else 0)
+    return next((code for code in found if code in _DENIED | AWAY), found[0] if found else 0)
 
 
 def _translation(url: str, code: int, exc: errors.OperationFailure) -> Exception:
     said = str(exc).partition(", full error")[0]
     if code in _DENIED:
         return SettingsError("view", f"{url} refuses us: {said}", "check user, password, authSource and roles")
-    if code in _AWAY or exc.has_error_label("RetryableWriteError"):
+    if code in AWAY or exc.has_error_label("RetryableWriteError"):
         return Unavailable(f"{url}: {said}")
     return exc

