@@ -27,6 +27,7 @@ from celery_kafka_backend.producer.recorder import (
     recorder_for,
 )
 from celery_kafka_backend.producer.stubs import is_declared
+from celery_kafka_backend.reports import keep_secrets
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.waiting import ResultConsumer
 from celery_kafka_backend.writes import Ending, Here
@@ -78,6 +79,7 @@ class KafkaBackend(AsyncBackendMixin, Chords):  # type: ignore[misc]
         if _in_worker():
             _open(self.recorder)
         signals.connect()
+        keep_secrets()
         signals.catch_up()
         celery_signals.worker_ready.connect(_worker_ready, weak=False, dispatch_uid="celery-kafka-backend.check-tasks")
 

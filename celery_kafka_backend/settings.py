@@ -164,7 +164,7 @@ _REMEDIES: Final = {
     "view_options": "a dictionary {URL scheme: {option: value}}",
     "metrics_port": "a port from 1 to 65535, 0 for any that is free, or None for no metrics",
 }
-_UNSHOWN: Final = frozenset({"client", "producer", "consumer", "view_options", "chord_key", "claim_check_options"})
+UNSHOWN: Final = frozenset({"client", "producer", "consumer", "view_options", "chord_key", "claim_check_options"})
 """Settings whose values hold secrets: no message ever shows them."""
 
 
@@ -212,7 +212,7 @@ def _same(name: str, given: object, from_url: object) -> None:
 
 
 def _shown(name: str, value: object) -> str:
-    if name in _UNSHOWN:
+    if name in UNSHOWN:
         return "the value (not shown)"
     if isinstance(value, str):
         return repr(mask(value))

@@ -1,6 +1,7 @@
 """``celery -A proj pipeline …``: what an operator, an auditor and a migrator type.
 
-One module per command; this one only names them, because Celery imports it with every one of its own commands.
+One module per command; this one only names them, because Celery imports it with every one of its own commands. That is
+how `celery report`, which makes no backend, comes to keep our secrets.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Final
 import click
 
 from celery_kafka_backend.cli.command import Group
+from celery_kafka_backend.reports import keep_secrets
 
 _COMMANDS: Final = (
     "run",
@@ -28,6 +30,8 @@ _COMMANDS: Final = (
     "spool",
     "claims",
 )
+
+keep_secrets()
 
 
 @click.group(cls=Group, lazy={name: f"{__name__}.{name}" for name in _COMMANDS})

@@ -137,12 +137,16 @@ def test_beat_and_backend_cleanup(fleet, tmp_path):
 def test_report_shows_no_password(fleet, celery):
     settings = json.loads(fleet.environment["FLEET_SETTINGS"])
     settings |= {"chord_key": "hunter2", "client": {"sasl.password": "hunter3"}}
-    settings |= {"view_options": {"redis": {"password": "hunter4"}}}
-    fleet.environment["FLEET_SETTINGS"], before = json.dumps(settings), fleet.environment["FLEET_SETTINGS"]
+    settings |= {"view_options": {"redis": {"password": "hunter4"}, "elasticsearch": {"basic_auth": ["u", "hunter5"]}}}
+    settings |= {"claim_check": "s3://key:hunter6@bucket", "claim_check_options": {"client_kwargs": {"a": "hunter7"}}}
+    settings["views"] = ["redis://:hunter8@127.0.0.1:1/0"]  # nobody parses them here
+    before = {name: fleet.environment[name] for name in ("FLEET_SETTINGS", "FLEET_BACKEND")}
+    fleet.environment["FLEET_SETTINGS"] = json.dumps(settings)
+    fleet.environment["FLEET_BACKEND"] = "kafka://u:hunter9@127.0.0.1:1/?view=redis://:hunter1@127.0.0.1:1/0"
     try:
         said = celery("report")
     finally:
-        fleet.environment["FLEET_SETTINGS"] = before
+        fleet.environment |= before
     assert "kafka_backend_settings" in said
     assert "hunter" not in said
 
