@@ -67,31 +67,41 @@ REPORT_S: Final = 30.0
 LOGGED_LETTERS: Final = 10
 """Dead letters per batch that get a line in the log; a batch can hold thousands."""
 
-_PORTS: Final = {"redis": ":6379", "rediss": ":6379", "sentinel": ":26379"}
+_PORTS: Final = {
+    "redis": ":6379",
+    "rediss": ":6379",
+    "sentinel": ":26379",
+    "mongodb": ":27017",
+    "elasticsearch": ":9200",
+    "elasticsearch+https": ":9200",
+    "cassandra": ":9042",
+}
+_REDIS: Final = ("redis", "rediss", "sentinel")
+"""Whose path is a database's number."""
 
 
 def view_name(url: str) -> str:
     """Return the stable name of a view, for its consumer group: ``redis-1a2b3c4d``.
 
-    Made from scheme, host, port and path (Redis: also ``db=``), so that a changed password or
-    timeout is the same view. Two SQLite paths that are spelt differently are two views, and so are
-    two lists of sentinels.
+    Made from scheme, hosts with their ports in any order, and path (Redis: also ``db=``), so that a changed password or
+    timeout is the same view. Two SQLite paths that are spelt differently are two views, and so are two lists of hosts.
     """
     first, *others = url.split(";") if url.startswith("sentinel:") else [url]
     parts = urlsplit(first)
     path = parts.path
-    if parts.scheme in _PORTS:
+    if parts.scheme in _REDIS:
         path = path.strip("/") or dict(parse_qsl(parts.query)).get("db", "0")
-    hosts = ",".join(sorted(_host(urlsplit(each)) for each in [first, *others]))
+    hosts = ",".join(sorted(host for each in [first, *others] for host in _hosts(urlsplit(each))))
     digest = hashlib.sha256(f"{parts.scheme}://{hosts}/{path}".encode()).hexdigest()
     return f"{parts.scheme}-{digest[:8]}"
 
 
-def _host(parts: SplitResult) -> str:
-    host = parts.netloc.rpartition("@")[2].lower()
-    if parts.scheme not in _PORTS or ":" in host.rpartition("]")[2]:
-        return host
-    return (host or "localhost") + _PORTS[parts.scheme]
+def _hosts(parts: SplitResult) -> list[str]:
+    hosts = parts.netloc.rpartition("@")[2].lower()
+    port = _PORTS.get(parts.scheme)
+    if port is None:
+        return [hosts]
+    return [each if ":" in each.rpartition("]")[2] else (each or "localhost") + port for each in hosts.split(",")]
 
 
 class Statistics(Counts):

@@ -13,6 +13,7 @@ from celery_kafka_backend.processors.materializer import view_name
         ("redis://localhost:6379/0", "redis-efb43d30"),
         ("sqlite:////var/lib/results.db", "sqlite-2169843a"),
         ("memory://demo", "memory-90aa46eb"),
+        ("mongodb://localhost:27017/celery", "mongodb-dc6ab22d"),
     ],
 )
 def test_a_name_stays_the_same_for_ever(url: str, name: str) -> None:
@@ -33,6 +34,21 @@ def test_a_name_stays_the_same_for_ever(url: str, name: str) -> None:
 )
 def test_credentials_timeouts_and_defaults_do_not_change_it(url: str) -> None:
     assert view_name(url) == view_name("redis://localhost:6379/0")
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("mongodb://a/x", "mongodb://u:p@a:27017/x?w=1"),
+        ("mongodb://a,b:27018/x", "mongodb://b:27018,A:27017/x"),
+        ("elasticsearch:///x", "elasticsearch://u:p@localhost:9200/x"),
+        ("elasticsearch+https://a,b/x", "elasticsearch+https://b:9200,a:9200/x"),
+        ("cassandra://a,b/x", "cassandra://u:p@b,a:9042/x"),
+    ],
+)
+def test_a_port_that_goes_without_saying_and_the_order_of_hosts_do_not_change_it(short: str, long: str) -> None:
+    assert view_name(short) == view_name(long)
+    assert view_name(short) != view_name(short.replace("a", "c").replace("///", "//c/"))
 
 
 def test_another_host_port_database_or_path_is_another_view() -> None:
