@@ -143,6 +143,13 @@ def test_wrong_credentials_and_missing_rights_are_settings() -> None:
         server.stop()
 
 
+def test_a_server_too_old_for_the_driver_is_a_setting(mongodb_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the driver were one of years from now."""
+    monkeypatch.setattr(pymongo.common, "MIN_SUPPORTED_WIRE_VERSION", 99)
+    with pytest.raises(SettingsError, match="wire version"):
+        registry.open_sink(mongodb_url, StoreOptions()).open()
+
+
 @pytest.mark.parametrize("url", ["mongodb://", "mongodb://h:port/db", "mongodb://h/db?nosuch=1&maxPoolSize=many"])
 def test_a_url_that_the_driver_does_not_take_is_a_setting(url: str) -> None:
     options = StoreOptions(options={"no_such_option": 1})
