@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import psutil
 from confluent_kafka import Consumer
 
 from celery_kafka_backend import codec, topics
@@ -47,13 +48,14 @@ def main() -> None:
 
 
 class _Until(Sink):
-    """Passes everything on, counts, and sends us SIGTERM once so many events are written."""
+    """Passes everything on, counts, looks what we hold, and sends us SIGTERM once so many events are written."""
 
     def __init__(self, inner: Sink, count: int) -> None:
         self.url = inner.url
         self._inner = inner
         self._count = count
         self.events = self.changes = self.batches = 0
+        self.halfway = self.at_end = (0, 0)
 
     def open(self) -> None:
         self._inner.open()
@@ -63,7 +65,10 @@ class _Until(Sink):
         self.events += sum(len(change.history) for change in batch.changes)
         self.changes += len(batch.changes)
         self.batches += 1
+        if 2 * self.events >= self._count and not any(self.halfway):
+            self.halfway = _held()
         if self.events >= self._count:
+            self.at_end = _held()
             os.kill(os.getpid(), signal.SIGTERM)
 
     def close(self) -> None:
@@ -100,6 +105,8 @@ def _materializer(settings: Settings, count: int, place: Place | None = None) ->
         "events": sink.events,
         "changes": sink.changes,
         "batches": sink.batches,
+        "halfway": sink.halfway,
+        "at_end": sink.at_end,
         "cpu_s": _cpu_s() - before,
     }
 
@@ -158,6 +165,12 @@ def _consumer(settings: Settings, on_assign: Any = lambda *_: None) -> Consumer:
     consumer = Consumer(consumer_config(settings, group))
     consumer.subscribe([topics.task_events(settings.topic_prefix)], on_assign=on_assign)
     return consumer
+
+
+def _held() -> tuple[int, int]:
+    """Return resident bytes, and connections."""
+    us = psutil.Process()
+    return us.memory_info().rss, len(us.net_connections())
 
 
 def _cpu_s() -> float:

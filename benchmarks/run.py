@@ -41,11 +41,16 @@ BENCHES = {
     "history": "a task's history straight from the log, against bare consuming, and around a time",
     "export": "search and export of a history in SQLite, and memory while at it (only with --long or by name)",
     "process_model": "a producer per child against one publisher process per host (only with --long or by name)",
-    "stores": "events per second into the stores on disk, from the log and from memory (only with --long or by name)",
+    "fold_mongodb": "events per second into MongoDB, from the log and from memory (only with --long or by name)",
+    "fold_elasticsearch": "… into Elasticsearch (only with --long or by name)",
+    "fold_cassandra": "… into Cassandra (only with --long or by name)",
     "chord_memory": "memory of the chord processor with 100,000 members, and such a chord (only with --long or by name)",
     "memory": "resident memory of a materializer from 1 to 5 million events (only with --long or by name)",
 }
-LONG = frozenset({"stores", "waiting", "export", "memory", "chord_memory", "process_model"})
+LONG = frozenset(
+    {"fold_mongodb", "fold_elasticsearch", "fold_cassandra", "waiting", "export"}
+    | {"memory", "chord_memory", "process_model"}
+)
 RUNS = 5
 
 
@@ -104,7 +109,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="benches:\n" + "\n".join(f"  {name:<13} {what}" for name, what in BENCHES.items()),
+        epilog="benches:\n" + "\n".join(f"  {name:<18} {what}" for name, what in BENCHES.items()),
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="benches to run; all but the long ones if none")
     parser.add_argument("--quick", action="store_true", help="one run of small sizes, to see that they work")
