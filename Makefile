@@ -8,6 +8,7 @@ DEMO_VENV := .demo/venv
 DEMO_READY := $(DEMO_VENV)/.ready
 CONFORMANCE_VENV := .conformance/venv
 CONFORMANCE_READY := $(CONFORMANCE_VENV)/.ready
+VERSIONS := oldest celery-5.5 celery-5.6 newest
 
 # Nothing may hang for ever: Ctrl-C first, so that pytest can stop the servers, and a kill a minute later.
 BOUNDED := timeout --foreground --signal=INT --kill-after=60
@@ -15,11 +16,15 @@ BOUNDED := timeout --foreground --signal=INT --kill-after=60
 PYTEST := $(BIN)/python -m pytest -p faulthandler -o faulthandler_timeout=300
 
 QUICK_TESTS := $(wildcard tests/unit tests/property tests/contract)
+# Where Celery, kombu and the drivers matter: what workers, clients, processors and commands do.
+VERSION_TESTS := $(QUICK_TESTS) tests/end_to_end $(patsubst %,tests/integration/test_%.py,fleet fleet_canvas fleet_chords \
+	fleet_members fleet_repair fleet_barrier client_methods kafka_result waiting greenlets pools worker_life switching \
+	delivery_table claims spool_fleet cli misconfigured_worker no_processor publisher chord_processor metrics)
 SOURCES := $(wildcard $(foreach folder,celery_kafka_backend producer processors sinks,$(addprefix $(folder)/*.,py lua painless sql)))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help preflight services venv test test-quick delivery-table lint format demo recycle bench bench-stores conformance faults clean
+.PHONY: help preflight services venv test test-quick delivery-table lint format demo recycle bench bench-stores conformance versions faults clean
 
 help:  ## this text
 	@echo "Start here:"
@@ -91,6 +96,17 @@ $(CONFORMANCE_READY): pyproject.toml tests/conformance/requirements.txt
 	$(BOUNDED) 1800 $(CONFORMANCE_VENV)/bin/python -m pip install --quiet --editable '.[redis,processor]' -r tests/conformance/requirements.txt
 	@touch $@
 
+versions: $(VERSIONS:%=version-%)  ## the oldest and newest Celery, kombu and drivers that we claim, and what is between (20 minutes each)
+
+version-%: .versions/%/.ready services
+	$(BOUNDED) 3600 .versions/$*/bin/python -m pytest -p faulthandler -o faulthandler_timeout=300 -n 2 --dist loadfile $(VERSION_TESTS) $(ARGS)
+
+.PRECIOUS: .versions/%/.ready
+.versions/%/.ready: tests/versions/%.txt pyproject.toml
+	$(PYTHON) -m venv --clear .versions/$*
+	$(BOUNDED) 1800 .versions/$*/bin/python -m pip install --quiet --editable '.[test]' --editable examples/postgresql_sink gevent eventlet psutil --constraint $<
+	@touch $@
+
 bench: $(READY)  ## measure; ARGS='--help' tells what
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
@@ -101,5 +117,5 @@ bench-stores: $(READY)  ## how fast each store on disk takes the log, against it
 	$(BIN)/python -m benchmarks.run fold_mongodb fold_elasticsearch fold_cassandra $(ARGS)
 
 clean:  ## remove what make made here (not the cache of servers)
-	rm -rf $(VENV) .demo .conformance build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .demo .conformance .versions build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from celery import current_app, states
 from celery import signals as celery_signals
 from celery.app import trace
-from celery.backends.asynchronous import AsyncBackendMixin
 from celery.exceptions import ImproperlyConfigured
 from celery.utils.log import get_logger
 
-from celery_kafka_backend import configure, events
+from celery_kafka_backend import configure, events, older
 from celery_kafka_backend.barrier import barrier_for
 from celery_kafka_backend.chords import Chords
 from celery_kafka_backend.claims import Claims
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-class KafkaBackend(AsyncBackendMixin, Chords):  # type: ignore[misc]
+class KafkaBackend(older.AsyncBackendMixin, Chords):  # type: ignore[misc]
     """Result backend for ``kafka://host:port,host:port/?view=redis://…``.
 
     Raises:

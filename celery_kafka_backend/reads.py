@@ -15,12 +15,11 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from celery import states
-from celery.backends.base import BaseKeyValueStoreBackend
 from celery.exceptions import BackendGetMetaError
 from celery.utils.log import get_logger
 from kombu.utils.encoding import bytes_to_str
 
-from celery_kafka_backend import codec, configure, events
+from celery_kafka_backend import codec, configure, events, older
 from celery_kafka_backend.changes import GROUP, TASK
 from celery_kafka_backend.claims import ClaimedMeta, Claims, reference
 from celery_kafka_backend.errors import CodecError, SettingsError, SpoolError, Unavailable, Unsure
@@ -56,7 +55,7 @@ class Reading(threading.local):
     pending: AbstractSet[str] = frozenset()
 
 
-class Reads(BaseKeyValueStoreBackend):  # type: ignore[misc]
+class Reads(older.KeyValueBackend):  # type: ignore[misc]
     """The reading half of `backend.KafkaBackend`, which provides these."""
 
     settings: Settings

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
 from celery import states
-from celery.backends.asynchronous import BaseResultConsumer
 
+from celery_kafka_backend import older
 from celery_kafka_backend.errors import Unavailable
 from celery_kafka_backend.parents import Parents, asks_for_parents, has_ended, members
 from celery_kafka_backend.reader import Ear
@@ -30,7 +30,7 @@ LOOK_S: Final = 5.0
 """A first look that nobody waits for; what it did not find is heard of."""
 
 
-class ResultConsumer(BaseResultConsumer):  # type: ignore[misc]
+class ResultConsumer(older.BaseResultConsumer):  # type: ignore[misc]
     """Celery's waiting machinery on one `Ear`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from kombu.exceptions import EncodeError
 from kombu.utils import json as kombu_json
 from kombu.utils.encoding import bytes_to_str, ensure_bytes
 
-from celery_kafka_backend import codec, events, order
+from celery_kafka_backend import codec, events, older, order
 from celery_kafka_backend.claims import stub
 from celery_kafka_backend.errors import NotAcknowledged, PublishError, TooLarge, Unavailable
 from celery_kafka_backend.events import Opaque
@@ -303,7 +303,7 @@ class Writes(Reads):
 
     @cached_property
     def _timezone(self) -> Any:
-        return self.app.timezone
+        return older.zone_of_documents(self.app)
 
     def _opaque(self, document: bytes, meta: dict[str, Any]) -> Opaque:
         def part(name: str) -> bytes | None:

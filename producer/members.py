@@ -67,4 +67,7 @@ def errbacks(canvas: Any) -> Iterator[Any]:
 
 def fingerprint(signature: Any) -> str:
     """Return what tells a signature from others, however often it was copied and encoded."""
-    return hashlib.sha256(json.dumps(signature, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+    options = dict(field(signature, "options") or {})
+    options.pop("immutable", None)  # Celery before 5.7 adds that to a group's errbacks
+    text = json.dumps({**signature, "options": options}, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -17,9 +17,8 @@ from billiard.process import current_process
 from celery import signals
 from celery import states as states_of
 from celery.app import trace
-from celery.app.task import get_actual_ignore_result
 
-from celery_kafka_backend import events, order, ownership
+from celery_kafka_backend import events, older, order, ownership
 from celery_kafka_backend.errors import PipelineError, PublishError, SettingsError, StoreError
 from celery_kafka_backend.producer import greenlets
 from celery_kafka_backend.producer import headers as names
@@ -237,10 +236,10 @@ def prerun(task_id: str | None = None, task: Any = None, **_: Any) -> None:
     recorder.clock.observe(field(request, names.RECEIVED_HLC))
     setattr(request, names.STARTED_AT, recorder.clock.wall_ms())
     setattr(request, BEGAN, time.monotonic())
-    ignored = get_actual_ignore_result(task, request)
-    if task.track_started and not ignored:
-        return  # STARTED is about to be stored, and says the same
-    _note(recorder, events.STARTED, task_id, request, task.name, ignored=bool(ignored))
+    if not older.stores_started(task, request):  # else that is about to be stored, and says the same
+        _note(
+            recorder, events.STARTED, task_id, request, task.name, ignored=older.ignores_result(task, request)
+        )  # fmt: skip
 
 
 @_harmless

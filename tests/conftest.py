@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from importlib.metadata import version
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -38,6 +39,23 @@ def pytest_configure() -> None:
     """Mark everything that we start: children inherit the environment, pytest-xdist's workers too, and orphans keep it."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ[MARK] = secrets.token_hex(8)
+
+
+def pytest_report_header() -> str:
+    """Say what the tests run with: `make versions` runs them with more than one of each."""
+    names = (
+        "celery",
+        "kombu",
+        "billiard",
+        "confluent-kafka",
+        "msgspec",
+        "redis",
+        "pymongo",
+        "elasticsearch",
+        "cassandra-driver",
+    )
+    found = (f"{name} {version(name)}" for name in names)
+    return f"versions: {', '.join(found)}"
 
 
 @pytest.hookimpl(trylast=True)

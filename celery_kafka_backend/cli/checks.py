@@ -345,7 +345,7 @@ def view(pipeline: Pipeline, url: str) -> Iterator[Finding]:
     for warning in warnings:
         yield Finding(WARN, subject, warning)
     text = f"{mask(url)} opens"
-    if pipeline.app.conf.result_serializer == "json" and not pipeline.app.conf.result_compression:
+    if pipeline.app.conf.result_serializer == "json" and not pipeline.app.conf.get("result_compression"):
         reader = open_view(url, pipeline.options(url))
         try:
             documents = (row for row in islice(reader.rows(), SAMPLE_ROWS) if row.table == "document")

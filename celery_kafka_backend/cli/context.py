@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
 
 from celery_kafka_backend import configure
 from celery_kafka_backend.cli.exits import Exit, Stop
@@ -11,7 +15,6 @@ from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks import registry
 
 if TYPE_CHECKING:
-    import click
     from celery import Celery
 
     from celery_kafka_backend.settings import Settings
@@ -48,8 +51,20 @@ def pipeline_of(ctx: click.Context) -> Pipeline:
         ImproperlyConfigured: A setting is wrong.
     """
     app = ctx.obj.app
-    reference: Any = ctx.find_root().params.get("app")
-    return Pipeline(app, reference if isinstance(reference, str) else "", configure.settings_of(app))
+    return Pipeline(app, _reference(ctx.find_root()), configure.settings_of(app))
+
+
+def _reference(root: click.Context) -> str:
+    """Return what ``-A`` or its environment variable said.
+
+    Celery 5.4 has turned that into the app by now, so that the command line is read once more.
+    """
+    said: Any = root.params.get("app")
+    option = next((one for one in root.command.params if one.name == "app"), None)
+    if option is not None and not isinstance(said, str):
+        with suppress(click.UsageError):  # somebody's program called us with arguments of its own
+            said, _ = option.consume_value(root, root.command.make_parser(root).parse_args(sys.argv[1:])[0])
+    return said if isinstance(said, str) else ""
 
 
 def chosen_views(settings: Settings, chosen: tuple[str, ...], option: str = "--view") -> list[str]:

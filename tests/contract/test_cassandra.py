@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from celery import Celery, states
+from celery import VERSION, Celery, states
 
 from celery_kafka_backend.changes import Batch, ChordFact, Partition
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
@@ -78,7 +78,9 @@ def stock(place: _Cassandra, **conf: Any) -> Any:
     app.conf.update(accept_content=SERIALIZERS, result_accept_content=SERIALIZERS, **conf)
     told = {name: value for name, value in place.celery.items() if name != "backend"}
     app.conf.update(result_backend="cassandra://", **told)
-    return app.backend
+    found = app.backend
+    found.port = told["cassandra_port"]  # Celery 5.4 has the setting and does not look at it
+    return found
 
 
 @pytest.fixture
@@ -292,6 +294,8 @@ def test_no_batch_is_one_that_the_server_warns_of(place: _Cassandra, caplog: pyt
 
 @pytest.mark.parametrize("serializer", SERIALIZERS)
 def test_we_read_what_celery_s_own_backend_wrote_in_every_serializer(place: _Cassandra, serializer: str) -> None:
+    if VERSION[:2] < (5, 7) and serializer in ("pickle", "msgpack"):
+        pytest.skip("such a Celery's backend for Cassandra fails on bytes")
     backend = stock(place, result_serializer=serializer)
     value = {"text": "ä\n'\": - x", "list": [1, 2.5, None, True], "deep": [{"a": [1]}], "same": ["same"] * 2}
     backend.store_result("t", value, states.SUCCESS)
@@ -328,8 +332,12 @@ def test_the_stock_backend_goes_on_where_we_stop(place: _Cassandra, celery: Any)
     sink.write(batch(stated("FAILURE", 10, task="again"), stated("SUCCESS", 10, task="forgotten")))
     celery.store_result("again", 7, states.SUCCESS)
     assert celery.get_result("again") == 7
-    celery.forget("forgotten")
-    assert celery.get_state("forgotten") == states.PENDING
+    if VERSION[:2] < (5, 7):
+        with pytest.raises(NotImplementedError):
+            celery.forget("forgotten")
+    else:
+        celery.forget("forgotten")
+        assert celery.get_state("forgotten") == states.PENDING
 
 
 def test_a_forget_deletes_every_row_of_a_stock_backend(place: _Cassandra, celery: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from celery import Celery, states
+from celery import VERSION, Celery, states
 
 from celery_kafka_backend.changes import Batch, Logged, Partition
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
@@ -240,6 +240,8 @@ def test_a_stock_success_stays_in_every_serializer_and_compression(
     assert database.celery_taskmeta.find_one("done") == before
     assert database.celery_taskmeta.find_one("failed")["status"] == "FAILURE"
     sink.write(batch(forgotten(10, task="done")))
+    if VERSION[:2] < (5, 7):  # it cannot read what was stored without a request, its own documents neither
+        backend = stock(mongodb_url, result_serializer=serializer)
     assert backend.get_state("done") == states.PENDING
 
 

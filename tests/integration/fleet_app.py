@@ -248,8 +248,11 @@ def stored_and_killed(path, parent=False):
 
 
 @app.task
-def note_state(failed_id, path):
-    """An errback as in Celery's manual: it asks for the failure, and does not wait."""
+def note_state(failed_id, *, path):
+    """An errback as in Celery's manual: it asks for the failure, and does not wait.
+
+    Before Celery 5.7 one that takes more than the id by position is called in place, with the request.
+    """
     with Path(path).open("a") as states:
         states.write(app.AsyncResult(failed_id).state + "\n")
 

@@ -22,13 +22,14 @@ pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 SOON = 30
 
 
-def history(fleet, task_id, until=None, sent=1, received=0, timeout_s=20.0):
+def history(fleet, task_id, until=None, sent=1, received=0, retried=0, timeout_s=20.0):
     """Events of a task in order; waits for ``until`` and so many others: each process appends for itself."""
     deadline = time.monotonic() + timeout_s
     while True:
         found = [codec.decode(value) for value in fleet.app.app.backend.reader.history(task_id)]
         said = [event.kind for event in found]
-        enough = said.count(events.SENT) >= sent and said.count(events.RECEIVED) >= received
+        expected = {events.SENT: sent, events.RECEIVED: received, events.RETRY: retried}
+        enough = all(said.count(kind) >= number for kind, number in expected.items())
         if until is None or (until in said and enough):
             return found
         assert time.monotonic() < deadline, f"no {until} in {[event.kind for event in found]}"
@@ -73,7 +74,7 @@ def test_a_task_leaves_its_whole_life_in_the_log(fleet):
 def test_a_retry_keeps_the_run_and_says_when_the_next_attempt_is_due(fleet):
     result = fleet.app.flaky.delay(2)
     assert result.get(timeout=SOON) == 2
-    life = history(fleet, result.id, events.SUCCESS, sent=3, received=3)
+    life = history(fleet, result.id, events.SUCCESS, sent=3, received=3, retried=2)
     assert len({event.run for event in life}) == 1
     retries = [event for event in life if event.kind == events.RETRY]
     assert [event.attempt for event in retries] == [0, 1]
@@ -276,7 +277,7 @@ def test_what_a_task_refuses_or_ignores_is_in_its_history(fleet):
 def test_an_errback_sees_the_failure_that_it_hears_of(fleet, tmp_path):
     tasks, states = fleet.app, tmp_path / "states"
     for number in range(50):
-        tasks.fail.apply_async((str(number),), link_error=tasks.note_state.s(str(states)))
+        tasks.fail.apply_async((str(number),), link_error=tasks.note_state.s(path=str(states)))
     deadline = time.monotonic() + SOON
     while not states.exists() or len(states.read_text().split()) < 50:
         assert time.monotonic() < deadline

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from celery import chain, chord, group
+from celery import VERSION, chain, chord, group
 from celery.exceptions import ChordError
 from celery.result import AsyncResult
 
@@ -59,7 +59,10 @@ def test_a_member_may_be_replaced(fleet, by):
         "chord": (chord([tasks.add.si(1, 2), tasks.add.si(3, 4)], tasks.total.s()), 10),
     }[by]
     header = [tasks.replaced_by.s(canvas), tasks.add.s(0, 1)]
-    assert chord(header)(tasks.listed.s()).get(timeout=SOON) == [expected, 1]
+    found, beside = chord(header)(tasks.listed.s()).get(timeout=SOON)
+    if by == "group" and VERSION[:2] < (5, 6):
+        found.sort()  # such a Celery gives every task of the group the index of the member that it replaces
+    assert (found, beside) == (expected, 1)
 
 
 def test_a_member_may_add_another(fleet):
@@ -85,7 +88,8 @@ def test_a_failed_chord_fails_the_chord_around_it_and_errbacks_hear_once(fleet, 
     result = outer.delay()
     with pytest.raises(ChordError, match="inside"):
         AsyncResult(result.id, app=tasks.app).get(timeout=SOON)  # without its parents, whose error comes first
-    expected = 2 if kind == "group" else 1  # every task of a group has its own
+    # Every task of a group has its own; Celery 5.4 does not link errbacks to a chord in the header.
+    expected = 2 if kind == "group" and VERSION[:2] >= (5, 5) else 1
     deadline = time.monotonic() + SOON
     while fleet.log("worker").count(f"noted {told}") < expected and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -14,7 +14,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import pytest
-from celery import chord, group
+from celery import VERSION, chord, group
 from celery.exceptions import TaskRevokedError
 
 from celery_kafka_backend import codec, events
@@ -115,7 +115,8 @@ def test_revoked_before_it_starts(pool, tasks):
 
 
 def test_revoked_while_it_runs(pool, tasks):
-    if pool.name in ("threads", "solo"):  # Celery cannot end a thread: the task goes on, and its result counts
+    endless = {"threads", "solo", *(["gevent"] if VERSION[:2] < (5, 5) else [])}
+    if pool.name in endless:  # Celery cannot end a thread, nor 5.4 a greenlet: the task goes on, and its result counts
         result = pool.send(tasks.nap, 1)
         pool.history(result.id, events.STARTED)
         pool.terminate(result)
