@@ -33,7 +33,7 @@ def run(stage: Stage) -> list[Row]:
         out = str(Path(folder, "out"))
         rows = []
         for form in FORMATS:
-            words = ["export", "--format", form, "-o", out, "--quiet"]
+            words = ["export", "--view", "sqlite", "--format", form, "-o", out, "--quiet"]
             told = [stage.ask("export_child", {"backend": NOWHERE + url, "words": words}) for url in (small, large)]
             rows += [
                 Row(what=f"export of {many:,} events as {form}", unit="events/s", ours=[many / told[1]["seconds"]]),
@@ -49,7 +49,7 @@ def run(stage: Stage) -> list[Row]:
             ("of a text that is nowhere", ["--text", "no such text"]),
         ):
             spent = [
-                stage.ask("export_child", {"backend": NOWHERE + large, "words": ["search", "--json", *asked]})[
+                stage.ask("export_child", {"backend": NOWHERE + large, "words": ["search", "--view", "sqlite", "--json", *asked]})[
                     "seconds"
                 ]
                 for _ in range(min(stage.runs, 3))
