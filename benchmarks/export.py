@@ -49,9 +49,10 @@ def run(stage: Stage) -> list[Row]:
             ("of a text that is nowhere", ["--text", "no such text"]),
         ):
             spent = [
-                stage.ask("export_child", {"backend": NOWHERE + large, "words": ["search", "--view", "sqlite", "--json", *asked]})[
-                    "seconds"
-                ]
+                stage.ask(
+                    "export_child",
+                    {"backend": NOWHERE + large, "words": ["search", "--view", "sqlite", "--json", *asked]},
+                )["seconds"]
                 for _ in range(min(stage.runs, 3))
             ]
             rows.append(Row(what=f"search among {many:,} events: {what}", unit="s", ours=spent))
