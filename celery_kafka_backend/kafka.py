@@ -34,6 +34,9 @@ SESSION_TIMEOUT_MS: Final = 8_000
 BUFFERED_LINGER_MS: Final = 5
 """How long a buffered result may wait for company."""
 
+TRANSACTION_MS: Final = 10_000
+"""How long an operator's transaction may be open."""
+
 FETCH_BYTES: Final = 50 << 20
 RECEIVE_BYTES: Final = 100_000_000
 """librdkafka's defaults."""
@@ -140,6 +143,25 @@ def producer_config(settings: Settings, linger_ms: int = 0) -> dict[str, Any]:
     )
 
 
+def transaction_config(settings: Settings, name: str) -> dict[str, Any]:
+    """Return the configuration of a producer whose records appear together or not at all.
+
+    Args:
+        settings: The user's.
+        name: Its transactional id. Of two producers of one name the later one shuts the earlier one out.
+    """
+    return {
+        **producer_config(settings),
+        "transactional.id": name,
+        # What a transaction has written hides all that follows in its partitions, until it ends: not longer than this
+        # when whoever began it was killed.
+        "transaction.timeout.ms": TRANSACTION_MS,
+        "delivery.timeout.ms": TRANSACTION_MS,
+        "request.timeout.ms": TRANSACTION_MS,
+        "socket.timeout.ms": TRANSACTION_MS,
+    }
+
+
 def consumer_config(settings: Settings, group: str | None) -> dict[str, Any]:
     """Return the configuration of a consumer.
 
@@ -192,6 +214,7 @@ DENIED: Final = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
 }
 
 

@@ -2,7 +2,7 @@
 
 A producer of ours is idempotent, and needs no right of the cluster for it: since Kafka 3.0, whoever may
 write some topic may. A worker reads the log where it must see what its view does not show yet; it joins
-no group for that. Nothing here is transactional.
+no group for that. Only an operator has transactions: to requeue dead letters, none twice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Right(NamedTuple):
 
     Attributes:
         role: One of `ROLES`.
-        resource: ``topic`` or ``group``.
+        resource: ``topic``, ``group`` or ``transactional-id``.
         name: The resource's name; one that ends with ``*`` is a prefix.
         operation: Kafka's name of what may be done.
     """
@@ -64,6 +64,10 @@ def rights(prefix: str) -> list[Right]:
         (PROCESSOR, "group", groups, "Read"),
         *((OPERATOR, "topic", topic, "Read Describe DescribeConfigs") for topic in (log, chord, dead)),
         (OPERATOR, "topic", chord, "Write"),  # `pipeline chord --fire|--fail|--resend`
+        # `pipeline dead-letters requeue|drop`
+        (OPERATOR, "topic", log, "Write"),
+        (OPERATOR, "topic", dead, "Write"),
+        (OPERATOR, "transactional-id", topics.operators(prefix), "Write Describe"),
         (OPERATOR, "group", groups, "Read"),
     ]
     return [Right(role, kind, name, each) for role, kind, name, operations in needed for each in operations.split()]

@@ -45,6 +45,11 @@ def dead_letters(prefix: str) -> str:
     return f"{prefix}.dead-letters"
 
 
+def operators(prefix: str) -> str:
+    """Return the transactional id of operators who requeue or drop dead letters: one at a time."""
+    return dead_letters(prefix)
+
+
 def group_id(prefix: str, role: str) -> str:
     """Return the consumer group of a view (its name) or of the chord processor (``chords``)."""
     return f"{prefix}.{role}"

@@ -24,6 +24,7 @@ _COMMANDS: Final = (
     "findings",
     "chord",
     "forget",
+    "dead-letters",
     "replay",
     "verify",
     "size",
@@ -34,7 +35,7 @@ _COMMANDS: Final = (
 keep_secrets()
 
 
-@click.group(cls=Group, lazy={name: f"{__name__}.{name}" for name in _COMMANDS})
+@click.group(cls=Group, lazy={name: f"{__name__}.{name.replace('-', '_')}" for name in _COMMANDS})
 def pipeline() -> None:
     r"""Run and look after the result pipeline: Kafka, its processors and their views.
 
@@ -50,6 +51,7 @@ def pipeline() -> None:
       celery -A proj pipeline search          which tasks failed, were slow, were tried again …
       celery -A proj pipeline findings        lost tasks, contradictions, stuck chords
       celery -A proj pipeline chord GROUP_ID  what a chord waits for, and how to end or repair it
+      celery -A proj pipeline dead-letters    what could not be folded: list, show, requeue, drop
 
     Every option has an environment variable, CELERY_PIPELINE_<COMMAND>_<OPTION>, which its help names. Global
     options of Celery (-A, --workdir, --result-backend …) stand before "pipeline".

@@ -7,12 +7,12 @@ import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar, cast
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource  # type: ignore[attr-defined]  # its __init__ only imports it
 
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.complaints import CREDENTIALS, Complaints, NoToken
-from celery_kafka_backend.kafka import DENIED, consumer_config, producer_config
+from celery_kafka_backend.kafka import DENIED, consumer_config, producer_config, transaction_config
 from celery_kafka_backend.rights import OPERATOR, Right, lacking
 from celery_kafka_backend.settings import SETTING
 
@@ -140,6 +140,10 @@ class Broker:
     def member_of(self, group: str) -> Consumer:
         """Return a consumer that can commit for a group (and joins it only if it subscribes)."""
         return self._made(Consumer, consumer_config(self.settings, group))
+
+    def transactional(self, name: str) -> Producer:
+        """Return a producer of transactions, for `init_transactions`."""
+        return self._made(Producer, transaction_config(self.settings, name))
 
     def close(self) -> None:
         """Let go of the consumer."""

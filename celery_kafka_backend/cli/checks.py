@@ -16,11 +16,13 @@ import confluent_kafka
 from celery_kafka_backend import codec, topics
 from celery_kafka_backend.claims import Claims
 from celery_kafka_backend.cli import ownership, plan
+from celery_kafka_backend.cli.dealing import Reading
 from celery_kafka_backend.cli.exits import Exit, Stop, code_of
 from celery_kafka_backend.cli.output import duration, size
 from celery_kafka_backend.cli.records import last_records
 from celery_kafka_backend.cli.run import check_rights, check_topics, check_view
 from celery_kafka_backend.errors import CodecError, PipelineError, SpoolError
+from celery_kafka_backend.letters import OPEN
 from celery_kafka_backend.ownership import foreign
 from celery_kafka_backend.processors.materializer import view_name
 from celery_kafka_backend.producer.spool import spool_for
@@ -278,16 +280,16 @@ def _late_s(message: Message, appended: int) -> tuple[str, float] | None:
 
 
 def dead_letters(broker: Broker) -> Iterator[Finding]:
-    """Count what could not be folded."""
-    topic = topics.dead_letters(broker.settings.topic_prefix)
-    count = sum(high - low for low, high in broker.ends(topic).values())
-    if not count:
-        yield Finding(OK, "dead letters", "none")
+    """Count what could not be folded, and nobody has dealt with."""
+    reading = Reading(broker)
+    reading.go_on()
+    left = [case.letters[-1] for case in reading.cases if case.state == OPEN]
+    if not left:
+        yield Finding(OK, "dead letters", "none is open")
         return
-    last = last_records(broker, topic, 1)
-    why = dict(last[-1].headers() or ()).get("reason", b"?") if last else b"?"
-    shown = why.decode(errors="replace") if isinstance(why, bytes) else str(why)
-    yield Finding(WARN, "dead letters", f"{count} in {topic}, the last: {shown[:200]}", "look at their headers")
+    last = max(left, key=lambda letter: letter.at)
+    problem = f"{len(left)} open in {reading.topic}, the last: {last.reason[:200]}"
+    yield Finding(WARN, "dead letters", problem, "`celery -A proj pipeline dead-letters list`")
 
 
 def processors(pipeline: Pipeline, broker: Broker) -> Iterator[Finding]:

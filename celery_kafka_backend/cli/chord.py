@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import socket
 import time
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
@@ -14,6 +12,7 @@ import msgspec
 from celery_kafka_backend import chord_records, topics
 from celery_kafka_backend.chord_records import Cancelled, Resent
 from celery_kafka_backend.cli import chord_state
+from celery_kafka_backend.cli.actor import REASON_LIMIT, who
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.chord_state import ChordState, Records, Trace
 from celery_kafka_backend.cli.command import Command
@@ -34,7 +33,6 @@ CLOCKS_MS: Final = 60_000
 """Hosts' and brokers' clocks may differ by so much."""
 SHOWN: Final = 50
 """Rows of each kind in the table; --json has all."""
-REASON_LIMIT: Final = 1_000
 
 
 @click.command("chord", cls=Command, short_help="What a chord waits for; fire it, fail it, send its body again.")
@@ -87,7 +85,7 @@ def command(
         if ask:
             if not reason.strip():
                 raise Stop(Exit.CONFIGURATION, f"--{ask} needs --reason", "say why: it is kept with the chord")
-            state = _repair(pipeline, broker, group_id, ask, (reason, actor or _who()), generation, timeout)
+            state = _repair(pipeline, broker, group_id, ask, (reason, actor or who()), generation, timeout)
             states, source = [state], _log_of(pipeline)
             code = Exit.OK if _did(state, ask) else Exit.NOT_DONE
         else:
@@ -104,14 +102,6 @@ def command(
         for one in states:
             _show(one, source)
     return code
-
-
-def _who() -> str:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a user id without a name, as in many containers
-        user = "?"
-    return f"{user}@{socket.gethostname()}"
 
 
 def _log_of(pipeline: Pipeline) -> str:

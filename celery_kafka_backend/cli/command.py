@@ -30,9 +30,13 @@ class _TakesUsageErrors:
 
 
 class Command(_TakesUsageErrors, click.Command):
-    """A command whose errors are messages, not tracebacks, and whose exit codes have names."""
+    """A command whose errors are messages, not tracebacks, and whose exit codes have names.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        family: The command that it is a part of, if it is a part of one.
+    """
+
+    def __init__(self, *args: Any, family: str = "", **kwargs: Any) -> None:
         kwargs["help"] = _paragraphs(kwargs.get("help"))
         kwargs["context_settings"] = {"show_default": True, **(kwargs.get("context_settings") or {})}
         super().__init__(*args, **kwargs)
@@ -40,7 +44,7 @@ class Command(_TakesUsageErrors, click.Command):
             if isinstance(option, click.Option):
                 # click would name it for the function's argument, which may be another word than the user's.
                 long = max(option.opts, key=len).lstrip("-").replace("-", "_")
-                option.envvar = f"{VARIABLES}_{self.name}_{long}".upper()
+                option.envvar = "_".join(filter(None, (VARIABLES, family, self.name, long))).upper().replace("-", "_")
                 option.show_envvar = True
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -83,7 +87,25 @@ def complain(error: BaseException) -> Exit:
     return code
 
 
-class Group(_TakesUsageErrors, click.Group):
+class Family(_TakesUsageErrors, click.Group):
+    """A command that has commands of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["help"] = _paragraphs(kwargs.get("help"))
+        super().__init__(*args, **kwargs)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Refuse a command that does not exist with our exit code."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as exc:
+            exc.exit_code = Exit.CONFIGURATION
+            raise
+
+
+class Group(Family):
     """The group; a command's module is imported when it is asked for, because `celery worker` imports this one too.
 
     Args:
@@ -91,7 +113,6 @@ class Group(_TakesUsageErrors, click.Group):
     """
 
     def __init__(self, *args: Any, lazy: dict[str, str] | None = None, **kwargs: Any) -> None:
-        kwargs["help"] = _paragraphs(kwargs.get("help"))
         super().__init__(*args, **kwargs)
         self._lazy = lazy or {}
 
@@ -103,16 +124,6 @@ class Group(_TakesUsageErrors, click.Group):
         """Import and return a command."""
         module = self._lazy.get(cmd_name)
         return import_module(module).command if module else None
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Refuse a command that does not exist with our exit code."""
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as exc:
-            exc.exit_code = Exit.CONFIGURATION
-            raise
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Add the exit codes to the help."""

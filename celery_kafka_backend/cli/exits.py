@@ -50,9 +50,9 @@ MEANINGS: Final = {
     Exit.PROCESSORS_CRASHED: "a processor crashed too often; the others were stopped",
     Exit.FOREIGN_LOG: "the topics belong to another app",
     Exit.DIFFERENT: "verify found differences; findings: there are some; spool: records are set aside",
-    Exit.NOT_FOUND: "no such event, task or chord is to be found",
+    Exit.NOT_FOUND: "no such event, task, chord or dead letter is to be found",
     Exit.KILLED: "a processor did not stop in time and was killed; its last batch will be repeated",
-    Exit.NOT_DONE: "the chord is not in a state for that, or it could not be done; forget: a view still shows the result",
+    Exit.NOT_DONE: "what was asked for, or a part of it, is refused as things are, or could not be done; forget: a view still shows the result",
     Exit.INTERRUPTED: "interrupted",
 }
 

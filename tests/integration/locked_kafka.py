@@ -131,7 +131,7 @@ class LockedKafka:
 
 def _rule(user: str, resource: str, name: str, operation: str) -> tuple[Any, ...]:
     pattern = ResourcePatternType.PREFIXED if name.endswith("*") else ResourcePatternType.LITERAL
-    what = ResourceType[resource.upper()], name.removesuffix("*"), pattern
+    what = ResourceType[resource.upper().replace("-", "_")], name.removesuffix("*"), pattern
     return (*what, f"User:{user}", "*", AclOperation[_constant(operation)], AclPermissionType.ALLOW)
 
 

@@ -15,12 +15,16 @@ from celery.exceptions import TimeoutError as GetTimeout
 from confluent_kafka import Consumer, KafkaError, TopicPartition
 from kombu.exceptions import OperationalError
 
-from celery_kafka_backend import rights, topics
+from celery_kafka_backend import codec, rights, topics
 from celery_kafka_backend.cli.broker import Broker
+from celery_kafka_backend.cli.dealing import Dealing, Reading
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.complaints import Complaints, NoToken
 from celery_kafka_backend.errors import NotAcknowledged, PublishError, Refused, SettingsError
+from celery_kafka_backend.events import Event
 from celery_kafka_backend.kafka import consumer_config
+from celery_kafka_backend.letters import REQUEUE, REQUEUED
+from celery_kafka_backend.processors.deadletters import DeadLetters
 from celery_kafka_backend.producer.publisher import Publisher, Record
 from celery_kafka_backend.settings import parse
 from tests.integration.conftest import Fleet
@@ -232,6 +236,8 @@ def test_doctors_eyes_see_what_each_role_lacks(locked, redis_url, topic_prefix, 
         with pytest.raises(Stop) as stopped:
             check_rights(broker, role)
         assert stopped.value.code is Exit.RIGHTS_MISSING
+        # Kafka cannot be asked about a transactional id: whoever uses it is told.
+        needed = [right for right in needed if right.resource != "transactional-id"]
         lacking = [right for right in needed if (right.operation, right.resource) != ("Describe", "topic")]
         for right in lacking:
             assert f"{right.operation} on {right.resource} {right.name}" in str(stopped.value)
@@ -371,3 +377,42 @@ def test_an_option_that_cannot_work_is_a_settings_error(locked, redis_url, topic
     for word in words:
         assert word in str(raised.value)
     assert PASSWORD not in str(raised.value)
+
+
+def test_an_operator_requeues_dead_letters_with_the_rights_that_init_prints(locked, redis_url, topic_prefix):
+    """And is told which one is missing, with the command that grants it."""
+    settings = settled(locked, redis_url, topic_prefix, locked.tls("celery-operator"))
+    log = topics.task_events(topic_prefix)
+    at = time.time_ns() // 1_000_000
+    value = codec.encode(Event(id="e", kind="received", task="t", at=at, hlc=at))
+    sender = DeadLetters({"bootstrap.servers": locked.open}, topics.dead_letters(topic_prefix))
+    sender.put(log, 0, 7, b"t", value, [("e", b"received")], "no room")
+    sender.flush(20)
+    broker = Broker(settings, 20)
+    try:
+        reading = Reading(broker)
+        reading.go_on()
+        dealing = Dealing(broker, "ann", "disk added")
+        dealing.begin()
+        assert list(dealing.requeue(dealing.sort(reading.cases, REQUEUE))) == [1]
+        assert [str(one.record) for one in dealing.done] == [f"{log}/0@7"]
+        Dealing(broker, "bob", "to see all that was done").begin()
+        reading.go_on()
+        assert [case.state for case in reading.cases] == [REQUEUED]
+        name = topics.operators(topic_prefix)
+        locked.revoke("celery-operator", "transactional-id", name, "Write")
+        deadline = time.monotonic() + 20
+        while (error := refused_to_begin(broker)) is None:  # what is taken away takes a moment to reach the broker
+            assert time.monotonic() < deadline
+        assert error.code is Exit.RIGHTS_MISSING
+        assert f"--operation Write --operation Describe --transactional-id {name}" in str(error)
+    finally:
+        broker.close()
+
+
+def refused_to_begin(broker):
+    try:
+        Dealing(broker, "ann", "again").begin()
+    except Stop as error:
+        return error
+    return None

@@ -62,6 +62,15 @@ def test_help_teaches_with_examples_and_names_environment_variables(command):
         assert f"CELERY_PIPELINE_{command.upper()}_" in " ".join(done.output.split())
 
 
+@pytest.mark.parametrize("action", ["list", "show", "requeue", "drop"])
+def test_a_command_of_a_command_has_its_own_help_and_variables(action):
+    done = invoke("dead-letters", action, "--help")
+    assert done.exit_code == 0
+    assert f"Examples:\n    celery -A proj pipeline dead-letters {action}" in done.output
+    assert f"CELERY_PIPELINE_DEAD_LETTERS_{action.upper()}_TIMEOUT" in " ".join(done.output.split())
+    assert f"\n  {action} " in invoke("dead-letters", "--help").output
+
+
 def test_the_help_of_the_group_lists_commands_and_exit_codes():
     text = invoke("--help").output
     assert all(f"\n  {command} " in text for command in COMMANDS)

@@ -9,7 +9,7 @@ from celery_kafka_backend.settings import parse
 
 
 def test_the_rights_are_the_least_that_work():
-    """A client cannot read the log; only a processor reads chords for work, and writes dead letters."""
+    """A client cannot read the log; only a processor reads chords for work; only an operator has transactions."""
     found = set(rights("celery"))
     assert len(found) == len(rights("celery"))
     log, chords, dead = "celery.task-events", "celery.chords", "celery.dead-letters"
@@ -17,11 +17,13 @@ def test_the_rights_are_the_least_that_work():
     def roles(name: str, operation: str) -> set[str]:
         return {right.role for right in found if (right.name, right.operation) == (name, operation)}
 
-    assert roles(log, "Write") == {"client", "worker", "processor"}
+    assert roles(log, "Write") == {"client", "worker", "processor", "operator"}
     assert roles(log, "Read") == {"worker", "processor", "operator"}
     assert roles(chords, "Read") == {"processor", "operator"}
     assert roles(chords, "Write") == {"client", "worker", "processor", "operator"}
-    assert roles(dead, "Write") == {"processor"}
+    assert {(r.role, r.resource) for r in found if (r.name, r.operation) == (dead, "Write")} == {
+        ("processor", "topic"), ("operator", "topic"), ("operator", "transactional-id"),
+    }  # fmt: skip
     groups = {(right.role, right.operation) for right in found if right.resource == "group"}
     assert groups == {("processor", "Read"), ("operator", "Read"), ("worker", "Describe")}
     described = {(r.role, r.name) for r in found if r.operation == "Describe" and r.resource == "topic"}
@@ -39,7 +41,7 @@ def test_the_printed_commands_grant_exactly_the_rights_of_every_role():
                 "kafka-acls.sh", "--bootstrap-server", "b:9092", "--add", "--allow-principal", f"User:celery-{role}",
             ]  # fmt: skip
             operations = [words[n + 1] for n, word in enumerate(words) if word == "--operation"]
-            resource = "topic" if "--topic" in words else "group"
+            (resource,) = (one for one in ("topic", "group", "transactional-id") if f"--{one}" in words)
             name = words[words.index(f"--{resource}") + 1] + "*" * (
                 words[-2:] == ["--resource-pattern-type", "prefixed"]
             )
