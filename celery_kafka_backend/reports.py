@@ -21,7 +21,8 @@ def keep_secrets() -> None:
     """Wrap them, once per process."""
     if getattr(utils.filter_hidden_settings, "keeps_our_secrets", False):
         return
-    utils.sanitize_url = _sanitizing(utils.sanitize_url)
+    if hasattr(utils, "sanitize_url"):  # since Celery 5.7
+        utils.sanitize_url = _sanitizing(utils.sanitize_url)
     utils.filter_hidden_settings = _filtering(utils.filter_hidden_settings)
     utils.filter_hidden_settings.keeps_our_secrets = True
 
