@@ -141,8 +141,8 @@ class KafkaBackend(older.AsyncBackendMixin, Chords):  # type: ignore[misc]
 
     def _call_task_errbacks(self, request: Any, exc: BaseException, traceback: Any) -> None:
         """Call a failed task's errbacks, when the view shows how it failed: they ask for that by its id, without waiting."""
-        # Not in a worker's main process, whose loop must not stand still. A worker inside a test is a client's thread.
-        if self.recorder.role != events.PARENT and not field(request, "is_eager"):
+        # Not in a worker's main process, whose loop must not stand still, nor in a chord processor, which knows no view.
+        if self.recorder.runs_task and not field(request, "is_eager"):
             with suppress(Unsure, Unavailable):
                 bound_s = self.settings.barrier_timeout_s
                 self.barrier.caught_up([field(request, "id")], self.reader.positions, bound_s, patient=False)

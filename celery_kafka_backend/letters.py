@@ -258,7 +258,7 @@ class Cases:
                 self._take_deeds(record.value or b"")
             else:
                 self._take_letter(record, headers)
-        except (LookupError, ValueError):  # msgspec's errors are ValueErrors
+        except (LookupError, ValueError, msgspec.MsgspecError):  # a ValueError only since msgspec 0.20
             self.strange += 1
 
     def _take_deeds(self, value: bytes) -> None:

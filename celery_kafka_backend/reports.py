@@ -21,8 +21,8 @@ def keep_secrets() -> None:
     """Wrap them, once per process."""
     if getattr(utils.filter_hidden_settings, "keeps_our_secrets", False):
         return
-    if hasattr(utils, "sanitize_url"):  # since Celery 5.7
-        utils.sanitize_url = _sanitizing(utils.sanitize_url)
+    sanitizer = "sanitize_url" if hasattr(utils, "sanitize_url") else "maybe_sanitize_url"  # before Celery 5.7
+    setattr(utils, sanitizer, _sanitizing(getattr(utils, sanitizer)))
     utils.filter_hidden_settings = _filtering(utils.filter_hidden_settings)
     utils.filter_hidden_settings.keeps_our_secrets = True
 

@@ -148,14 +148,19 @@ class Recorder:
         """Which part of the system this thread is right now."""
         if not self.worker_pid:
             return events.CLIENT
-        if os.getpid() != self.worker_pid or _task_stack.top is not None:
+        if os.getpid() != self.worker_pid or self.runs_task:
             return events.CHILD
         return events.PARENT
 
     @property
+    def runs_task(self) -> bool:
+        """Whether this thread runs a task, also in a worker that a test runs in a thread of its own process."""
+        return _task_stack.top is not None
+
+    @property
     def between_tasks(self) -> bool:
         """Whether this thread is a worker's and runs no task: what it does is Celery's own doing."""
-        return bool(self.worker_pid) and _task_stack.top is None
+        return bool(self.worker_pid) and not self.runs_task
 
     def identity(
         self, task_id: str, rank: order.Rank | None, request: Any = None, known: tuple[int | None, int] | None = None
