@@ -51,6 +51,8 @@ _RANKS: Final = {
 }
 _JSON: Final = kombu_json.JSONEncoder(allow_nan=False)
 _LOST: Final = frozenset({"WorkerLostError"})
+SET_S: Final = 0.2
+"""How long a client that sets a state waits for Kafka to have it; in a worker nobody waits."""
 
 
 class Ending(NamedTuple):
@@ -110,6 +112,8 @@ class Writes(Reads):
             self.recorder.publisher.cast(record)
             if request is None:  # an abort, or a state set from outside: what comes next may depend on it
                 self.recorder.publisher.send_casts()
+                if self.recorder.role == events.CLIENT:
+                    self.recorder.publisher.flush(SET_S)
         return encoded
 
     def _claimed(self, event: Event, request: Any) -> Event:

@@ -285,6 +285,17 @@ def test_an_errback_sees_the_failure_that_it_hears_of(fleet, tmp_path):
     assert states.read_text().split() == ["FAILURE"] * 50
 
 
+def test_a_state_that_is_set_from_outside_is_in_the_log_when_that_returns(fleet):
+    """A revoke that comes next reads it there, whatever the view shows."""
+    backend = fleet.app.app.backend
+    for number in range(20):
+        task_id = str(uuid.uuid4())
+        backend.store_result(task_id, {"done": number}, "PROGRESS")
+        event = backend.barrier.beyond("task", task_id, dict, 10)
+        assert event is not None
+        assert event.state == "PROGRESS"
+
+
 def test_an_unknown_task_is_in_the_history_of_its_id(fleet):
     result = fleet.app.app.send_task("no.such.task")
     said = history(fleet, result.id, events.UNKNOWN_TASK)[-1]
