@@ -69,6 +69,15 @@ def _connect(url: str, options: StoreOptions, **more: Any) -> psycopg.Connection
         return psycopg.connect(url, **{**DEFAULTS, **options.options, **more})
 
 
+def _version(db: psycopg.Connection[Any]) -> int | None:
+    """Return the version of the tables that are there, None if there are none."""
+    (there,) = cast("tuple[Any]", db.execute("SELECT to_regclass('ckb_schema')").fetchone())
+    if there is None:
+        return None
+    (found,) = cast("tuple[Any]", db.execute("SELECT max(version) FROM ckb_schema").fetchone())
+    return cast("int | None", found)
+
+
 class PostgresSink(Sink):
     """Writes a view in a database."""
 
@@ -94,10 +103,13 @@ class PostgresSink(Sink):
         self._db = db
 
     def _prepare(self, db: psycopg.Connection[Any]) -> None:
-        # Two processors that start together would both find nothing.
-        db.execute("SELECT pg_advisory_xact_lock(hashtext('celery-kafka-backend'))")
-        db.execute(statements.TABLES)
-        (found,) = cast("tuple[Any]", db.execute("SELECT max(version) FROM ckb_schema").fetchone())
+        found = _version(db)
+        if found is None:
+            # Two processors that start together would both find nothing. Not where it is there already: CREATE … IF NOT
+            # EXISTS locks table after table, which others write to in an order of their own.
+            db.execute("SELECT pg_advisory_xact_lock(hashtext('celery-kafka-backend'))")
+            db.execute(statements.TABLES)
+            found = _version(db)
         if found is None:
             db.execute("INSERT INTO ckb_schema VALUES (%s)", (statements.SCHEMA_VERSION,))
         elif found > statements.SCHEMA_VERSION:
