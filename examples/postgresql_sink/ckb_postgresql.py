@@ -105,12 +105,12 @@ class PostgresSink(Sink):
     def _prepare(self, db: psycopg.Connection[Any]) -> None:
         found = _version(db)
         if found is None:
-            # Two processors that start together would both find nothing. Not where it is there already: CREATE … IF NOT
-            # EXISTS locks table after table, which others write to in an order of their own.
+            # Two processors that start together both find nothing. The one that comes second must not make anything:
+            # CREATE … IF NOT EXISTS locks table after table, which the first writes to in an order of its own.
             db.execute("SELECT pg_advisory_xact_lock(hashtext('celery-kafka-backend'))")
-            db.execute(statements.TABLES)
             found = _version(db)
         if found is None:
+            db.execute(statements.TABLES)
             db.execute("INSERT INTO ckb_schema VALUES (%s)", (statements.SCHEMA_VERSION,))
         elif found > statements.SCHEMA_VERSION:
             problem = f"{self.url} has schema version {found}, newer than this software"
