@@ -111,9 +111,10 @@ class Writes(Reads):
         else:
             self.recorder.publisher.cast(record)
             if request is None:  # an abort, or a state set from outside: what comes next may depend on it
-                self.recorder.publisher.send_casts()
                 if self.recorder.role == events.CLIENT:
                     self.recorder.publisher.flush(SET_S)
+                else:
+                    self.recorder.publisher.send_casts()
         return encoded
 
     def _claimed(self, event: Event, request: Any) -> Event:
