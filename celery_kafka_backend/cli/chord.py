@@ -18,7 +18,7 @@ from celery_kafka_backend.cli.chord_state import ChordState, Records, Trace
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import Pipeline, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
-from celery_kafka_backend.cli.output import console, duration, short, table, when
+from celery_kafka_backend.cli.output import console, duration, print_json, short, table, when
 from celery_kafka_backend.cli.records import saying, scan, since, tail
 from celery_kafka_backend.errors import SettingsError, StoreError
 from celery_kafka_backend.producer.publisher import Record, publisher_for
@@ -97,7 +97,7 @@ def command(
     finally:
         broker.close()
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(states)))
+        print_json(states)
     else:
         for one in states:
             _show(one, source)

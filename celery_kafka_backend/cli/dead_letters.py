@@ -17,7 +17,7 @@ from celery_kafka_backend.cli.context import pipeline_of
 from celery_kafka_backend.cli.dealing import Dealing, Reading, letters_of, log_of, original
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.moment import Moment
-from celery_kafka_backend.cli.output import console, progress, short, table, when
+from celery_kafka_backend.cli.output import console, print_json, progress, short, table, when
 from celery_kafka_backend.letters import DROP, OPEN, REQUEUE, STATES, Selection, refusal, theirs
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def list_(ctx: click.Context, /, state: str | None, limit: int, as_json: bool, t
         reading.go_on()
     found = _sorted(reading, Selection(state=state or "", **given))
     if as_json:
-        _print_json([_plain(case) for case in found])
+        print_json([_plain(case) for case in found])
     else:
         _draw(found[-limit:])
         counts = {each: sum(case.state == each for case in found) for each in STATES.values()}
@@ -126,7 +126,7 @@ def show(ctx: click.Context, place: str, as_json: bool, timeout: float) -> Exit:
     value = whole.value if whole else letter.value
     refused = refusal(log_of(settings), case, _now())
     if as_json:
-        _print_json({**_plain(case), **_bytes(letter, value), "whole": whole is not None, "refused": refused})
+        print_json({**_plain(case), **_bytes(letter, value), "whole": whole is not None, "refused": refused})
         return Exit.OK
     screen = console()
     screen.print(f"{case.record}  {case.state}", style="bold")
@@ -263,7 +263,7 @@ def _tell(dealing: Dealing, able: Sequence[Case], action: str, *, dry_run: bool,
         refused = [{"record": str(one.case.record), "why": one.why} for one in dealing.refused]
         would = [{"record": str(case.record)} for case in able] if dry_run else []
         done = [{"record": str(one.record), "to": one.to and str(one.to)} for one in dealing.done]
-        _print_json({"action": action, "dry_run": dry_run, "done": done, "would": would, "refused": refused})
+        print_json({"action": action, "dry_run": dry_run, "done": done, "would": would, "refused": refused})
         return
     if dry_run:
         _draw(able[:SHOWN])
@@ -365,7 +365,3 @@ def _readable(value: bytes | None) -> str:
         return msgspec.json.format(value, indent=2).decode()
     except (msgspec.DecodeError, UnicodeDecodeError):
         return repr(value[:4_000])
-
-
-def _print_json(value: Any) -> None:
-    click.echo(msgspec.json.format(msgspec.json.encode(value)))

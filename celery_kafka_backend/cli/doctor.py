@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 import click
-import msgspec
 
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.checks import FAIL, OK, SKIP, WARN, examine
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import pipeline_of
 from celery_kafka_backend.cli.exits import Exit
+from celery_kafka_backend.cli.output import print_json
 from celery_kafka_backend.rights import PROCESSOR, ROLES
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def command(ctx: click.Context, as_json: bool, strict: bool, role: str, timeout:
     if as_json:
         plain = [{**finding._asdict(), "code": int(finding.code)} for finding in found]
         shown = {"verdict": verdict, "exit_code": int(code), "findings": plain}
-        click.echo(msgspec.json.format(msgspec.json.encode(shown)).decode())
+        print_json(shown)
     else:
         click.secho(f"\n{verdict}", bold=True, fg="red" if failed else "yellow" if warned else "green")
     return code

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+import msgspec
 
 from celery_kafka_backend.cli.exits import Exit, Stop
 
@@ -53,6 +56,11 @@ def progress() -> Progress:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console(stderr=True))
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON that people can read, too."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value)))
 
 
 def when(ms: int | None) -> str:

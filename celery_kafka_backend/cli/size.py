@@ -7,13 +7,12 @@ import re
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
-import msgspec
 
 from celery_kafka_backend.cli import figures
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import pipeline_of
 from celery_kafka_backend.cli.exits import Exit
-from celery_kafka_backend.cli.output import duration
+from celery_kafka_backend.cli.output import duration, print_json
 from celery_kafka_backend.cli.output import size as bytes_of
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ def command(
     found = needs(load)
     if as_json:
         shown = {"load": load._asdict(), "needs": found._asdict(), "source": figures.SOURCE}
-        click.echo(msgspec.json.format(msgspec.json.encode(shown)).decode())
+        print_json(shown)
     else:
         show(load, found, pipeline.settings.partitions)
     return Exit.OK

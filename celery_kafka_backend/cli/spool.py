@@ -12,7 +12,7 @@ import msgspec
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop, code_of
-from celery_kafka_backend.cli.output import duration, size, when
+from celery_kafka_backend.cli.output import duration, print_json, size, when
 from celery_kafka_backend.producer.courier import VERDICT_S
 from celery_kafka_backend.producer.drain import drain
 from celery_kafka_backend.producer.publisher import publisher_for
@@ -59,7 +59,7 @@ def command(
         return _drain(pipeline, spool, timeout, files, again)
     state = spool.state()
     if as_json:
-        click.echo(msgspec.json.format(msgspec.json.encode(plain(spool, state))).decode())
+        print_json(plain(spool, state))
     else:
         _show(spool, state)
     return _code(state)

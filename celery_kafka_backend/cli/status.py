@@ -12,7 +12,7 @@ from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import chosen_views, pipeline_of
 from celery_kafka_backend.cli.exits import Exit
-from celery_kafka_backend.cli.output import console, duration, table, when
+from celery_kafka_backend.cli.output import console, duration, print_json, table, when
 from celery_kafka_backend.cli.state import gather
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def command(
         if not watch:
             state = gather(pipeline, broker, urls, chords=not no_chords)
             if as_json:
-                click.echo(msgspec.json.format(msgspec.json.encode(_plain(state))).decode())
+                print_json(_plain(state))
             else:
                 show(state)
             return state.code
