@@ -17,9 +17,10 @@ from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.chord_state import ChordState, Records, Trace
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import Pipeline, pipeline_of
-from celery_kafka_backend.cli.exits import Exit, Stop
+from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.output import console, duration, print_json, short, table, when
 from celery_kafka_backend.cli.records import saying, scan, since, tail
+from celery_kafka_backend.cli.sources import CLOCKS_MS
 from celery_kafka_backend.errors import SettingsError, StoreError
 from celery_kafka_backend.producer.publisher import Record, publisher_for
 from celery_kafka_backend.settings import mask
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-CLOCKS_MS: Final = 60_000
-"""Hosts' and brokers' clocks may differ by so much."""
 SHOWN: Final = 50
 """Rows of each kind in the table; --json has all."""
 
@@ -147,7 +146,7 @@ def _home(pipeline: Pipeline, broker: Broker, group_id: str) -> tuple[str, int]:
     topic = topics.chords(pipeline.settings.topic_prefix)
     count = broker.partitions(topic)
     if not count:
-        raise Stop(Exit.TOPICS_WRONG, f"no topic {topic}", f"create the topics: `{pipeline.command} init`")
+        raise no_topic(topic, pipeline.command)
     return topic, topics.chord_partition(group_id, count)
 
 

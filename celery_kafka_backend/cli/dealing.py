@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from celery_kafka_backend import topics
-from celery_kafka_backend.cli.exits import Exit, Stop
+from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.records import batches, first_at
 from celery_kafka_backend.letters import (
     DROP,
@@ -81,7 +81,7 @@ class Reading:
     def go_on(self) -> None:
         """Read what has come since, to the end as it is now."""
         if not self._broker.partitions(self.topic):
-            raise Stop(Exit.TOPICS_WRONG, f"no topic {self.topic}", "create the topics: `celery -A proj pipeline init`")
+            raise no_topic(self.topic)
         marks = {(self.topic, n): ends for n, ends in self._broker.ends(self.topic).items()}
         parts = {at: (max(self._next.get(at, low), low), high) for at, (low, high) in marks.items()}
         for record in _within(self._broker, parts):

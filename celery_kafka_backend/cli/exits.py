@@ -73,6 +73,11 @@ class Stop(PipelineError):  # noqa: N818 - says what it does
         super().__init__(problem + (f"\n{remedy}" if remedy else ""))
 
 
+def no_topic(topic: str, command: str = "celery -A proj pipeline") -> Stop:
+    """Return what to say where a topic is missing."""
+    return Stop(Exit.TOPICS_WRONG, f"no topic {topic}", f"create the topics: `{command} init`")
+
+
 _CODES: Final[tuple[tuple[type[BaseException], Exit], ...]] = (
     (ImproperlyConfigured, Exit.CONFIGURATION),
     (SettingsError, Exit.CONFIGURATION),

@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -15,15 +15,13 @@ from celery_kafka_backend.cli.context import pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.export_formats import WRITERS
 from celery_kafka_backend.cli.filters import filtered, placed, query_of
+from celery_kafka_backend.cli.records import SAY_EVERY_S, SAY_FIRST_S
 from celery_kafka_backend.cli.sources import audited
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from celery_kafka_backend.changes import Logged
-
-SAY_EVERY_S: Final = 1.0
-SAY_FIRST_S: Final = 2.0
 
 
 @click.command("export", cls=Command, short_help="Write events to a file: JSON Lines, CloudEvents, Parquet.")

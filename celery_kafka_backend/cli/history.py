@@ -17,7 +17,7 @@ from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.moment import Moment, Span
 from celery_kafka_backend.cli.output import duration, when
 from celery_kafka_backend.cli.records import batches, following, saying_batches, spans
-from celery_kafka_backend.cli.sources import CLOCKS_MS, audited, keeps_history, log_of
+from celery_kafka_backend.cli.sources import CLOCKS_MS, audited, keeps_history, log_name, log_of
 from celery_kafka_backend.errors import CodecError, SettingsError, StoreError
 from celery_kafka_backend.query import Query
 from celery_kafka_backend.settings import mask
@@ -175,13 +175,9 @@ def _life(pipeline: Pipeline, asked: Asked) -> tuple[list[tuple[Event, bytes]], 
         return [(codec.decode(value), value) for value in values], source
     broker = Broker(pipeline.settings, asked.timeout_s)
     try:
-        return from_log(broker, asked.id, *asked.within), _log_name(pipeline)
+        return from_log(broker, asked.id, *asked.within), log_name(pipeline)
     finally:
         broker.close()
-
-
-def _log_name(pipeline: Pipeline) -> str:
-    return f"the log at {mask(pipeline.settings.bootstrap_servers)}"
 
 
 def from_views(pipeline: Pipeline, task_id: str) -> tuple[list[bytes], str]:

@@ -10,7 +10,7 @@ import click
 from celery_kafka_backend import topics
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.context import chosen_views
-from celery_kafka_backend.cli.exits import Exit, Stop
+from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.records import batches, saying_batches, spans
 from celery_kafka_backend.errors import SettingsError, StoreError
 from celery_kafka_backend.settings import mask
@@ -63,7 +63,7 @@ def audited(pipeline: Pipeline, chosen: str | None, timeout_s: float, *, only_lo
             view.close()
     broker = Broker(pipeline.settings, timeout_s)
     try:
-        yield Source(f"the log at {mask(pipeline.settings.bootstrap_servers)}", lambda query: in_log(broker, query))
+        yield Source(log_name(pipeline), lambda query: in_log(broker, query))
     finally:
         broker.close()
 
@@ -113,6 +113,11 @@ def in_log(broker: Broker, query: Query) -> Iterator[Logged]:
     return matching(values, query, by_time=False)
 
 
+def log_name(pipeline: Pipeline) -> str:
+    """Return what to call the log, password masked."""
+    return f"the log at {mask(pipeline.settings.bootstrap_servers)}"
+
+
 def log_of(broker: Broker) -> str:
     """Return the topic of the events.
 
@@ -121,5 +126,5 @@ def log_of(broker: Broker) -> str:
     """
     topic = topics.task_events(broker.settings.topic_prefix)
     if not broker.partitions(topic):
-        raise Stop(Exit.TOPICS_WRONG, f"no topic {topic}", "create the topics: `celery -A proj pipeline init`")
+        raise no_topic(topic)
     return topic

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from celery_kafka_backend import topics
-from celery_kafka_backend.cli.exits import Exit, Stop
+from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.records import first_at
 from celery_kafka_backend.cli.sources import keeps_history
 from celery_kafka_backend.errors import SettingsError, StoreError
@@ -147,7 +147,7 @@ def gather(pipeline: Pipeline, broker: Broker, urls: Sequence[str], *, chords: b
     marks: dict[At, tuple[int, int]] = {}
     for topic in (log, chord_topic, dead):
         if not broker.partitions(topic):
-            raise Stop(Exit.TOPICS_WRONG, f"no topic {topic}", f"create the topics: `{pipeline.command} init`")
+            raise no_topic(topic, pipeline.command)
         marks |= {(topic, n): ends for n, ends in broker.ends(topic).items()}
     in_log = {at: ends for at, ends in marks.items() if at[0] == log}
     oldest = first_at(broker, {at: low for at, (low, _) in in_log.items()}, _ends(in_log))
