@@ -98,14 +98,20 @@ def settle(ear: Ear, asked: Asked) -> None:
     ear.hear(0.05)
 
 
+def settled(listening: Callable[[str], tuple[Ear, Asked]], url: str, *tasks: str) -> tuple[Ear, Asked]:
+    """Return an ear that hears of some tasks, of "t" if none is named, by a change stream."""
+    ear, asked = listening(url)
+    for each in tasks or ("t",):
+        ear.add(each)
+    settle(ear, asked)
+    return ear, asked
+
+
 def test_a_thousand_waiters_on_a_replica_set_are_one_stream_and_ask_nothing(
     url: str, sink: Any, listening: Callable[[str], tuple[Ear, Asked]]
 ) -> None:
-    ear, asked = listening(url)
     ids = [uuid.uuid4().hex for _ in range(MANY)]
-    for each in ids:
-        ear.add(each)
-    settle(ear, asked)
+    ear, asked = settled(listening, url, *ids)
     asked.commands.clear()
     assert [ear.hear(0.06) for _ in range(5)] == [{}] * 5
     assert set(asked.commands) == {"getMore"}
@@ -140,9 +146,7 @@ def test_a_thousand_waiters_on_a_standalone_server_cost_one_query_per_tick(
 def test_who_comes_later_is_heard_of_too_and_each_change_is_told(
     url: str, sink: Any, listening: Callable[[str], tuple[Ear, Asked]]
 ) -> None:
-    ear, asked = listening(url)
-    ear.add("t")
-    settle(ear, asked)
+    ear, asked = settled(listening, url)
     sink.write(batch(stated("STARTED", 10)))
     assert heard(ear, "t") == json_document("t", "STARTED")
     ear.add("u")
@@ -154,10 +158,7 @@ def test_who_comes_later_is_heard_of_too_and_each_change_is_told(
 def test_who_was_waited_for_before_is_looked_at_anew(
     url: str, sink: Any, listening: Callable[[str], tuple[Ear, Asked]]
 ) -> None:
-    ear, asked = listening(url)
-    ear.add("t")
-    ear.add("u")
-    settle(ear, asked)
+    ear, _ = settled(listening, url, "t", "u")
     ear.drop("t")
     sink.write(batch(stated("SUCCESS", 20)))
     assert ear.hear(0.2) == {}
@@ -171,9 +172,7 @@ def test_who_was_waited_for_before_is_looked_at_anew(
 def test_a_stream_that_the_server_ends_is_opened_anew(
     code: int, replica: service.MongoServer, url: str, sink: Any, listening: Callable[[str], tuple[Ear, Asked]]
 ) -> None:
-    ear, asked = listening(url)
-    ear.add("t")
-    settle(ear, asked)
+    ear, _ = settled(listening, url)
     failing = {"failCommands": ["getMore"], "errorCode": code}
     with pymongo.MongoClient(replica.url, directConnection=True) as client:
         client.admin.command({"configureFailPoint": "failCommand", "mode": {"times": 1}, "data": failing})
@@ -188,9 +187,7 @@ def test_a_stream_that_the_server_ends_is_opened_anew(
 def test_a_collection_that_is_dropped_ends_the_stream_and_not_the_waiting(
     url: str, sink: Any, listening: Callable[[str], tuple[Ear, Asked]]
 ) -> None:
-    ear, asked = listening(url)
-    ear.add("t")
-    settle(ear, asked)
+    ear, _ = settled(listening, url)
     with pymongo.MongoClient(url) as client:
         client.get_default_database().celery_taskmeta.drop()
     sink.write(batch(stated("SUCCESS", 20)))
@@ -220,9 +217,7 @@ def test_a_failover_is_survived(listening: Callable[[str], tuple[Ear, Asked]]) -
         url = f"mongodb://{hosts}/t?replicaSet={service.REPLICA_SET}&serverSelectionTimeoutMS=2000"
         sink = registry.open_sink(url, StoreOptions())
         sink.open()
-        ear, asked = listening(url)
-        ear.add("t")
-        settle(ear, asked)
+        ear, _ = settled(listening, url)
         with pymongo.MongoClient(url) as client:
             client.admin.command("ping")  # it looks for the primary first
             _, port = client.primary
@@ -246,9 +241,7 @@ def test_a_failover_is_survived(listening: Callable[[str], tuple[Ear, Asked]]) -
 def test_a_fork_has_a_stream_of_its_own_and_leaves_its_parent_the_other(
     url: str, sink: Any, listening: Callable[[str], tuple[Ear, Asked]]
 ) -> None:
-    ear, asked = listening(url)
-    ear.add("t")
-    settle(ear, asked)
+    ear, asked = settled(listening, url)
     pid = os.fork()
     if not pid:
         status = 1
@@ -269,9 +262,7 @@ def test_a_closed_ear_leaves_no_cursor(
     replica: service.MongoServer, url: str, sink: Any, listening: Callable[[str], tuple[Ear, Asked]]
 ) -> None:
     sink.write(batch(stated("STARTED", 10, task="u")))
-    ear, asked = listening(url)
-    ear.add("t")
-    settle(ear, asked)
+    ear, _ = settled(listening, url)
     with pymongo.MongoClient(replica.url, directConnection=True) as client:
 
         def cursors() -> list[Any]:
