@@ -128,6 +128,7 @@ class Service:
             code: int | None = self.process.wait(max(asked_at + EXIT_S - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
             code = None
+            self.signal(signal.SIGABRT)  # each of its processes says in the log where it stands
         return Exit(self.name, code, time.monotonic() - asked_at)
 
     def end(self) -> None:
@@ -194,6 +195,7 @@ class World:
                 **({"spool": str(self.spool)} if self.spool else {}),
             }  # fmt: skip
         self.environment = {
+            "PYTHONFAULTHANDLER": "1",
             "FAULTS_JOURNAL": str(self.journal),
             "FAULTS_BROKER": self.queue.url,
             "FAULTS_BACKEND": url,
