@@ -105,6 +105,20 @@ class Claim(msgspec.Struct, frozen=True):
     sha256: str
 
 
+class Imported(msgspec.Struct, frozen=True, rename={"source": "from"}):
+    """Where an event comes from that nobody saw happen here.
+
+    Attributes:
+        source: URL of the store that Celery's own backend wrote, password masked; on the wire ``from``.
+        at: When its import began.
+        by: Who asked for it.
+    """
+
+    source: str
+    at: _Ms
+    by: str
+
+
 class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """One state change.
 
@@ -163,6 +177,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fa
         signum: … by this signal.
         requeue: Rejected to be delivered again.
         ignored: ``ignore_result`` was on: the payload was left out on purpose.
+        imported: The event was made of another store's document, and tells what that knew.
     """
 
     v: int = 1
@@ -214,6 +229,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fa
     signum: _Int | None = None
     requeue: bool = False
     ignored: bool = False
+    imported: Imported | None = None
 
     @property
     def shows(self) -> bool:

@@ -148,8 +148,8 @@ class Tasks:
 
     def take(self, event: Event) -> None:
         """Take note of an event."""
-        if event.kind in events.GROUP_KINDS:
-            return
+        if event.kind in events.GROUP_KINDS or event.imported is not None:
+            return  # an import tells of no time that was looked at
         if event.worker and event.role in (events.PARENT, events.CHILD):
             self._note_worker(event)
         if event.run is None and event.kind == events.REVOKED:
@@ -290,6 +290,8 @@ class Clocks:
 
     def take(self, event: Event, written_ms: int) -> None:
         """Take note of an event and of the broker's time of it, ms since 1970."""
+        if event.imported is not None:
+            return
         delay = (written_ms - event.at, event.id, event.at)
         known = self._delays.get(event.host)
         if known is None or delay[0] < known[0]:

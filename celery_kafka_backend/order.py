@@ -6,6 +6,7 @@ fits 63 bits, because Elasticsearch's external versions and Cassandra's timestam
 
     known run     run (28) │ rank (2) │ t (33)
     unknown run                       rank (2) │ ms since 2020 (41)      below every known run
+    imported                          4 s since 2020 (30) │ rank (2)     below every live event
 
 ``run`` is the publisher's wall clock, in units of 8 seconds since 2020: one incarnation of a task
 id, with its retries and redeliveries. ``t`` is the hybrid logical clock (HLC) in milliseconds
@@ -48,6 +49,10 @@ whose clock is before that (1970, most often) counts as started then."""
 _GUESS_BITS = 41
 _GUESS_MAX = (1 << _GUESS_BITS) - 2
 _FORGOTTEN_GUESS = (1 << _GUESS_BITS) - 1
+
+_IMPORT_UNIT_MS = 4_000
+_IMPORT_BITS = 32
+"""The key of an import is below 2**32, that of a live event above: 2**32 ms are the first 49 days of 2020."""
 
 KEY_DIGITS = 19
 """Width of a key as decimal text; text of this width compares like the number."""
@@ -114,6 +119,17 @@ def forget_key(run: int | None) -> int:
     return (run << (_T_BITS + 2)) | (Rank.SUCCEEDED << _T_BITS) | _FORGOTTEN_T
 
 
+def imported_key(rank: Rank, done_ms: int | None) -> int:
+    """Return the key of what another store had: whatever happened here is shown instead, and of imports the latest.
+
+    Args:
+        rank: What it claims.
+        done_ms: When it was done, ms since 1970; None: nobody knows, as of what is not ready.
+    """
+    t = 0 if done_ms is None else (done_ms - EPOCH_MS) // _IMPORT_UNIT_MS
+    return (min(max(t, 1), (1 << _IMPORT_BITS - 2) - 1) << 2) | rank
+
+
 def run_of_key(key: int) -> int | None:
     """Return the run inside a key, or None if it was made for an unknown run."""
     if key < 1 << (_GUESS_BITS + 2):
@@ -123,6 +139,8 @@ def run_of_key(key: int) -> int | None:
 
 def rank_of_key(key: int) -> Rank:
     """Return what the event of a key claims."""
+    if key < 1 << _IMPORT_BITS:
+        return Rank(key & 3)
     return Rank(key >> (_T_BITS if run_of_key(key) is not None else _GUESS_BITS) & 3)
 
 

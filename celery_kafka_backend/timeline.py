@@ -51,7 +51,10 @@ def causal(found: Iterable[Event]) -> list[Event]:
 
 
 def runs(found: Iterable[Event]) -> list[Run]:
-    """Return the runs of one task in their order; an event of an unknown run is with the one that it fell into."""
+    """Return the runs of one task in their order; an event of an unknown run is with the one that it fell into.
+
+    What was imported was before all of them.
+    """
     unique = {event.id: event for event in found}.values()
     numbers = sorted({event.run for event in unique if event.run is not None})
     members: dict[int | None, list[Event]] = defaultdict(list)
@@ -61,6 +64,8 @@ def runs(found: Iterable[Event]) -> list[Run]:
 
 
 def _fell_into(event: Event, numbers: Sequence[int]) -> int | None:
+    if event.imported is not None:
+        return None
     begun = [number for number in numbers if order.run_start_ms(number) <= event.hlc]
     return begun[-1] if begun else next(iter(numbers), None)
 
@@ -115,7 +120,11 @@ def _causes(event: Event, first: dict[tuple[int, int], Event], retries: dict[int
 
 
 def latest_run(found: Sequence[Event]) -> list[Event]:
-    """Return the events of the greatest run, and those that nobody could tell a run of, in the order given."""
+    """Return the events of the greatest run, and those that nobody could tell a run of, in the order given.
+
+    What was imported says something only where nothing happened since.
+    """
+    found = [event for event in found if event.imported is None] or found
     latest = max((event.run for event in found if event.run), default=None)
     return [event for event in found if event.run in (None, latest)]
 
@@ -244,6 +253,10 @@ def _walk(
 # -- many tasks ---------------------------------------------------------------------------------
 
 
+_IMPORTED: Final = -1
+"""In place of a run."""
+
+
 class _Slot:
     """What counts of one run: how it ended, and what was last."""
 
@@ -267,9 +280,10 @@ class Tally:
         if event.kind in events.GROUP_KINDS:
             return
         slots = self._tasks.setdefault(event.task, {})
-        slot = slots.get(event.run)
+        run = event.run if event.imported is None else _IMPORTED
+        slot = slots.get(run)
         if slot is None:
-            slot = slots[event.run] = _Slot()
+            slot = slots[run] = _Slot()
         word = intern(state([event]))
         slot.name = slot.name or intern(event.name or "")
         slot.last = max(slot.last, (_clock(event), word))
@@ -282,8 +296,9 @@ class Tally:
 
 
 def _counted(slots: dict[int | None, _Slot]) -> tuple[str, str]:
-    latest = max((run for run in slots if run is not None), default=None)
-    current = [slot for run, slot in slots.items() if run in (None, latest)]
+    happened = [run for run in slots if run != _IMPORTED] or [_IMPORTED]
+    latest = max((run for run in happened if run is not None), default=None)
+    current = [slots[run] for run in happened if run in (None, latest)]
     name = next((slot.name for slot in slots.values() if slot.name), "")
     key, _, word = max(slot.ended for slot in current)
     return name, word if key else max(slot.last for slot in current)[1]

@@ -38,7 +38,7 @@ import msgspec
 
 from celery_kafka_backend import codec
 from celery_kafka_backend.changes import GROUP, Logged
-from celery_kafka_backend.errors import CodecError
+from celery_kafka_backend.errors import CodecError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -116,6 +116,41 @@ class Row(NamedTuple):
     key: str
     columns: Mapping[str, Any]
     expires_at: int
+
+
+class Stock(NamedTuple):
+    """What Celery's own backend has in its store.
+
+    Attributes:
+        subject: `TASK` or `GROUP`.
+        id: The task's or group's id.
+        document: As a key-value backend of Celery's would hold it, compressed or not; None: see ``problem``.
+        expires_at: ms since 1970; 0: never; None: the store leaves that to Celery's ``result_expires``.
+        done: When it was written, ms since 1970; None: the store does not say, but perhaps the document does.
+        key: Order key of ours that stands beside it, 0 if there is none: it is ours, unless it shows an end that the
+            key's event was not.
+        problem: Why there is no document.
+    """
+
+    subject: str
+    id: str
+    document: bytes | None
+    expires_at: int | None = None
+    done: int | None = None
+    key: int = 0
+    problem: str = ""
+
+
+class Page(NamedTuple):
+    """Some of what Celery's own backend has.
+
+    Attributes:
+        found: That.
+        after: Where to go on, for `View.stock`; "" at the end.
+    """
+
+    found: list[Stock]
+    after: str
 
 
 def document_row(subject: str, subject_id: str, document: bytes, expires_at: int) -> Row:
@@ -277,6 +312,19 @@ class View(ABC):
     def subscribe(self, client: str) -> Subscription:
         """Return the ear of a client; one per process."""
         raise NotImplementedError
+
+    def stock(self, after: str = "") -> Iterator[Page]:  # noqa: ARG002 - for stores that can
+        """Yield what Celery's own backend has in this store, a page at a time, streaming.
+
+        What is there all the time comes at least once; what is written or deleted meanwhile may or may not come.
+
+        Args:
+            after: Where to go on: `Page.after`, also of another process. "": from the start.
+
+        Raises:
+            SettingsError: This store cannot.
+        """
+        raise SettingsError("view", f"nothing can be imported from {self.url}", "redis://…, mongodb://… can")
 
     def watch(self, ids: Sequence[str]) -> Subscription | None:  # noqa: ARG002 - for stores that can
         """Return the ear for these tasks: what is there now is heard first, then what changes; None if there is no such.

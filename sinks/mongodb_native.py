@@ -12,8 +12,9 @@ import bson
 import msgspec
 from bson.datetime_ms import DatetimeMS
 
-from celery_kafka_backend import codec
-from celery_kafka_backend.errors import CodecError
+from celery_kafka_backend import codec, documents
+from celery_kafka_backend.errors import CodecError, Unreadable
+from celery_kafka_backend.sinks.splices import ENCODERS, SPLICES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -146,24 +147,46 @@ def document_of(found: dict[str, Any]) -> bytes:
 
 
 def stock_document(found: dict[str, Any]) -> bytes | None:
-    """Return what a key-value backend would hold for a document that Celery's backend wrote as JSON."""
-    result = found.get("result")
-    if not isinstance(result, str) and result is not None:
-        return None  # another serializer's: it cannot be put together without it
-    done = found.get("date_done")
-    if isinstance(done, DatetimeMS):
-        done = done.as_datetime().isoformat()
-    meta = {
+    """Return what a key-value backend would hold for a document that Celery's backend wrote.
+
+    Its result, which is encoded already, is spliced in. None where that cannot be: with the serializer ``bson``, or one
+    of somebody's own.
+    """
+    result, done = found.get("result"), found.get("date_done")
+    plain = {
         "status": found.get("status"),
-        "result": msgspec.Raw((result or "null").encode()),
         "traceback": found.get("traceback"),
         "children": found.get("children") or [],
-        "date_done": done,
+        "date_done": done.as_datetime().isoformat() if isinstance(done, DatetimeMS) else done,
         "task_id": found["_id"],
     }
     extended = ("name", "args", "kwargs", "worker", "retries", "queue", "group_id", "parent_id")
-    meta |= {name: found[name] for name in extended if name in found}
+    plain |= {name: found[name] for name in extended if name in found}
     try:
-        return msgspec.json.encode(meta)
-    except (TypeError, ValueError):
+        return SPLICES[_serializer(result)](plain, {"result": result.encode() if isinstance(result, str) else result})
+    except (KeyError, TypeError, ValueError):
         return None
+
+
+def stock_group(found: dict[str, Any]) -> bytes | None:
+    """Likewise of a saved group, of which this store has the members' ids."""
+    result: Any = found.get("result")
+    try:
+        content_type, ids = documents.decode(result.encode() if isinstance(result, str) else result)
+        members = [[[str(each), None], None] for each in ids]
+    except (Unreadable, AttributeError, TypeError):
+        return None
+    return ENCODERS[content_type]({"result": [[found["_id"], None], members]})
+
+
+def _serializer(result: Any) -> str:
+    """Return the serializer of an encoded result, by what it looks like; "" if it is not encoded."""
+    if isinstance(result, bytes):
+        return "pickle" if result.startswith(b"\x80") and result.endswith(b".") else "msgpack"
+    if result is not None and not isinstance(result, str):
+        return ""
+    try:
+        json.loads(result or "null")
+    except ValueError:
+        return "yaml"
+    return "json"

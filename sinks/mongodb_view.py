@@ -14,8 +14,9 @@ from pymongo import errors
 
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
 from celery_kafka_backend.query import expression
-from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, Subscription, document_row, side_row
+from celery_kafka_backend.sinks.contract import Page, Row, Shown, StoreOptions, Subscription, document_row, side_row
 from celery_kafka_backend.sinks.mongodb_native import document_of, stock_document
+from celery_kafka_backend.sinks.mongodb_stock import stock
 from celery_kafka_backend.sinks.mongodb_stream import ChangeStream
 from celery_kafka_backend.sinks.mongodb_wire import (
     AWAY,
@@ -148,6 +149,10 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
                 if exc.code in AWAY:
                     raise
         return None
+
+    def stock(self, after: str = "") -> Iterator[Page]:
+        """Read Celery's own collections by id."""
+        return stock(self.url, self._native, after)
 
     def rows(self) -> Iterator[Row]:
         """Scan the collections; not a snapshot."""

@@ -11,8 +11,9 @@ from celery_kafka_backend.changes import GROUP, TASK, Partition
 from celery_kafka_backend.errors import Unavailable
 from celery_kafka_backend.order import KEY_DIGITS
 from celery_kafka_backend.settings import mask
-from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, Subscription, document_row, side_row
+from celery_kafka_backend.sinks.contract import Page, Row, Shown, StoreOptions, Subscription, document_row, side_row
 from celery_kafka_backend.sinks.per_process import DriverView, PerProcess
+from celery_kafka_backend.sinks.redis_stock import stock
 from celery_kafka_backend.sinks.redis_wire import (
     CHORD,
     CHORD_EXPIRY,
@@ -194,6 +195,10 @@ class RedisView(DriverView["redis.Redis"]):
                         pipe.zrange(key, 0, -1)
                 for members in pipe.execute():
                     yield from members
+
+    def stock(self, after: str = "") -> Iterator[Page]:
+        """Scan the whole database for Celery's own keys."""
+        return stock(self.url, self._client, self._options.key_prefix.encode(), after)
 
     def rows(self) -> Iterator[Row]:
         """Scan the whole database; a key that moves while Redis resizes may come twice."""

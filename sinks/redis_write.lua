@@ -33,6 +33,7 @@ if shows == 'd' then
   if old and old:sub(1, 8) ~= NO_KEY then
     local a, b, c, d = old:byte(1, 4)
     class = math.floor(((a + b > 0 or c > 7) and d or c) / 2) % 4  -- order.py: of a known run, or of none
+    if a + b + c + d == 0 then class = old:byte(8) % 4 end  -- … or of an import
   end
   local stock = class < 3 and call('GET', native)
   if stock then
@@ -44,6 +45,7 @@ if shows == 'd' then
       else
         local a, b, c, d = new:byte(1, 4)
         local unready = math.floor(((a + b > 0 or c > 7) and d or c) / 2) % 4 == 0
+        if a + b + c + d == 0 then unready = new:byte(8) % 4 == 0 end
         if unready and (class < 2 and status:find('%f[%u_]FAILURE%f[^%u_]')
             or class < 1 and status:find('%f[%u_]REVOKED%f[^%u_]')) then
           wins = false

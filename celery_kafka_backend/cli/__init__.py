@@ -25,6 +25,7 @@ _COMMANDS: Final = (
     "chord",
     "forget",
     "dead-letters",
+    "import",
     "replay",
     "verify",
     "size",
@@ -32,10 +33,15 @@ _COMMANDS: Final = (
     "claims",
 )
 
+
+def _module(name: str) -> str:
+    return f"{__name__}.{'import_stock' if name == 'import' else name.replace('-', '_')}"  # `import` names no module
+
+
 keep_secrets()
 
 
-@click.group(cls=Group, lazy={name: f"{__name__}.{name.replace('-', '_')}" for name in _COMMANDS})
+@click.group(cls=Group, lazy={name: _module(name) for name in _COMMANDS})
 def pipeline() -> None:
     r"""Run and look after the result pipeline: Kafka, its processors and their views.
 

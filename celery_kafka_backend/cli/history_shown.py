@@ -61,7 +61,7 @@ def cells(event: Event) -> tuple[str, ...]:
     """Return an event as a row."""
     return (
         when(event.hlc), what(event), str(event.attempt), who(event), event.queue or "",
-        duration(timeline.wait_s(event)), duration(event.runtime_s), outcome(event), timeline.cause(event),
+        duration(timeline.wait_s(event)), duration(event.runtime_s), outcome(event), cause(event),
     )  # fmt: skip
 
 
@@ -91,10 +91,20 @@ def what(event: Event) -> str:
 
 def who(event: Event) -> str:
     """Return who says so."""
+    if event.imported is not None:
+        return event.worker or ""
     place = event.worker or event.host
     if event.host and event.host not in place:
         place += f" on {event.host}"
     return f"{event.role} {place} [{event.pid}]"
+
+
+def cause(event: Event) -> str:
+    """Return what brought it about, or where it comes from."""
+    found = event.imported
+    if found is None:
+        return timeline.cause(event)
+    return f"imported from {found.source} at {when(found.at)}, by {found.by}"
 
 
 def outcome(event: Event) -> str:

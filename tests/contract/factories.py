@@ -13,7 +13,7 @@ import msgspec
 
 from celery_kafka_backend import codec, events
 from celery_kafka_backend.changes import Batch, Logged
-from celery_kafka_backend.order import Rank, forget_key, order_key, run_at, run_start_ms
+from celery_kafka_backend.order import Rank, forget_key, imported_key, order_key, run_at, run_start_ms
 from celery_kafka_backend.processors.fold import fold
 
 NOON_2025 = 1_750_000_000_000
@@ -63,6 +63,17 @@ def stated(
         date_done="2025-06-15T15:06:40.123456+00:00" if ready else None,
         expires_at=expires_at,
         **more,
+    )
+
+
+def imported(state: str, at: int = 0, *, task: str = "t", value: Any = None, **more: Any) -> events.Event:
+    """What another store had, done at a time."""
+    event = stated(state, at, task=task, run=None, value=value, name=f"{task} imported {state} {at}", **more)
+    rank = KINDS[state][1]
+    return msgspec.structs.replace(
+        event,
+        key=imported_key(rank, event.at if rank else None),
+        imported=events.Imported("redis://there/1", R, "ann@desk"),
     )
 
 

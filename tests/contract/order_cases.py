@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from celery_kafka_backend.order import Rank, run_at
-from tests.contract.factories import RUN, R, forgotten, sent, stated
+from tests.contract.factories import RUN, R, forgotten, imported, sent, stated
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,6 +99,25 @@ CASES = {
     "_fail_chain guesses FAILURE for a task that runs": Case(
         lambda t: [stated("FAILURE", 20, task=t, run=None), stated("STARTED", 15, task=t)], 1
     ),
+    "imported, then executed here again": Case(
+        lambda t: [imported("SUCCESS", 10, task=t), stated("STARTED", 60_000, task=t, run=_later(60_000))], 1
+    ),
+    "imported, and executed here before": Case(
+        lambda t: [stated("FAILURE", 10, task=t), imported("SUCCESS", 60_000, task=t)], 0
+    ),
+    "imported, and executed here from a message without headers": Case(
+        lambda t: [imported("SUCCESS", 60_000, task=t), stated("FAILURE", 20, task=t, run=None)], 1
+    ),
+    "imported, and only started here from a message without headers": Case(
+        lambda t: [imported("SUCCESS", 60_000, task=t), stated("STARTED", 20, task=t, run=None)], 1
+    ),
+    "imported twice, with another outcome later": Case(
+        lambda t: [imported("FAILURE", 10, task=t), imported("SUCCESS", 60_000, task=t)], 1
+    ),
+    "imported while it ran, and then done": Case(
+        lambda t: [imported("STARTED", 10, task=t), imported("FAILURE", 60_000, task=t)], 1
+    ),
+    "imported and forgotten": Case(lambda t: [imported("SUCCESS", 10, task=t), forgotten(20, task=t, run=None)], None),
     "forgotten, then a late duplicate": Case(
         lambda t: [stated("SUCCESS", 10, task=t), forgotten(20, task=t), stated("FAILURE", 30, task=t)], None
     ),

@@ -1,0 +1,84 @@
+"""Documents of Celery's, put together again from parts that are encoded already; none of them is decoded.
+
+For stores that keep the parts in fields of their own. Unpickling is for who trusts the store.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+JSON: Final = "application/json"
+PICKLE: Final = "application/x-python-serialize"
+MSGPACK: Final = "application/x-msgpack"
+YAML: Final = "application/x-yaml"
+_UNPRINTABLE: Final = re.compile("[\x7f-\x84\x86-\x9f\ufffe\uffff]")
+
+
+def _as_yaml(value: Any) -> bytes:
+    """JSON is YAML, but for characters that YAML wants escaped, and pairs of escapes that it does not put together."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode()
+
+
+# -- one value -----------------------------------------------------------------------------------
+
+ENCODERS: Final[dict[str, Callable[[Any], bytes | None]]] = {
+    JSON: lambda value: json.dumps(value).encode(),
+    PICKLE: pickle.dumps,
+    MSGPACK: msgspec.msgpack.encode,
+    YAML: _as_yaml,
+}
+"""By content type; a serializer of somebody's own is not there."""
+
+
+# -- whole documents: values of ours as they are, and theirs, encoded ------------------------------
+
+
+def _json_splice(plain: dict[str, Any], parts: dict[str, bytes | None]) -> bytes:
+    return msgspec.json.encode({**plain, **{name: msgspec.Raw(part or b"null") for name, part in parts.items()}})
+
+
+def _msgpack_splice(plain: dict[str, Any], parts: dict[str, bytes | None]) -> bytes:
+    return msgspec.msgpack.encode({**plain, **{name: msgspec.Raw(part or b"\xc0") for name, part in parts.items()}})
+
+
+class _Pickled:
+    """A value that is pickled already: loading the whole loads it."""
+
+    def __init__(self, code: bytes) -> None:
+        self._code = code
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
+        return pickle.loads, (self._code,)
+
+
+def _pickle_splice(plain: dict[str, Any], parts: dict[str, bytes | None]) -> bytes:
+    return pickle.dumps({**plain, **{name: part and _Pickled(part) for name, part in parts.items()}})
+
+
+def _yaml_splice(plain: dict[str, Any], parts: dict[str, bytes | None]) -> bytes | None:
+    lines = [f"{name}: {_as_yaml(value).decode()}" for name, value in plain.items()]
+    for name, part in parts.items():
+        try:
+            text = (part or b"null").decode()
+        except UnicodeDecodeError:
+            return None
+        lines.append(f"{name}:")
+        lines += [f"  {line}" if line else "" for line in text.removesuffix("...\n").removesuffix("\n").split("\n")]
+    return "\n".join([*lines, ""]).encode()
+
+
+SPLICES: Final[dict[str, Callable[[dict[str, Any], dict[str, bytes | None]], bytes | None]]] = {
+    "json": _json_splice,
+    "pickle": _pickle_splice,
+    "msgpack": _msgpack_splice,
+    "yaml": _yaml_splice,
+}
