@@ -18,6 +18,7 @@ The tree::
     │   └── Rejected         … will never take these records; the others were written
     ├── ClaimLost            the object that holds a large result is gone or damaged
     ├── Unsure               nobody can tell in time what the log says beyond a view
+    ├── Crashed              a process of ours that had a part of the work
     └── ForeignLog           the topics belong to another app
 
 A driver's exceptions are translated into these in the one file that imports the driver.
@@ -51,6 +52,10 @@ class SettingsError(PipelineError):
         self.problem = problem
         self.remedy = remedy
         super().__init__(f"{setting}: {problem}" + (f". {remedy}" if remedy else ""))
+
+    def __reduce__(self) -> tuple[type[SettingsError], tuple[str, str, str]]:
+        """Let it be raised again in the process that asked."""
+        return type(self), (self.setting, self.problem, self.remedy)
 
 
 class CodecError(PipelineError):
@@ -117,6 +122,10 @@ class ClaimLost(PipelineError):
 
 class Unsure(PipelineError):
     """Raised when nobody can tell in time what the log says beyond what a view shows."""
+
+
+class Crashed(PipelineError):
+    """Raised when a process of ours ended before it had done its part."""
 
 
 class ForeignLog(PipelineError):

@@ -16,7 +16,7 @@ from celery_kafka_backend.errors import NotAcknowledged
 from celery_kafka_backend.kafka import consumer_config, translate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from confluent_kafka import Message
 
@@ -104,10 +104,10 @@ def of_task(
         at = (topic, topics.partition_of(task_id, len(found.partitions)))
         low, high = consumer.get_watermark_offsets(TopicPartition(*at), timeout=timeout_s)
         if not str(known.cluster_id or "").startswith(EMBEDDED):
-            low, high = (
-                found_at if given is not None and (found_at := _offset_at(consumer, at, given, timeout_s)) >= 0 else end
-                for given, end in ((since_ms, low if since_ms is None else high), (until_ms, high))
-            )
+            if since_ms is not None:
+                low = offsets_at(consumer, [at], since_ms, timeout_s).get(at, high)
+            if until_ms is not None:
+                high = offsets_at(consumer, [at], until_ms, timeout_s).get(at, high)
         return [
             message.value() or b""
             for batch in batches(consumer, {at: (low, high)})
@@ -120,7 +120,8 @@ def of_task(
         consumer.close()
 
 
-def _offset_at(consumer: Consumer, at: At, at_ms: int, timeout_s: float) -> int:
-    """Return the first offset that Kafka wrote not before a time; negative if there is none."""
-    (answer,) = consumer.offsets_for_times([TopicPartition(*at, max(at_ms, 0))], timeout=timeout_s)
-    return int(answer.offset)
+def offsets_at(consumer: Consumer, parts: Iterable[At], at_ms: int, timeout_s: float) -> dict[At, int]:
+    """Return the first offset of each partition that Kafka wrote not before a time; absent if there is none."""
+    asked = [TopicPartition(*at, max(at_ms, 0)) for at in parts]
+    answers = consumer.offsets_for_times(asked, timeout=timeout_s) if asked else []
+    return {(answer.topic, answer.partition): answer.offset for answer in answers if answer.offset >= 0}

@@ -1,52 +1,57 @@
-"""Replay: the log, from the start to the end as it was, into a store. Nothing is run again.
+"""Replay: a part of the log into a store. Nothing is run again.
 
-For a store that is new, lost, or to be compared. It reads without a consumer group, beside
-whatever else runs, and folds as the materializer does: the same events give the same rows, in any
-batches. Of the chords it reads facts to show; it fires none.
+For a store that is new, lost, or to be compared. It reads without a consumer group, beside whatever else runs, and
+folds as the materializer does: the same events give the same rows, in any batches. Of the chords it reads facts to
+show; it fires none. What has expired meanwhile is left out, and nothing lives longer than it would have (`bygone`).
 
-What has expired meanwhile is left out, and nothing lives longer than it would have, for expiry is
-absolute. A task is left out only if everything a batch says about it has expired, for an expired
-SUCCESS still hides a late STARTED. What remains: a duplicate that came much later than the
-SUCCESS, in another batch, can be shown until it expires too.
+**It can be killed at any moment.** How far it is stands in the store that it fills (`marks`), written with each batch,
+behind what it promises; `plan.prepare` with ``go_on`` takes it up there.
+
+**A view's own positions** are moved only where everything before the start is in the view already, or is gone from the
+log: whoever reads them takes them for a promise. So not after a start in the middle, nor for a selection of tasks.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 import time
-from typing import TYPE_CHECKING, Final
+from collections import deque
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import KafkaException
 
 from celery_kafka_backend import topics as names
-from celery_kafka_backend.changes import Batch, Partition
-from celery_kafka_backend.complaints import Complaints
+from celery_kafka_backend.changes import TASK, Batch, Partition
 from celery_kafka_backend.errors import Rejected, Unavailable
-from celery_kafka_backend.kafka import consumer_config, translate
+from celery_kafka_backend.kafka import translate
 from celery_kafka_backend.order import system_wall_ms
-from celery_kafka_backend.processors import intake
-from celery_kafka_backend.processors.backoff import backoff_s
-from celery_kafka_backend.processors.fold import fold
+from celery_kafka_backend.processors import intake, marks
+from celery_kafka_backend.processors.backoff import PATIENCE_S, insist
+from celery_kafka_backend.processors.bygone import Bygone
+from celery_kafka_backend.processors.extent import BATCH, batches, reader
+from celery_kafka_backend.processors.plan import begin, prepare
+from celery_kafka_backend.processors.selection import Chosen
+from celery_kafka_backend.sinks.registry import open_sink, open_view
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from confluent_kafka import Message
 
+    from celery_kafka_backend.changes import Change
+    from celery_kafka_backend.processors.bygone import Life
+    from celery_kafka_backend.processors.extent import Edge
+    from celery_kafka_backend.processors.plan import Job, Target
     from celery_kafka_backend.settings import Settings
-    from celery_kafka_backend.sinks.contract import Sink
+    from celery_kafka_backend.sinks.contract import View
 
 logger = logging.getLogger(__name__)
 
-BATCH: Final = 10_000
-"""Records per batch: twice the materializer's, for nobody waits for one of them."""
-FILL_S: Final = 0.2
-ANSWER_S: Final = 10.0
-"""Bound on each question to Kafka."""
+NEVER: Final = 1 << 62
 
-EARLIEST: Final = "earliest"
+PACE_S: Final = 0.2
+"""With a rate, how much of the log a batch holds."""
 
 
 class Replayed(msgspec.Struct):
@@ -59,10 +64,12 @@ class Replayed(msgspec.Struct):
         events: Events folded.
         facts: Facts about chords written.
         changes: Tasks and groups written, once per batch.
+        shown: Dry: how many of these say what a task shows …
+        kept: … and in how many of these cases the store has that already, or something newer.
         expired: Tasks, groups and facts left out because they have expired, once per batch.
+        unwanted: Events left out because their task is not wanted.
         poison: Records that nobody can read.
         rejected: Tasks and groups that the store refused.
-        deleted: Records that Kafka had deleted before the replay began.
     """
 
     records: int = 0
@@ -71,36 +78,49 @@ class Replayed(msgspec.Struct):
     events: int = 0
     facts: int = 0
     changes: int = 0
+    shown: int = 0
+    kept: int = 0
     expired: int = 0
+    unwanted: int = 0
     poison: int = 0
     rejected: int = 0
-    deleted: int = 0
+
+    def __add__(self, other: Replayed) -> Replayed:
+        """Return what both have done."""
+        return Replayed(*(getattr(self, name) + getattr(other, name) for name in self.__struct_fields__))
 
 
 def replay(
     settings: Settings,
-    sink: Sink,
+    target: Target,
     *,
-    from_: str | int | Mapping[Partition, int] = EARLIEST,
-    until: int | None = None,
+    from_: Edge = None,
+    until: Edge = None,
     partitions: Collection[Partition] | None = None,
-    on_progress: Callable[[Replayed], None] | None = None,
-    patience_s: float = 60.0,
+    on_progress: Callable[[Replayed], None] = lambda _: None,
+    patience_s: float = PATIENCE_S,
+) -> Replayed:
+    """Feed a part of the log into a store, in this process. Arguments and errors as of `prepare` and `feed`."""
+    prepared = prepare(settings, target, from_=from_, until=until, partitions=partitions, patience_s=patience_s)
+    begin(target, prepared, patience_s)
+    return feed(settings, target, prepared.job, on_progress, patience_s=patience_s)
+
+
+def feed(
+    settings: Settings,
+    target: Target,
+    job: Job,
+    on_progress: Callable[[Replayed], None] = lambda _: None,
+    *,
+    patience_s: float = PATIENCE_S,
     wall_ms: Callable[[], int] = system_wall_ms,
 ) -> Replayed:
-    """Feed the log into a store that is not yet opened; it is closed afterwards.
-
-    The position is kept in the store with each batch, as the materializer keeps it, so that
-    a replay can go on (``from_=view.positions()``) and readers can wait for it. Not after a start
-    by time: that leaves out what came before, and a position would promise it.
+    """Do a job.
 
     Args:
         settings: The user's.
-        sink: The target.
-        from_: `EARLIEST`; a time, ms since 1970; or the next offset of each partition (others:
-            earliest).
-        until: A time, ms since 1970, by the clock of the log; None: the end as it is now.
-        partitions: Read only these.
+        target: The store.
+        job: What.
         on_progress: Called after each batch.
         patience_s: How long to try again when the store is away.
         wall_ms: The wall clock, ms since 1970.
@@ -108,168 +128,208 @@ def replay(
     Raises:
         Unavailable: The store was away for longer than ``patience_s``.
         SettingsError: The store refuses us.
-        PublishError: Kafka does not answer, or a topic is missing.
+        PublishError: Kafka does not answer.
     """
-    done = Replayed()
-    target = _Target(sink, patience_s)
-    consumer = Complaints(settings).handle(Consumer, {**consumer_config(settings, None), "enable.partition.eof": True})
+    done = Replayed(total=sum(end - start for start, end in job.spans.values()))
+    if not job.spans:
+        return done
+    pen: _Pen = _DryPen(target) if job.dry else _SinkPen(target, patience_s)
+    consumer = reader(settings)
+    part = _Part(settings, job, wall_ms)
+    pace = _Pace(job.per_s)
+    # Into an empty store, until something lives there, what has expired cannot matter.
+    settled = not job.fresh
     try:
-        target.open()
-        spans = _spans(consumer, settings, from_, until, partitions, done)
-        keep = not isinstance(from_, int)
-        for messages, positions in _batches(consumer, spans):
-            found = intake.read(messages, names.chords(settings.topic_prefix), settings.retention_ms)
-            for message, reason in found.poison:
-                logger.warning("unreadable: %s/%s@%s: %s", *_where(message), reason)
-            now = wall_ms()
-            changes = fold(found.logged)
-            living = [change for change in changes if not 0 < change.expires_at <= now]
-            facts = [fact for fact in found.facts if not 0 < fact.expires_at <= now]
-            done.rejected += target.write(Batch(living, facts, positions if keep else {}))
-            done.records += len(messages)
-            done.read += sum(position - spans[at][0] for at, position in positions.items())
-            for at, position in positions.items():
-                spans[at] = (position, spans[at][1])
-            done.events += len(found.logged)
-            done.facts += len(facts)
-            done.changes += len(living)
-            done.expired += len(changes) - len(living) + len(found.facts) - len(facts)
-            done.poison += len(found.poison)
-            if on_progress is not None:
-                on_progress(done)
+        pen.open()
+        for messages, moved in batches(consumer, job.spans, pace.batch):
+            batch, over = part.batch(messages, moved, done)
+            settled = settled or bool(batch.changes)
+            late = pen.living(over) if settled and over else []
+            done.changes += len(batch.changes)
+            done.expired += len(over)
+            pen.write(Batch([*batch.changes, *late], batch.chords, batch.positions), done)
+            on_progress(done)
+            pace.keep(done.records)
+        pen.write(Batch([], (), marks.moved(job.number, {at: end for at, (_, end) in job.spans.items()})), done)
     except KafkaException as exc:
         raise translate(exc, "replay") from exc
     finally:
         consumer.close()
-        sink.close()
+        part.close()
+        pen.close()
     return done
 
 
-class _Target:
+class _Part:
+    """What a job's messages mean to the store."""
+
+    def __init__(self, settings: Settings, job: Job, wall_ms: Callable[[], int]) -> None:
+        self._job = job
+        self._chords = names.chords(settings.topic_prefix)
+        self._retention_ms = settings.retention_ms
+        self._wall_ms = wall_ms
+        self._chosen = Chosen(job.chosen) if job.chosen else None
+        self._bygone = Bygone()
+        self._at = {at: start for at, (start, _) in job.spans.items()}
+        # When the log got the latest record that we looked at of each partition that has more.
+        self._times = {at: 0 for at in job.spans if at.topic != self._chords}
+        # What is kept of expired things is gone with this process: until when it is needed, and where it was read.
+        self._needed: deque[tuple[int, dict[Partition, int]]] = deque()
+
+    def batch(
+        self, messages: list[Message], moved: Mapping[Partition, int], done: Replayed
+    ) -> tuple[Batch, list[Life]]:
+        """Return what to write, and what is over; count what was read."""
+        before = dict(self._at)
+        done.records += len(messages)
+        for at, position in moved.items():
+            done.read += position - self._at[at]
+            self._at[at] = position
+            if position >= self._job.spans[at][1]:
+                self._times.pop(at, None)
+        if self._chosen is not None:
+            wanted = self._chosen.among(messages)
+            done.unwanted += len(messages) - len(wanted)
+            messages = wanted
+        found = intake.read(messages, self._chords, self._retention_ms)
+        for message, reason in found.poison:
+            logger.warning("unreadable: %s/%s@%s: %s", message.topic(), message.partition(), message.offset(), reason)
+        now_ms = self._wall_ms()
+        changes, over = self._bygone.settle(found.logged, lambda: self._came(messages, found.poison), now_ms)
+        self._note_needed(before, messages)
+        facts = [fact for fact in found.facts if not 0 < fact.expires_at <= now_ms]
+        done.events += len(found.logged)
+        done.facts += len(facts)
+        done.expired += len(found.facts) - len(facts)
+        done.poison += len(found.poison)
+        return Batch(changes, facts, self._positions(moved)), over
+
+    def _note_needed(self, before: dict[Partition, int], messages: Sequence[Message]) -> None:
+        if self._bygone.kept_until_ms:
+            self._needed.append((self._bygone.kept_until_ms, before))
+        elif self._needed:
+            self._came(messages, ())
+        horizon_ms = min(self._times.values(), default=NEVER)
+        while self._needed and self._needed[0][0] <= horizon_ms:
+            self._needed.popleft()
+
+    def _came(self, messages: Sequence[Message], poison: Sequence[intake.Poison]) -> tuple[list[int], int]:
+        """Return when the log got each event, and before when none will come any more."""
+        bad = {id(message) for message, _ in poison}
+        came = []
+        for message in messages:
+            topic, number, (_, at) = message.topic(), message.partition(), message.timestamp()
+            if topic == self._chords:
+                continue
+            if (place := Partition(topic or "", number or 0)) in self._times:
+                self._times[place] = at
+            if id(message) not in bad:
+                came.append(at)
+        return came, min(self._times.values(), default=NEVER)
+
+    def _positions(self, moved: Mapping[Partition, int]) -> dict[Partition, int]:
+        own = {at: position for at, position in moved.items() if at in self._job.promised}
+        safe = self._needed[0][1] if self._needed else self._at
+        return {**own, **marks.moved(self._job.number, safe)}
+
+    def close(self) -> None:
+        self._bygone.close()
+        if self._chosen is not None:
+            self._chosen.close()
+
+
+class _Pace:
+    """Keeps to a rate."""
+
+    def __init__(self, per_s: float | None) -> None:
+        self._per_s = per_s
+        self._began = time.monotonic()
+        self.batch = BATCH if per_s is None else max(1, min(BATCH, int(per_s * PACE_S)))
+        """Records per batch."""
+
+    def keep(self, records: int) -> None:
+        """Wait until so many were due."""
+        if self._per_s is not None and (early_s := self._began + records / self._per_s - time.monotonic()) > 0:
+            time.sleep(early_s)
+
+
+# -- the store ---------------------------------------------------------------------------------
+
+
+class _Pen(Protocol):
+    """What batches are written with."""
+
+    def open(self) -> None:
+        """Be ready."""
+
+    def living(self, over: list[Life]) -> list[Change]:
+        """Return what of these, which have expired, has to be told to the store, for something of it lives there."""
+
+    def write(self, batch: Batch, done: Replayed) -> None:
+        """Write a batch, and count what became of it."""
+
+    def close(self) -> None:
+        """Let go of the store."""
+
+
+class _SinkPen:
     """A sink, with patience."""
 
-    def __init__(self, sink: Sink, patience_s: float) -> None:
-        self._sink = sink
+    def __init__(self, target: Target, patience_s: float) -> None:
+        self._sink = open_sink(target.url, target.options)
+        self._view = open_view(target.url, target.options)
         self._patience_s = patience_s
 
     def open(self) -> None:
-        self._insist(self._sink.open)
+        insist(self._sink.open, self._patience_s)
 
-    def write(self, batch: Batch) -> int:
-        """Write a batch; return how many changes the store refused."""
+    def living(self, over: list[Life]) -> list[Change]:
+        tasks = [each for (subject, each), *_ in over if subject == TASK]
+        there = insist(lambda: self._view.shown(tasks), self._patience_s)
+        # Of a group nobody can ask without reading its document; they are few.
+        return [life.change() for life in over if life.subject[0] != TASK or life.subject[1] in there]
+
+    def write(self, batch: Batch, done: Replayed) -> None:
         try:
-            self._insist(lambda: self._sink.write(batch))
+            insist(lambda: self._sink.write(batch), self._patience_s)
         except Rejected as exc:
             for subject, why in exc.reasons:
                 logger.warning("refused by the store: %s: %s", subject, why)
-            return len(exc.reasons)
-        return 0
+            done.rejected += len(exc.reasons)
 
-    def _insist(self, action: Callable[[], None]) -> None:
-        since = time.monotonic()
-        failures = 0
-        while True:
-            try:
-                return action()
-            except Unavailable as exc:
-                failures += 1
-                if time.monotonic() - since > self._patience_s:
-                    raise
-                logger.warning("the store is away, attempt %d: %s", failures, exc)
-                time.sleep(backoff_s(failures, random.random))
+    def close(self) -> None:
+        self._sink.close()
+        self._view.close()
 
 
-def _spans(
-    consumer: Consumer,
-    settings: Settings,
-    from_: str | int | Mapping[Partition, int],
-    until: int | None,
-    wanted: Collection[Partition] | None,
-    done: Replayed,
-) -> dict[Partition, tuple[int, int]]:
-    """Return from where to where each partition is to be read; empty ones are absent."""
-    every = [
-        at for topic in (names.task_events, names.chords) for at in _partitions(consumer, topic(settings.topic_prefix))
-    ]
-    chosen = [at for at in every if wanted is None or at in wanted]
-    starts = _offsets_at(consumer, chosen, from_) if isinstance(from_, int) else {}
-    ends = _offsets_at(consumer, chosen, until) if until is not None else {}
-    spans = {}
-    for at in chosen:
-        low, high = consumer.get_watermark_offsets(TopicPartition(*at), timeout=ANSWER_S)
-        done.deleted += low
-        if isinstance(from_, int):
-            start = starts.get(at, high)
-        elif isinstance(from_, str):
-            start = low
-        else:
-            start = max(from_.get(at, low), low)
-        end = min(ends.get(at, high), high)
-        if start < end:
-            spans[at] = (start, end)
-            done.total += end - start
-    return spans
+class _DryPen:
+    """Writes nothing, and compares what it would write with what is there."""
 
+    def __init__(self, target: Target) -> None:
+        self._view: View | None = open_view(target.url, target.options)
 
-def _partitions(consumer: Consumer, topic: str) -> list[Partition]:
-    found = consumer.list_topics(topic, timeout=ANSWER_S).topics[topic]
-    if found.error is not None:
-        raise translate(found.error, topic)
-    return [Partition(topic, number) for number in sorted(found.partitions)]
+    def open(self) -> None:
+        assert self._view is not None
+        try:
+            self._view.positions()
+        except Unavailable as exc:
+            logger.warning("nothing to compare with: %s", exc)
+            self._view.close()
+            self._view = None
 
+    def living(self, over: list[Life]) -> list[Change]:  # noqa: ARG002 - nothing is told to anybody
+        return []
 
-def _offsets_at(consumer: Consumer, partitions: list[Partition], at_ms: int) -> dict[Partition, int]:
-    """Return the first offset of each partition that is not before a time; absent if there is none."""
-    asked = [TopicPartition(*at, at_ms) for at in partitions]
-    answers = consumer.offsets_for_times(asked, timeout=ANSWER_S)
-    return {Partition(answer.topic, answer.partition): answer.offset for answer in answers if answer.offset >= 0}
+    def write(self, batch: Batch, done: Replayed) -> None:
+        winners = {each.id: each.winner for each in batch.changes if each.subject == TASK and each.winner is not None}
+        done.shown += len(winners)
+        if self._view is None:
+            return
+        there = self._view.shown(list(winners))
+        done.kept += sum(
+            (found.key, found.event_id) >= (winners[each].key, winners[each].id) for each, found in there.items()
+        )
 
-
-def _batches(
-    consumer: Consumer, spans: Mapping[Partition, tuple[int, int]]
-) -> Iterator[tuple[list[Message], dict[Partition, int]]]:
-    """Yield batches of messages, with the next offset of each partition in it."""
-    ends = {at: end for at, (_, end) in spans.items()}
-    left = dict(ends)
-    before: dict[Partition, int] = {}
-    consumer.assign([TopicPartition(*at, start) for at, (start, _) in spans.items()])
-    while left:
-        messages = consumer.consume(BATCH, FILL_S)
-        good = []
-        for message in messages:
-            error = message.error()
-            topic, partition, offset = _where(message)
-            if error is None:
-                if offset < ends[Partition(topic, partition)]:
-                    good.append(message)
-            elif error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - confluent-kafka's name for it
-                # Compaction and control records: the last record may be well before the end.
-                left.pop(Partition(topic, partition), None)
-            elif error.retriable() or error.code() in _PASSING:
-                logger.warning("%s", translate(error))
-            else:
-                raise translate(error, "replay")
-        moved = {}
-        for at in consumer.position([TopicPartition(*at) for at in ends]):
-            partition_at = Partition(at.topic, at.partition)
-            position = min(at.offset, ends[partition_at])
-            if position >= 0 and before.get(partition_at) != position:
-                moved[partition_at] = before[partition_at] = position
-                if position >= ends[partition_at] and left.pop(partition_at, None) is not None:
-                    consumer.pause([TopicPartition(*partition_at)])
-        if good or moved:
-            yield good, moved
-
-
-_PASSING: Final = {
-    KafkaError._ALL_BROKERS_DOWN,  # noqa: SLF001
-    KafkaError._TRANSPORT,  # noqa: SLF001
-    KafkaError._RESOLVE,  # noqa: SLF001
-    KafkaError.LEADER_NOT_AVAILABLE,
-    KafkaError.NOT_LEADER_FOR_PARTITION,
-}
-
-
-def _where(message: Message) -> tuple[str, int, int]:
-    topic, partition, offset = message.topic(), message.partition(), message.offset()
-    return topic or "", -1 if partition is None else partition, -1 if offset is None else offset
+    def close(self) -> None:
+        if self._view is not None:
+            self._view.close()

@@ -147,7 +147,7 @@ class Supervisor:
     def _start(self, child: _Child) -> None:
         spec = child.spec
         child.process = self._context.Process(
-            target=_live, name=spec.name, args=(os.getpid(), spec.name, spec.target, spec.args)
+            target=live, name=spec.name, args=(os.getpid(), spec.name, spec.target, spec.args)
         )
         child.process.start()
         logger.info("%s: started, pid %d", spec.name, child.process.pid)
@@ -198,7 +198,7 @@ class Supervisor:
         return finished
 
 
-def _live(parent: int, name: str, target: Callable[..., object], args: tuple[Any, ...]) -> None:
+def live(parent: int, name: str, target: Callable[..., object], args: tuple[Any, ...]) -> None:
     """Be a child: tied to the parent, deaf to Ctrl-C, with an exit code that says what is wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":

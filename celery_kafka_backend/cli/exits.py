@@ -8,6 +8,7 @@ from typing import Final
 from celery.exceptions import ImproperlyConfigured
 
 from celery_kafka_backend.errors import (
+    Crashed,
     ForeignLog,
     NoSuchTopic,
     NotAcknowledged,
@@ -86,6 +87,7 @@ _CODES: Final[tuple[tuple[type[BaseException], Exit], ...]] = (
     (NoSuchTopic, Exit.TOPICS_WRONG),
     (Refused, Exit.RIGHTS_MISSING),
     (StoreError, Exit.VIEW_UNUSABLE),
+    (Crashed, Exit.PROCESSORS_CRASHED),
 )
 
 

@@ -67,16 +67,8 @@ def scan(broker: Broker, topic: str, partition: int, quiet_s: float = 30.0) -> I
 def since(broker: Broker, topic: str, at_ms: int, quiet_s: float = 30.0) -> Iterator[Message]:
     """Yield every record of a topic that Kafka wrote at ``at_ms`` or later, up to its end as it is now."""
     ends = {(topic, n): marks for n, marks in broker.ends(topic).items()}
-    asked = [TopicPartition(*at, at_ms) for at in ends]
-    found = broker.ask(
-        f"asking where {topic} was at that time",
-        lambda: broker.consumer.offsets_for_times(asked, timeout=broker.timeout_s),
-    )
-    # Kafka says -1 where there is nothing so late; librdkafka's embedded broker, which keeps no times, always does.
-    starts = {(one.topic, one.partition): one.offset for one in found}
-    if broker.embedded:
-        starts = {at: low for at, (low, _) in ends.items()}
-    starts = {at: start if start >= 0 else ends[at][1] for at, start in starts.items()}
+    # librdkafka's embedded broker keeps no times.
+    starts = {at: low for at, (low, _) in ends.items()} if broker.embedded else _at_time(broker, ends, at_ms)
     yield from _read(broker.reader(), starts, {at: high for at, (_, high) in ends.items()}, quiet_s)
 
 
@@ -98,13 +90,11 @@ def spans(broker: Broker, topic: str, since_ms: int | None, until_ms: int | None
 
 
 def _at_time(broker: Broker, marks: Mapping[At, tuple[int, int]], at_ms: int) -> dict[At, int]:
-    asked = [TopicPartition(*at, max(at_ms, 0)) for at in marks]
     found = broker.ask(
         "asking where the log was at that time",
-        lambda: broker.consumer.offsets_for_times(asked, timeout=broker.timeout_s),
+        lambda: past.offsets_at(broker.consumer, marks, at_ms, broker.timeout_s),
     )
-    offsets = {(one.topic, one.partition): one.offset for one in found}
-    return {at: offsets[at] if offsets[at] >= 0 else high for at, (_, high) in marks.items()}
+    return {at: found.get(at, high) for at, (_, high) in marks.items()}
 
 
 def batches(broker: Broker, parts: Mapping[At, tuple[int, int]]) -> Iterator[list[Message]]:
