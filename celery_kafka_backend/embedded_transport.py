@@ -24,7 +24,7 @@ class Channel(filesystem.Channel):
         folder = Path(self.data_folder_out)
         # Readers take the first by name, of those that end in the queue's name and ".msg".
         name = f"{time.monotonic_ns():020d}_{uuid4()}.{queue}.msg"
-        unfinished = folder / f"{name}.part"
+        unfinished = folder / f"{uuid4()}.part"  # kombu before 5.7 would take it if it held the queue's name
         try:
             unfinished.write_text(dumps(payload), encoding="utf-8")
             os.replace(unfinished, folder / name)  # noqa: PTH105 - what makes it atomic, by its own name

@@ -98,7 +98,7 @@ class _Run:
         "last",
         "late",
         "name",
-        "parent_pid",
+        "parent",
         "queue",
         "received",
         "sent",
@@ -111,7 +111,8 @@ class _Run:
         self.sent = 0
         self.received = False
         self.due = 0
-        self.parent_pid = 0
+        self.parent = (0, 0)
+        """When its latest parent received it, and that one's pid."""
         self.started: _Said | None = None
         self.last: _Said = _Said(0, "")
         self.end: _Said | None = None
@@ -158,16 +159,15 @@ class Tasks:
             return
         run = self._runs.setdefault((event.task, event.run), _Run())
         run.name, run.queue = run.name or intern(event.name or ""), run.queue or intern(event.queue or "")
-        run.sent = run.sent or event.sent_at or (event.at if event.kind == events.SENT else 0)
+        sent = event.sent_at or (event.at if event.kind == events.SENT else 0)
+        run.sent = min(run.sent or sent, sent or run.sent)
         run.due = max(run.due, event.eta or 0, event.due or 0)
         said = _Said(event.hlc, event.id, intern(event.state or event.kind), intern(event.worker or ""))
         run.last = max(run.last, said)
         if event.received_at or event.started_at or event.kind in (events.RECEIVED, events.STARTED):
             run.received = True
-            if run.queue and run.sent:
-                self._delivered[run.queue] = max(self._delivered.get(run.queue, 0), run.sent)
         if event.kind == events.RECEIVED and event.role == events.PARENT:
-            run.parent_pid = event.pid
+            run.parent = max(run.parent, (event.hlc, event.pid))
         if event.kind == events.STARTED:
             run.started = max(run.started or said, said)
         self._note_end(run, event, said)
@@ -204,6 +204,8 @@ class Tasks:
         tasks of one partition at a time, and for those that are open.
         """
         for (task, _), run in self._runs.items():
+            if run.received and run.queue:
+                self._delivered[run.queue] = max(self._delivered.get(run.queue, 0), run.sent)
             if len(run.successes) > 1:
                 each = [said for said, _ in sorted(run.successes)]
                 detail = "on " + ", and on ".join(said.worker or "?" for said in each)
@@ -259,9 +261,9 @@ class Tasks:
         worker = self._workers.get(started.worker)
         if worker is None:
             return ""
-        since, pid = worker.parent
-        if since > started.hlc and run.parent_pid and pid != run.parent_pid:
-            return f"{started.worker} has restarted (pid {run.parent_pid}, now {pid})"
+        (since, pid), (_, before) = worker.parent, run.parent
+        if since > started.hlc and before and pid != before:
+            return f"{started.worker} has restarted (pid {before}, now {pid})"
         if worker.seen <= now_ms - gone_ms and self._others_work(worker):
             return f"{started.worker} has been silent for {(now_ms - worker.seen) // 1000} s, while others were not"
         return ""

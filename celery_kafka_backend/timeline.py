@@ -80,7 +80,7 @@ def _ordered(found: Sequence[Event]) -> Iterator[Event]:
     first: dict[tuple[int, int], Event] = {}
     retries: dict[int, list[Event]] = defaultdict(list)
     for event in by_clock:
-        if (stage := _STAGES.get(event.kind, _LAST_STAGE)) < _STAGES[events.STATE]:
+        if (stage := _STAGES.get(event.kind, _LAST_STAGE)) < _STAGES[events.STATE] and _leads_on(event):
             first.setdefault((event.attempt, stage), event)
         if event.kind == events.RETRY:
             # Its message was the attempt that failed; what it announces is the next one.
@@ -101,6 +101,11 @@ def _ordered(found: Sequence[Event]) -> Iterator[Event]:
             waits[effect.id] -= 1
             if not waits[effect.id]:
                 heapq.heappush(ready, (_clock(effect), effect))
+
+
+def _leads_on(event: Event) -> bool:
+    """Whether an event can be what an attempt's next stage waits for: not one that may stand anywhere itself."""
+    return event.run is not None and (event.kind == events.SENT or event.role in (events.PARENT, events.CHILD))
 
 
 def _causes(event: Event, first: dict[tuple[int, int], Event], retries: dict[int, list[Event]]) -> list[Event]:

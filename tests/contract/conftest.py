@@ -37,11 +37,13 @@ class Place:
         extended: It keeps extended fields.
         groups: … and saved groups.
         dated: … and says when a task got into a state that is not its last.
+        soon_ms: It has written and read a row by then.
     """
 
     extended = True
     groups = True
     dated = False
+    soon_ms = 1_500
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -88,6 +90,8 @@ class Place:
 
 
 class _Memory(Place):
+    soon_ms = 700
+
     def __init__(self, url: str) -> None:
         super().__init__(url)
         self.celery = {}
@@ -105,6 +109,8 @@ class _Memory(Place):
 
 
 class _Sqlite(Place):
+    soon_ms = 700
+
     def _run(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
         connection = sqlite3.connect(self.url.removeprefix("sqlite:///"))
         with connection:

@@ -44,6 +44,8 @@ def main() -> None:
     for job in json.load(sys.stdin):
         app = Celery("stock", backend=job["backend"], set_as_current=False)
         app.conf.update(job["conf"])
+        if "cassandra_port" in job["conf"]:
+            app.backend.port = job["conf"]["cassandra_port"]  # Celery 5.4 has the setting and does not look at it
         if job.get("get"):
             print("ready", flush=True)
             answers.append(AsyncResult(job["get"], app=app).get(timeout=20))

@@ -19,6 +19,7 @@ from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
 from celery_kafka_backend.sinks import registry
 from celery_kafka_backend.sinks.contract import StoreOptions
 from tests.contract.factories import FAR, RUN, R, batch, forgotten, group_saved, json_document, sent, stated
+from tests.contract.patience import again
 from tests.contract.test_native import SERIALIZERS, read
 from tests.services import cassandra as service
 
@@ -98,17 +99,6 @@ def rows(place: _Cassandra, task: str) -> list[Any]:
 
 
 # -- going away --------------------------------------------------------------------------------
-
-
-def again(ask: Any) -> Any:
-    """Ask as the host does, until the store is back."""
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            return ask()
-        except Unavailable:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
 
 
 def test_a_server_that_is_frozen_or_killed_in_the_middle_of_a_batch_is_unavailable_and_nothing_is_missing(

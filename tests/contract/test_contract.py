@@ -379,9 +379,9 @@ def test_what_can_never_be_written_is_named_and_the_rest_is_written(place: Place
 # -- expiry ------------------------------------------------------------------------------------
 
 
-def soon() -> int:
+def soon(place: Place) -> int:
     """An expiry that this test will see."""
-    return time.time_ns() // 1_000_000 + 1_500
+    return time.time_ns() // 1_000_000 + place.soon_ms
 
 
 def test_expiries_are_absolute_and_exact(place: Place) -> None:
@@ -418,7 +418,7 @@ def test_a_later_winner_sets_its_own_expiry_and_the_side_record_keeps_the_latest
 
 def test_what_has_expired_is_not_there(place: Place) -> None:
     sink, view = place.sink(), place.view()
-    at = soon()
+    at = soon(place)
     sink.write(
         batch(
             stated("SUCCESS", 10, expires_at=at),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from celery import Celery
+from celery import VERSION, Celery
 from celery.app.task import Context
 from celery.backends.base import KeyValueStoreBackend
 from kombu.utils.encoding import ensure_bytes
@@ -129,6 +129,10 @@ def test_a_stock_client_reads_every_state_in_every_serializer(place: Place) -> N
                 if saves:
                     sink.write(batch(group))
                 jobs.append(job(place, [f"{s}-{suffix}" for s in STATES], [group.task] if saves else [], **conf))
+    if VERSION[:2] < (5, 7) and jobs[0]["backend"].startswith("db+"):
+        with pytest.raises(AssertionError, match="UnpicklingError"):
+            read(jobs)  # such a Celery keeps results in SQL as pickles, and reads nothing else
+        return
     for asked, answer in zip(jobs, read(jobs), strict=True):
         for task, seen in answer["tasks"].items():
             state = task.partition("-")[0]

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from celery import VERSION
 
 from celery_kafka_backend.changes import ChordFact, Partition
 from celery_kafka_backend.errors import SettingsError, Unavailable
@@ -156,7 +157,12 @@ def test_the_tables_are_those_that_celery_makes(path: Path, opened: Any) -> None
         other.close()
         return {name: "".join(sql.split()) for name, sql in found}
 
-    assert tables(path) == tables(stock)
+    ours, celerys = tables(path), tables(stock)
+    if VERSION[:2] < (5, 7):  # its tables lack columns and indexes that later ones have
+        for name, sql in celerys.items():
+            assert set(sql.partition("(")[2].split(",")) <= set(ours[name].partition("(")[2].split(",")), name
+    else:
+        assert ours == celerys
 
 
 def test_tables_that_celery_made_without_extended_results_get_the_columns(path: Path) -> None:

@@ -137,6 +137,7 @@ def test_an_empty_batch_changes_nothing():
     assert fold([]) == []
 
 
+@settings(deadline=None)
 @given(sides, sides, sides)
 def test_merging_side_records_is_commutative_associative_and_idempotent(a: Side, b: Side, c: Side):
     """So any order, duplication and batching gives one record."""
@@ -146,6 +147,7 @@ def test_merging_side_records_is_commutative_associative_and_idempotent(a: Side,
     assert merge_sides(merge_sides(a, b), b) == merge_sides(a, b)
 
 
+@settings(deadline=None)
 @given(sides, sides)
 def test_never_is_later_than_any_time_to_expire(a: Side, b: Side):
     """For ``expires_at`` 0 is "never" and stays; for the other times 0 is "unknown" and gives way."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from celery_kafka_backend import chord_records as records
@@ -172,6 +172,7 @@ def test_a_tombstone_says_what_is_gone():
     assert gone == Gone(records.Key(HERE["group"], HERE["generation"], "part", ("t-1", "0", "e-1")))
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(), min_size=1, max_size=4), st.integers(0, 2**60))
 def test_any_text_survives_a_key(fields, generation):
     group, *rest = fields

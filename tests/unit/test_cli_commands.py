@@ -167,9 +167,9 @@ def test_options_that_contradict_each_other_are_refused(arguments):
 
 
 def test_a_wrong_address_is_named_with_its_setting_within_the_timeout():
-    done = invoke("run", "--timeout", "0.5")
+    done = invoke("run", "--timeout", "0.2")
     assert done.exit_code == Exit.KAFKA_UNREACHABLE
-    assert "127.0.0.1:1 within 0.5 s" in done.output
+    assert "127.0.0.1:1 within 0.2 s" in done.output
     assert "result_backend" in done.output
 
 
@@ -187,7 +187,7 @@ def test_size_as_json_is_json():
 
 
 def test_doctor_goes_on_without_kafka_and_gives_one_verdict():
-    done = invoke("doctor", "--timeout", "0.5")
+    done = invoke("doctor", "--timeout", "0.2")
     assert done.exit_code == Exit.KAFKA_UNREACHABLE
     assert "fail  kafka" in done.output
     assert done.output.count("Not well:") == 1
@@ -264,7 +264,7 @@ def test_doctor_looks_at_the_spool_of_this_host(tmp_path, monkeypatch):
     def findings():
         return [
             (one["level"], one["text"])
-            for one in json.loads(invoke("doctor", "--timeout", "0.5", "--json", settings=settings).stdout)["findings"]
+            for one in json.loads(invoke("doctor", "--timeout", "0.2", "--json", settings=settings).stdout)["findings"]
             if one["subject"] == "spool"
         ]
 
@@ -287,17 +287,17 @@ def test_doctor_looks_at_the_spool_of_this_host(tmp_path, monkeypatch):
 
 def test_doctor_says_that_the_spool_s_folder_cannot_be_used(tmp_path):
     (tmp_path / "spool").write_text("a file where the folder should be")
-    done = invoke("doctor", "--timeout", "0.5", settings={"spool": str(tmp_path / "spool")})
+    done = invoke("doctor", "--timeout", "0.2", settings={"spool": str(tmp_path / "spool")})
     assert "fail  spool" in done.output
     assert "kafka_backend_settings['spool']" in done.output
 
 
 def test_a_drain_keeps_what_kafka_does_not_take_and_takes_other_files_over(tmp_path):
-    settings = {"spool": str(tmp_path / "here"), "publish_timeout_s": 1}
+    settings = {"spool": str(tmp_path / "here"), "publish_timeout_s": 0.2}
     spool = spool_for(parse("kafka://127.0.0.1:1/?view=memory://", settings))
     other = Spool(tmp_path / "elsewhere" / "other.spool", 1 << 20)
     other.append(Record("events", b"task", b"v"))
-    done = invoke("spool", "drain", "--timeout", "1", "--from", str(other.path), settings=settings)
+    done = invoke("spool", "drain", "--timeout", "0.2", "--from", str(other.path), settings=settings)
     assert done.exit_code == Exit.KAFKA_UNREACHABLE
     assert "1 records taken over" in done.output
     assert "1 records left" in done.output

@@ -273,7 +273,8 @@ def test_settling_ends_when_the_record_is_given_up(courier, handle):
     assert courier.lost == 1
 
 
-def test_settling_without_always_retry_ends_and_the_record_is_still_sent_again(courier, handle, caplog):
+def test_settling_without_always_retry_ends_and_the_record_is_still_sent_again(courier, handle, caplog, monkeypatch):
+    monkeypatch.setattr("celery_kafka_backend.producer.courier.VERDICT_S", 0.1)
     handle.answers.extend([TIMED_OUT] * 100_000)
     courier.queue(record(), "SUCCESS of slow", remember=True)
     courier.settle()

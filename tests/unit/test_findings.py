@@ -6,7 +6,7 @@ import json
 import random
 
 import msgspec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from celery_kafka_backend import chord_records, events
@@ -148,6 +148,7 @@ some = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(some, max_size=12, unique_by=lambda one: one.id), st.randoms(use_true_random=False))
 def test_the_order_in_which_events_come_and_how_often_makes_no_difference(chosen, chance):
     def key(one: Finding):

@@ -7,7 +7,7 @@ import json
 from celery import Celery, chain, chord, group
 from celery.app.task import Context
 from celery.canvas import Signature
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from celery_kafka_backend.producer.members import errbacks, fingerprint, last_tasks, members
@@ -34,6 +34,7 @@ def as_sent(canvas):
     return json.loads(json.dumps(canvas, default=list))
 
 
+@settings(deadline=None)
 @given(CANVASES)
 def test_there_are_as_many_last_tasks_as_celery_counts(canvas):
     assert len(list(last_tasks(canvas))) == chord._descend(canvas)

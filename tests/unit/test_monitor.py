@@ -42,13 +42,19 @@ class Source:
         return self.wrong
 
 
+@pytest.fixture(scope="module")
+def endpoint():
+    """One for all: to close it takes half a second."""
+    found = Endpoint(Source(), "127.0.0.1", 0, NAMES)
+    found.start()
+    yield found
+    found.close()
+
+
 @pytest.fixture
-def served():
-    source = Source()
-    endpoint = Endpoint(source, "127.0.0.1", 0, NAMES)
-    endpoint.start()
-    yield source, endpoint.url
-    endpoint.close()
+def served(endpoint):
+    endpoint._source.wrong = []
+    return endpoint._source, endpoint.url
 
 
 def get(url, **headers):
