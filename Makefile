@@ -26,7 +26,7 @@ SOURCES := $(wildcard $(foreach folder,celery_kafka_backend producer processors 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help preflight services venv test test-quick delivery-table lint format demo recycle bench bench-stores conformance versions faults clean
+.PHONY: help preflight services venv test test-quick delivery-table lint format demo recycle bench bench-stores bench-replay replay-long conformance versions faults clean
 
 help:  ## this text
 	@echo "Start here:"
@@ -119,6 +119,12 @@ faults: $(READY)  ## kill, freeze, cut and slow everything, by a seed; ARGS='--s
 
 bench-stores: $(READY)  ## how fast each store on disk takes the log, against its peers (12 minutes)
 	$(BIN)/python -m benchmarks.run fold_mongodb fold_elasticsearch fold_cassandra $(ARGS)
+
+bench-replay: $(READY)  ## replay 5 million events into Redis and SQLite, against their ceilings; REPLAY_EVENTS=500000 is smaller
+	$(BIN)/python -m benchmarks.run replay --runs 3 $(ARGS)
+
+replay-long: $(READY)  ## a million mixed events, old and new, replayed in several ways to the same view (10 minutes)
+	REPLAYED_EVENTS=1000000 $(BOUNDED) 3600 $(PYTEST) tests/integration/test_replay_mixed.py $(ARGS)
 
 clean:  ## remove what make made here (not the cache of servers)
 	rm -rf $(VENV) .demo .conformance .versions build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -138,7 +138,8 @@ def prepare(
             "repeat its --task-name and --state, or begin a new one without --continue",
         )  # fmt: skip
     if go_on:
-        from_ = before.next if before.number else {at: n for at, n in positions.items() if not marks.is_mark(at)}
+        told = {} if wanted else {at: offset for at, offset in positions.items() if not marks.is_mark(at)}
+        from_ = before.next if before.number else told
         until = before.ends or None
     consumer = reader(settings)
     try:

@@ -1,37 +1,62 @@
 """Whether two views hold the same: row by row, whatever the stores and the order they answer in.
 
-Counts and an order-independent digest per table; where they differ, the exact keys and columns.
-Both views are read as they are at that moment, so compare them when nothing is being written, or
-expect the tasks that changed meanwhile.
+Counts and an order-independent digest per table and partition; where views differ, the exact keys and columns. Memory
+is flat: rows are compared by hashes, in files, and only what differs is read once more.
+
+Knows nothing of the log. What views that are being written mean is `instant`.
 """
 
 from __future__ import annotations
 
+import re
+import struct
+import tempfile
+from contextlib import ExitStack
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import msgspec
 
+from celery_kafka_backend import codec
+from celery_kafka_backend.errors import CodecError
 from celery_kafka_backend.order import system_wall_ms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
-    from celery_kafka_backend.sinks.contract import Row, View
+    from celery_kafka_backend.sinks.contract import Row
 
 TABLES: Final = frozenset({"document", "side", "group", "group-side", "history", "chord"})
 """The tables that every store has; a store's own (``native`` …) say the same in other words."""
+CHORD: Final = "chord"
+HISTORY: Final = "history"
 
 TTL_TOLERANCE_MS: Final = 1_000
 """Stores round expiry, some to whole seconds."""
-_OWN_TTL: Final = frozenset({"history"})
+_OWN_TTL: Final = frozenset({HISTORY})
 """Tables in which a store may decide how long a row stays."""
 
 EXPIRES_AT: Final = "expires_at"
 
+KEEP: Final = 100_000
+"""Rows that differ and are kept apart; beyond it they are only counted."""
+_FILES: Final = 64
+_ENTRY: Final = struct.Struct(">16s16sq")
+_FACT: Final = re.compile(r"(.*?)/\d+\|", re.DOTALL)
+
+Key = tuple[str, str]
+"""A row's table and key."""
+
+
+class Readable(Protocol):
+    """All that is asked of a view."""
+
+    def rows(self) -> Iterator[Row]:
+        """Return its rows."""
+
 
 class Table(msgspec.Struct):
-    """What one view has in one table.
+    """What one view has in one table, or in one partition of it.
 
     Attributes:
         rows: How many.
@@ -40,6 +65,11 @@ class Table(msgspec.Struct):
 
     rows: int = 0
     digest: int = 0
+
+    def add(self, digest: bytes) -> None:
+        """Take in a row."""
+        self.rows += 1
+        self.digest = (self.digest + int.from_bytes(digest, "big")) % (1 << 128)
 
 
 class Difference(NamedTuple):
@@ -66,15 +96,23 @@ class Comparison(msgspec.Struct):
     Attributes:
         a: The first view's tables.
         b: The second's.
+        parts_a: The first's by table and partition.
+        parts_b: The second's.
         different: How many rows are not the same.
-        differences: The first of them, with their columns.
+        keys: The first `KEEP` of them.
+        only_a: Those of these that the second view does not have.
+        differences: The first of them, as many as were asked for, with their columns.
         expired: Rows that only one view still had, a moment after they had expired.
     """
 
-    a: dict[str, Table]
-    b: dict[str, Table]
-    different: int
-    differences: list[Difference]
+    a: dict[str, Table] = {}
+    b: dict[str, Table] = {}
+    parts_a: dict[tuple[str, int], Table] = {}
+    parts_b: dict[tuple[str, int], Table] = {}
+    different: int = 0
+    keys: list[Key] = []
+    only_a: set[Key] = set()
+    differences: list[Difference] = []
     expired: int = 0
 
     @property
@@ -84,59 +122,118 @@ class Comparison(msgspec.Struct):
 
 
 def compare(
-    a: View,
-    b: View,
+    a: Readable,
+    b: Readable,
     *,
-    tables: Collection[str] = TABLES,
+    tables: Collection[str] | None = TABLES,
     limit: int = 100,
+    only: Collection[Key] | None = None,
+    partition: Callable[[str, str], int] = lambda _table, _subject: 0,
     wall_ms: Callable[[], int] = system_wall_ms,
 ) -> Comparison:
-    """Compare two views.
-
-    Holds about 200 bytes per row of the first; the rows themselves are not kept.
+    """Compare two views, as they are.
 
     Args:
         a: One view.
         b: The other.
-        tables: What to compare.
-        limit: How many differences to describe; all are counted.
+        tables: What to compare; None: all that there is.
+        limit: How many differences to describe, up to `KEEP`; all are counted.
+        only: Only these rows.
+        partition: Which partition a table's subject is in.
         wall_ms: The wall clock, ms since 1970.
     """
-    in_a: dict[str, Table] = {}
-    in_b: dict[str, Table] = {}
-    only_a: dict[tuple[str, str], tuple[bytes, int]] = {}
-    only_b: dict[tuple[str, str], int] = {}
-    changed: set[tuple[str, str]] = set()
-    for row in a.rows():
-        if row.table in tables:
-            only_a[row.table, row.key] = (_count(in_a, row), row.expires_at)
-    for row in b.rows():
-        if row.table in tables:
-            digest = _count(in_b, row)
-            other = only_a.pop((row.table, row.key), None)
-            if other is None:
-                only_b[row.table, row.key] = row.expires_at
-            elif other[0] != digest or not _same_expiry(row.table, other[1], row.expires_at):
-                changed.add((row.table, row.key))
-    just_gone = wall_ms() + TTL_TOLERANCE_MS
-    missing = {**{key: expiry for key, (_, expiry) in only_a.items()}, **only_b}
-    expired = {key for key, expiry in missing.items() if 0 < expiry <= just_gone}
-    wanted = (missing.keys() - expired) | changed
-    return Comparison(
-        a=in_a,
-        b=in_b,
-        different=len(wanted),
-        differences=_describe(a, b, set(sorted(wanted)[:limit])),
-        expired=len(expired),
-    )
+    result = Comparison()
+
+    def chosen(view: Readable) -> Iterator[Row]:
+        now_ms = wall_ms()
+        for row in view.rows():
+            if (tables is None or row.table in tables) and (only is None or (row.table, row.key) in only):
+                if row.table == HISTORY and _is_over(row, now_ms):
+                    continue
+                yield row
+
+    with ExitStack() as stack:
+        left = _Ledger(stack, chosen(a), result.a, result.parts_a, partition)
+        right = _Ledger(stack, chosen(b), result.b, result.parts_b, partition)
+        just_gone = wall_ms() + TTL_TOLERANCE_MS
+        found: set[bytes] = set()
+        for number in range(_FILES):
+            result.expired += _compare_file(left.entries(number), right.entries(number), just_gone, found, result)
+    if found:
+        _describe(chosen(a), chosen(b), found, set(sorted(found)[:limit]), result)
+    return result
 
 
-def _count(into: dict[str, Table], row: Row) -> bytes:
-    digest = row_digest(row)
-    table = into.setdefault(row.table, Table())
-    table.rows += 1
-    table.digest = (table.digest + int.from_bytes(digest, "big")) % (1 << 128)
-    return digest
+def subject_of(table: str, key: str) -> str:
+    """Return the id of the task or group that a row is about."""
+    if table == HISTORY:
+        return key.rsplit("/", 2)[0]
+    if table == CHORD:
+        found = _FACT.match(key)
+        return found[1] if found else key
+    return key
+
+
+def _is_over(row: Row, now_ms: int) -> bool:
+    """Some stores let a history entry go when its event expires, others keep it as long as anything of its task."""
+    try:
+        expires_at = codec.decode(row.columns["value"]).expires_at
+    except (CodecError, TypeError):  # what is damaged is compared as it is
+        return False
+    return 0 < (expires_at or 0) <= now_ms + TTL_TOLERANCE_MS
+
+
+class _Ledger:
+    """A view's rows as hashes, in files by the hash of their key."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        rows: Iterator[Row],
+        tables: dict[str, Table],
+        parts: dict[tuple[str, int], Table],
+        partition: Callable[[str, str], int],
+    ) -> None:
+        self._files: list[IO[bytes]] = [
+            stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+            for _ in range(_FILES)
+        ]
+        for row in rows:
+            digest = row_digest(row)
+            tables.setdefault(row.table, Table()).add(digest)
+            at = (row.table, partition(row.table, subject_of(row.table, row.key)))
+            parts.setdefault(at, Table()).add(digest)
+            place = _place(row)
+            self._files[place[0] % _FILES].write(_ENTRY.pack(place, digest, row.expires_at))
+
+    def entries(self, number: int) -> bytes:
+        """Return one of the files."""
+        self._files[number].seek(0)
+        return self._files[number].read()
+
+
+def _place(row: Row) -> bytes:
+    """Return 120 bits of a row's place, behind a byte that says how its expiry is to be compared."""
+    hashed = blake2b(f"{row.table}\0{row.key}".encode(errors="surrogatepass"), digest_size=16).digest()
+    return hashed[:15] + (b"\1" if row.table in _OWN_TTL else b"\0")
+
+
+def _compare_file(a: bytes, b: bytes, just_gone: int, found: set[bytes], result: Comparison) -> int:
+    """Note what differs; return how many rows were gone from one of them a moment before the other."""
+    only_a = {place: (digest, expires_at) for place, digest, expires_at in _ENTRY.iter_unpack(a)}
+    missing: list[tuple[bytes, int]] = []
+    different: list[bytes] = []
+    for place, digest, expires_at in _ENTRY.iter_unpack(b):
+        other = only_a.pop(place, None)
+        if other is None:
+            missing.append((place, expires_at))
+        elif other[0] != digest or not (place[15] or same_expiry(other[1], expires_at)):
+            different.append(place)
+    missing += [(place, expires_at) for place, (_, expires_at) in only_a.items()]
+    lacking = [place for place, expires_at in missing if not 0 < expires_at <= just_gone]
+    result.different += len(different) + len(lacking)
+    found.update((different + lacking)[: max(KEEP - len(found), 0)])
+    return len(missing) - len(lacking)
 
 
 def row_digest(row: Row) -> bytes:
@@ -144,30 +241,39 @@ def row_digest(row: Row) -> bytes:
     return blake2b(msgspec.msgpack.encode([row.key, sorted(row.columns.items())]), digest_size=16).digest()
 
 
-def _same_expiry(table: str, a: int, b: int) -> bool:
-    if table in _OWN_TTL:
-        return True
+def same_expiry(a: int, b: int) -> bool:
+    """Return whether two stores mean the same moment, ms since 1970; 0: never."""
     return abs(a - b) <= TTL_TOLERANCE_MS if a and b else a == b
 
 
-def _describe(a: View, b: View, wanted: set[tuple[str, str]]) -> list[Difference]:
-    """Read the rows that differ once more, this time as a whole."""
-    if not wanted:
-        return []
-    rows_a = {(row.table, row.key): row for row in a.rows() if (row.table, row.key) in wanted}
-    rows_b = {(row.table, row.key): row for row in b.rows() if (row.table, row.key) in wanted}
-    found = []
-    for table, key in sorted(wanted):
-        ours, theirs = _columns(rows_a.get((table, key))), _columns(rows_b.get((table, key)))
+def _describe(a: Iterator[Row], b: Iterator[Row], found: set[bytes], wanted: set[bytes], into: Comparison) -> None:
+    """Read the rows that differ once more, those that are to be described as a whole."""
+    keys: list[set[Key]] = [set(), set()]
+    rows: list[dict[Key, Row]] = [{}, {}]
+    for known, mine, view in zip(keys, rows, (a, b), strict=True):
+        for row in view:
+            if (place := _place(row)) in found:
+                known.add((row.table, row.key))
+                if place in wanted:
+                    mine[row.table, row.key] = row
+    for table, key in sorted({*rows[0], *rows[1]}):
+        ours, theirs = (_columns(mine.get((table, key))) for mine in rows)
         names = sorted({*(ours or ()), *(theirs or ())})
         if ours is not None and theirs is not None:
             names = [name for name in names if not _same(table, name, ours.get(name), theirs.get(name))]
-        found.append(Difference(table, key, tuple(names), _only(ours, names), _only(theirs, names)))
-    return found
+        if names:
+            into.differences.append(Difference(table, key, tuple(names), _only(ours, names), _only(theirs, names)))
+        else:  # written in between, and the same now
+            keys[0].discard((table, key))
+            keys[1].discard((table, key))
+            into.different -= 1
+    into.keys, into.only_a = sorted(keys[0] | keys[1]), keys[0] - keys[1]
 
 
 def _same(table: str, name: str, a: Any, b: Any) -> bool:
-    return _same_expiry(table, a, b) if name == EXPIRES_AT else bool(a == b)
+    if name == EXPIRES_AT:
+        return table in _OWN_TTL or same_expiry(a, b)
+    return bool(a == b) and type(a) is type(b)
 
 
 def _columns(row: Row | None) -> dict[str, Any] | None:

@@ -279,7 +279,6 @@ def _settings(shell):
 
 
 def test_from_run_to_verify(shell, tmp_path):
-    sqlite = f"sqlite:///{tmp_path}/copy.db"
     assert shell("init").returncode == 0
     lonely = shell("status")
     assert lonely.returncode == Exit.NOBODY_FOLDS
@@ -315,6 +314,11 @@ def test_from_run_to_verify(shell, tmp_path):
     assert shell("history", "t1", "--no-log").returncode == Exit.NOT_FOUND
     assert shell("history", "nobody").returncode == Exit.NOT_FOUND
 
+    replay_and_verify(shell, tmp_path / "copy.db")
+
+
+def replay_and_verify(shell, path):
+    sqlite = f"sqlite:///{path}"
     replayed = shell("replay", "--to", sqlite)
     assert replayed.returncode == 0, replayed.said
     assert "6 events" in replayed.stdout
@@ -323,11 +327,20 @@ def test_from_run_to_verify(shell, tmp_path):
     documents = ("verify", "--view", "redis", "--against", sqlite)
     same = shell(*documents, history={"redis": True})
     assert same.returncode == Exit.DIFFERENT  # the live view keeps no history
-    assert re.search(r"document +2 +2 +yes", same.stdout), same.stdout
-    with sqlite3.connect(tmp_path / "copy.db") as db:
+    assert re.search(r"document +2 +2 +\w{32} +\w{32} +yes", same.stdout), same.stdout
+    assert shell(*documents).returncode == 0  # it is not said to keep any
+    held = shell("verify", "--view", "redis", "--against", "log")
+    assert (held.returncode, "The view is what the log says." in held.stdout) == (0, True), held.said
+    assert f"{topics.task_events(shell.prefix)}:" in held.stdout.partition("as of")[2]
+    with sqlite3.connect(path) as db:
         db.execute("UPDATE ckb_task SET document = ? WHERE task_id = 't1'", (b"{}",))
     spoilt = shell(*documents)
-    assert re.search(r"document +2 +2 +no", spoilt.stdout), spoilt.stdout
+    assert re.search(r"document +2 +2 +\w{32} +\w{32} +no", spoilt.stdout), spoilt.stdout
+    told = json.loads(shell(*documents, "--json").stdout)
+    assert [(one["table"], one["key"], one["columns"]) for one in told["differences"]] == [
+        ("document", "t1", ["document"])
+    ]
+    assert told["partitions"]
     assert spoilt.returncode == Exit.DIFFERENT
 
 
