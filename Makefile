@@ -55,6 +55,7 @@ services: $(READY)  ## download the servers that the tests need
 	$(BOUNDED) 1800 $(BIN)/python -m tests.services install
 
 # Two at once: most of it waits for servers. A file stays in one process, whose servers are its own.
+test: export CHORD_EXAMPLES ?= 150
 test: preflight $(READY) services lint  ## everything that CI checks
 	$(BOUNDED) 4200 $(PYTEST) -n 2 --dist loadfile $(ARGS)
 

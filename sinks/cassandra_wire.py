@@ -252,6 +252,8 @@ def translated(url: str) -> Iterator[None]:
         found = list(exc.errors.values()) if isinstance(exc.errors, dict) else []
         if any(isinstance(each, cassandra.AuthenticationFailed) for each in found):
             raise _refused(url, found[0]) from exc
+        if found and all(_speaks_otherwise(each) for each in found):
+            raise SettingsError("view", f"{url}: {found[0]}", "Cassandra 4.0 or newer must answer here") from exc
         raise Unavailable(f"{url}: {exc}") from exc
     except (cassandra.AuthenticationFailed, cassandra.Unauthorized) as exc:
         raise _refused(url, exc) from exc
@@ -259,6 +261,11 @@ def translated(url: str) -> Iterator[None]:
         raise Unavailable(f"{url}: no server's name can be resolved") from exc
     except AWAY as exc:
         raise Unavailable(f"{url}: {exc}") from exc
+
+
+def _speaks_otherwise(exc: BaseException) -> bool:
+    """Whether a server does not know the protocol's version: the driver has no class of its own for that."""
+    return type(exc) is cassandra.DriverException and "protocol_version" in str(exc)
 
 
 def _refused(url: str, exc: BaseException) -> SettingsError:

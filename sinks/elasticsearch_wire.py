@@ -129,7 +129,9 @@ def _refused(url: str, status: int, said: str, exc: Exception) -> NoReturn:
         raise SettingsError("view", f"{url} refuses us: {status} {said}", remedy) from exc
     if status in _AWAY or "cluster_block" in said or "index_not_found" in said:
         raise Unavailable(f"{url}: {status} {said}") from exc
-    if status in (400, 404, 405, 406):
+    if "media_type_header_exception" in said or status == 406:
+        raise SettingsError("view", f"{url}: {status} {said}", "Elasticsearch 8 must answer here") from exc
+    if status in (400, 404, 405):
         raise SettingsError("view", f"{url}: {status} {said}", "check the view's URL, and who made its index") from exc
     raise exc
 

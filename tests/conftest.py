@@ -120,7 +120,7 @@ def mongodb_url(mongodb: MongoServer) -> str:
 
 @pytest.fixture(scope="session")
 def elasticsearch() -> Iterator[ElasticServer]:
-    """An Elasticsearch shared by the whole run; a test that kills one starts its own."""
+    """An Elasticsearch shared by the whole run: it takes long to start, so a test that kills it starts it again."""
     yield from cast("Iterator[ElasticServer]", _running("elasticsearch"))
 
 

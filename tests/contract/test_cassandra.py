@@ -234,6 +234,13 @@ def test_what_the_store_cannot_be_told_is_a_setting(url: str, options: dict[str,
         registry.open_sink(url, StoreOptions(options=options)).open()
 
 
+def test_a_server_that_does_not_speak_the_driver_s_protocol_is_a_setting(place: _Cassandra) -> None:
+    options = StoreOptions(options={"protocol_version": 0x42})
+    with pytest.raises(SettingsError, match="66") as caught:
+        registry.open_sink(place.url, options).open()
+    assert "4.0 or newer" in caught.value.remedy
+
+
 def test_what_only_the_server_refuses_is_named_and_the_rest_is_written(place: _Cassandra) -> None:
     """A key of more than 64 KB, and more than the commit log takes at once."""
     long, longer = "x" * 65_000, "x" * 70_000

@@ -31,10 +31,7 @@ from tests.contract.factories import (
 )
 from tests.contract.test_native import SERIALIZERS, STATES, documents, read
 from tests.services import elasticsearch as service
-from tests.services.catalogue import SERVICES
 from tests.services.doorman import Doorman
-from tests.services.errors import ServiceError
-from tests.services.required import absent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,22 +44,10 @@ PAST = 1_000_000_000_000
 OBJECT = {"save_meta_as_text": False}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[service.ElasticServer]:
-    """This file's own, which a test may kill; it must leave it running."""
-    try:
-        found = SERVICES["elasticsearch"].started()
-    except ServiceError as error:
-        absent("elasticsearch", error)
-    yield found
-    found.stop()
-
-
 @pytest.fixture
-def elasticsearch_url(server: service.ElasticServer) -> Iterator[str]:
-    url = server.clean_index()
-    yield url
-    server.drop(url)
+def server(elasticsearch: service.ElasticServer) -> service.ElasticServer:
+    """The run's own: to start another costs more than most of this file. A test that kills it starts it again."""
+    return elasticsearch
 
 
 @pytest.fixture
@@ -201,6 +186,21 @@ def test_credentials_are_sent_and_options_are_the_driver_s(doorman: Doorman, ela
     sink.open()
     assert doorman.seen[0].headers["authorization"] == "ApiKey k"
     sink.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "product", "remedy"),
+    [(200, "OpenSearch", "7.14 or newer"), (406, "Elasticsearch", "Elasticsearch 8 must")],
+)
+def test_another_server_and_one_of_another_version_are_settings(
+    doorman: Doorman, elasticsearch_url: str, status: int, product: str, remedy: str
+) -> None:
+    doorman.product = product
+    why = "Content-Type header [application/vnd.elasticsearch+json; compatible-with=8] is not supported"
+    doorman.answers(status, {"error": {"type": "media_type_header_exception", "reason": why}})
+    with pytest.raises(SettingsError) as caught:
+        registry.open_sink(doorman.url(elasticsearch_url), StoreOptions()).open()
+    assert remedy in caught.value.remedy
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -85,7 +85,7 @@ def documents(conf: dict[str, Any], suffix: str) -> list[events.Event]:
 def read(jobs: list[dict[str, Any]]) -> list[Any]:
     """Let the stock client do the jobs."""
     command = [sys.executable, "-I", str(READER)]
-    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

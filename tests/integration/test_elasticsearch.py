@@ -6,24 +6,15 @@ import pytest
 
 from tests.integration import as_primary_view
 from tests.integration.conftest import Fleet
-from tests.services import elasticsearch as service
 
 pytest.importorskip("elasticsearch")
 pytestmark = [pytest.mark.kafka, pytest.mark.elasticsearch]
 
 
 @pytest.fixture(scope="module")
-def server():
-    """One for this file, which a test may kill, and must leave running."""
-    found = service.start()
-    yield found
-    found.stop()
-
-
-@pytest.fixture(scope="module")
-def elastic_fleet(kafka, redis_server, server, tmp_path_factory):
+def elastic_fleet(kafka, redis_server, elasticsearch, tmp_path_factory):
     with Fleet(
-        kafka.bootstrap, redis_server.clean_database(), server.clean_index(), tmp_path_factory.mktemp("fleet"),
+        kafka.bootstrap, redis_server.clean_database(), elasticsearch.clean_index(), tmp_path_factory.mktemp("fleet"),
         {"poll_interval_s": 0.1}, {},
     ) as made:  # fmt: skip
         made.serve()
@@ -35,7 +26,7 @@ def test_results_groups_and_a_chord_with_elasticsearch_as_the_primary_view(elast
     as_primary_view.results_groups_and_a_chord(elastic_fleet)
 
 
-def test_an_elasticsearch_killed_and_frozen_during_a_load_loses_nothing(kafka, server, topic_prefix, tmp_path):
+def test_an_elasticsearch_killed_and_frozen_during_a_load_loses_nothing(kafka, elasticsearch, topic_prefix, tmp_path):
     as_primary_view.killed_and_frozen_during_a_load(
-        server, server.clean_index(), kafka.bootstrap, topic_prefix, tmp_path
+        elasticsearch, elasticsearch.clean_index(), kafka.bootstrap, topic_prefix, tmp_path
     )

@@ -10,6 +10,7 @@ tombstone outlives every reader that has not passed it (``delete.retention.ms``,
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter, defaultdict
 from typing import NamedTuple
@@ -465,7 +466,8 @@ class World:
 
 
 SEEDS = st.integers(0, 2**64 - 1)
-MANY = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+EXAMPLES = int(os.environ.get("CHORD_EXAMPLES", "50"))
+MANY = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def check_sends(world):

@@ -36,6 +36,8 @@ class Doorman:
         self.seen: list[Seen] = []
         self.limit: int | None = None
         """Answers 413 to larger bodies."""
+        self.product = "Elasticsearch"
+        """What it says that it is in its own answers."""
         self._answer: tuple[int, bytes, str] | None = None
         (self.port,) = ports.free(1)
         self._server = http.server.ThreadingHTTPServer((ports.HOST, self.port), _handler(self))
@@ -96,7 +98,7 @@ def _handler(doorman: Doorman) -> type[http.server.BaseHTTPRequestHandler]:
             own = doorman.own_answer(self.path, len(body))
             if own is not None:
                 kind = "application/vnd.elasticsearch+json;compatible-with=8"
-                self._reply(own[0], {"content-type": kind, "x-elastic-product": "Elasticsearch"}, own[1])
+                self._reply(own[0], {"content-type": kind, "x-elastic-product": doorman.product}, own[1])
                 return
             there = http.client.HTTPConnection(ports.HOST, doorman.target, timeout=TIMEOUT_S)
             try:
