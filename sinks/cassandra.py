@@ -50,7 +50,7 @@ from celery_kafka_backend.sinks.cassandra_guard import (
 )
 from celery_kafka_backend.sinks.cassandra_native import native_row
 from celery_kafka_backend.sinks.cassandra_place import Place
-from celery_kafka_backend.sinks.cassandra_view import CHORD, STATES, CassandraView
+from celery_kafka_backend.sinks.cassandra_view import CHORD, MAX_KEY, STATES, CassandraView
 from celery_kafka_backend.sinks.cassandra_wire import translated
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
 
@@ -64,8 +64,6 @@ MAX_BYTES: Final = 15 * 1024 * 1024
 """A mutation is at most half a segment of the commit log, 16 MB unless told otherwise, and so is a request."""
 LOG_BYTES: Final = 64 * 1024
 """Of one task's events written together: thousands of one hour would be more than a mutation holds."""
-MAX_KEY: Final = 65_000
-"""Of a part of a key; all of a key together has 65,535 bytes."""
 BATCH_SHARE: Final = 0.8
 """Of what the servers take in one batch of several partitions without a warning, for they count more than we do."""
 ROW_BYTES: Final = 64

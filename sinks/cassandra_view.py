@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 CHORD: Final = "chord"
 CHUNK: Final = 1000
 """Ids per query."""
+MAX_KEY: Final = 65_000
+"""Bytes of a part of a key; all of a key together has 65,535."""
 _NOTHING: Final = Shown(None, 0, "", None)
 
 ROWS: Final = "SELECT id, name, k, event_id, guard, document, expiry, seen, pieces, hours FROM {view} WHERE subject = ? AND id IN ?"
@@ -116,8 +118,7 @@ class CassandraView(DriverView[wire.Connection]):
     def _shown(self, ids: Sequence[str]) -> dict[str, Shown]:
         found: dict[str, Shown] = {}
         with self._reading():
-            for start in range(0, len(ids), CHUNK):
-                chunk = list(ids[start : start + CHUNK])
+            for chunk in _chunks(ids):
                 rows, states = self._connection.read_all([(ROWS, (TASK, chunk)), (STATES, (chunk,))])
                 for cell in _cells(rows):
                     found[cell.id] = _shown_of(cell)
@@ -134,8 +135,8 @@ class CassandraView(DriverView[wire.Connection]):
         return None
 
     def _cells(self, subject: str, ids: Sequence[str]) -> Iterator[Cell]:
-        for start in range(0, len(ids), CHUNK):
-            yield from _cells(self._connection.read(ROWS, subject, list(ids[start : start + CHUNK])))
+        for chunk in _chunks(ids):
+            yield from _cells(self._connection.read(ROWS, subject, chunk))
 
     # -- the rest ------------------------------------------------------------------------------
 
@@ -215,6 +216,13 @@ def _dumped(subject: str, cell: Cell, stock: dict[str, str]) -> Iterator[Row]:
         yield document_row(subject, cell.id, bytes(winner.document), Guard.unpack(winner.guard).shown_until)
     key, event_id = (winner.key, winner.event_id) if winner is not None else (0, "")
     yield side_row(subject, cell.id, key, event_id, cell.side)
+
+
+def _chunks(ids: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the ids that servers can be asked for: of the others there is nothing, and one would fail the whole query."""
+    askable = [each for each in ids if 0 < len(each.encode()) <= MAX_KEY]
+    for start in range(0, len(askable), CHUNK):
+        yield askable[start : start + CHUNK]
 
 
 def _partitions(rows: Iterable[Any]) -> Iterator[list[Any]]:

@@ -41,7 +41,7 @@ from celery_kafka_backend.sinks import elasticsearch_indices as indices
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
 from celery_kafka_backend.sinks.elasticsearch_indices import NEVER
 from celery_kafka_backend.sinks.elasticsearch_native import kept, native
-from celery_kafka_backend.sinks.elasticsearch_view import ElasticView, chord_id, positions_id
+from celery_kafka_backend.sinks.elasticsearch_view import MAX_ID_BYTES, ElasticView, chord_id, positions_id
 from celery_kafka_backend.sinks.elasticsearch_wire import (
     WRITE_TIMEOUT_S,
     Failure,
@@ -53,17 +53,15 @@ from celery_kafka_backend.sinks.elasticsearch_wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from elasticsearch import Elasticsearch
 
-    from celery_kafka_backend.changes import Batch, Change, ChordFact
+    from celery_kafka_backend.changes import Batch, Change, ChordFact, Partition
     from celery_kafka_backend.events import Event
 
 MAX_BYTES: Final = 20_000_000
 """Of a document or an event: a server with half a gigabyte takes it, in a request of its own."""
-MAX_ID_BYTES: Final = 512
-"""The server's limit."""
 BULK_BYTES: Final = 8_000_000
 BULK_OPERATIONS: Final = 1_000
 SEARCHED_CHARS: Final = 8_192
@@ -193,11 +191,16 @@ class ElasticSink(Sink):
             if batch.chords:
                 self._chords(batch.chords, now_ms, refused)
             if batch.positions:
-                ends = {f"{topic}:{number}": offset for (topic, number), offset in batch.positions.items()}
-                key = positions_id(self._namespace)
-                self._send([self._update("", key, _POSITIONS, {"next": ends}, self._place.native)], refused)
+                self._move(batch.positions)
         if refused:
             raise Rejected(refused)
+
+    def _move(self, positions: Mapping[Partition, int]) -> None:
+        ends = {f"{topic}:{number}": offset for (topic, number), offset in positions.items()}
+        key, unmoved = positions_id(self._namespace), list[tuple[str, str]]()
+        self._send([self._update("", key, _POSITIONS, {"next": ends}, self._place.native)], unmoved)
+        if unmoved:
+            raise SettingsError("view", f"{self.url} takes no positions: {unmoved[0][1]}", f"delete the document {key}")
 
     # -- tasks, groups, history ----------------------------------------------------------------
 

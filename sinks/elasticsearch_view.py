@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 CHUNK: Final = 1000
 """Documents per round trip of a read."""
+MAX_ID_BYTES: Final = 512
+"""The server's limit."""
 KEEP_ALIVE: Final = "2m"
 _NOTHING: Final = Shown(None, 0, "", None)
 
@@ -109,6 +111,8 @@ class ElasticView(DriverView["Elasticsearch"]):
 
     def history(self, task_id: str) -> list[bytes]:
         """Search the history's indices, refreshed."""
+        if len(task_id.encode()) > MAX_ID_BYTES:
+            return []
         with translated(self.url):
             pattern = f"{self._place.history}-*"
             found = self._search(pattern, {"term": {"task": task_id}}, [{"hlc": "asc"}, {"event": "asc"}])

@@ -35,7 +35,7 @@ from bson.datetime_ms import DatetimeMS
 from pymongo import InsertOne, UpdateOne, errors
 
 from celery_kafka_backend.changes import GROUP, TASK, Side
-from celery_kafka_backend.errors import Rejected
+from celery_kafka_backend.errors import Rejected, SettingsError
 from celery_kafka_backend.order import Rank, rank_of_key
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
 from celery_kafka_backend.sinks.mongodb_native import EMPTY_GROUP, HIDDEN, group_fields, task_fields
@@ -72,6 +72,7 @@ SWEEP_EVERY_S: Final = 10.0
 SWEEP_ROWS: Final = 2000
 _NOTHING: Final = {TASK: HIDDEN, GROUP: EMPTY_GROUP}
 _TTL: Final = 0
+_ENDS: Final = "ckb.x_1"
 
 
 def _now_ms() -> int:
@@ -103,25 +104,47 @@ class MongoSink(Sink):
         client = self._place.connect()
         try:
             with translated(self.url):
-                for subject in (TASK, GROUP):
-                    native = self._place.native(client, subject)
-                    native.create_index("ckb.x", expireAfterSeconds=_TTL)
-                    native.create_index("ckb.u", partialFilterExpression={"ckb.u": {"$exists": True}})
-                for name in (SIDE, HISTORY):
-                    self._place.collection(client, name).create_index("x", expireAfterSeconds=_TTL)
-                self._place.collection(client, HISTORY).create_index("at")
-                self._place.collection(client, CHORD).create_index("_id.g")
-                self._place.collection(client, CHORD_EXPIRY).create_index("x")
+                self._make_indexes(client)
+        except errors.OperationFailure as exc:
+            client.close()
+            said = (exc.details or {}).get("errmsg", exc)
+            problem = f"{self.url}: somebody made a collection or an index differently: {said}"
+            raise SettingsError("view", problem, "drop it, or name another database or collection") from exc
         except BaseException:
             client.close()
             raise
         self._client = client
+
+    def _make_indexes(self, client: MongoClient[dict[str, Any]]) -> None:
+        for subject in (TASK, GROUP):
+            native = self._place.native(client, subject)
+            native.create_index("ckb.x", name=_ENDS, expireAfterSeconds=_TTL)
+            native.create_index("ckb.u", partialFilterExpression={"ckb.u": {"$exists": True}})
+        for name in (SIDE, HISTORY):
+            self._place.collection(client, name).create_index("x", expireAfterSeconds=_TTL)
+        self._place.collection(client, HISTORY).create_index("at")
+        self._place.collection(client, CHORD).create_index("_id.g")
+        self._place.collection(client, CHORD_EXPIRY).create_index("x")
 
     def close(self) -> None:
         """Disconnect."""
         if self._client is not None:
             self._client.close()
             self._client = None
+
+    def warnings(self) -> list[str]:
+        """Say which index of somebody's deletes what guards the view."""
+        found = []
+        with translated(self.url), self._place.connect() as client:
+            for subject in (TASK, GROUP):
+                native = self._place.native(client, subject)
+                found += [
+                    f"index {index} of {native.name} deletes documents after {about['expireAfterSeconds']} s, with the keys that guard"
+                    " them: an older event may show again; drop it, for what expires is removed by an index of ours"
+                    for index, about in native.index_information().items()
+                    if "expireAfterSeconds" in about and index != _ENDS
+                ]
+        return found
 
     def write(self, batch: Batch) -> None:
         """Write side records, then documents, history and facts; then the positions."""
@@ -149,7 +172,10 @@ class MongoSink(Sink):
                 )
                 for (t, p), n in batch.positions.items()
             ]
-            self._send(self._collection(POSITION), positions, refused)
+            unmoved: list[tuple[str, str]] = []
+            self._send(self._collection(POSITION), positions, unmoved)
+        if unmoved:
+            raise SettingsError("view", f"{self.url} takes no positions: {unmoved[0][1]}", f"check who made {POSITION}")
         if refused:
             raise Rejected(refused)
 

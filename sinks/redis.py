@@ -176,12 +176,18 @@ class RedisSink(Sink):
                 if batch.positions:
                     flat = [each for (t, p), offset in batch.positions.items() for each in (f"{t}:{p}", str(offset))]
                     command = evalsha(_POSITIONS, self._positions_key, *(each.encode() for each in flat))
-                    self._run([command], ["positions"], refused)
+                    self._move(command)
         except BaseException:
             self.close()  # replies may be outstanding: this connection is of no use any more
             raise
         if refused:
             raise Rejected(refused)
+
+    def _move(self, command: bytes) -> None:
+        refused: list[tuple[str, str]] = []
+        self._run([command], [""], refused)
+        for _, why in refused:
+            raise redis.ResponseError(why)
 
     def _load(self, wire: Wire) -> None:
         for script in (_WRITE, _FACTS, _POSITIONS):

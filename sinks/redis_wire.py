@@ -36,7 +36,10 @@ AWAY: Final = re.compile(
     r"\b(OOM|READONLY|LOADING|MASTERDOWN|MISCONF|BUSY|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|UNKILLABLE|MOVED|ASK|UNBLOCKED)\b"
     r"|max number of clients"
 )
-DENIED: Final = re.compile(r"\b(NOAUTH|WRONGPASS|NOPERM)\b|invalid (username-)?password|no password is set")
+DENIED: Final = re.compile(
+    r"\b(NOAUTH|WRONGPASS|NOPERM)\b|invalid (username-)?password|no password is set"
+    r"|ACL failure in script|user executing the script can't"  # of what a script calls
+)
 
 # -- the packed side record --------------------------------------------------------------------
 
@@ -199,6 +202,11 @@ def translated(url: str) -> Iterator[None]:
             raise SettingsError("view", f"{url} refuses us: {exc}", "check user, password and ACL") from exc
         if AWAY.search(str(exc)):
             raise Unavailable(f"{url}: {exc}") from exc
+        if str(exc).startswith("WRONGTYPE"):
+            remedy = "delete it, or take another database or topic_prefix"
+            raise SettingsError(
+                "view", f"{url}: somebody keeps something else under a key of ours: {exc}", remedy
+            ) from exc
         raise
 
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from celery_kafka_backend import codec
 from celery_kafka_backend.changes import Batch, ChordFact, Partition, Side
 from celery_kafka_backend.errors import Rejected
 from celery_kafka_backend.events import Opaque
@@ -243,6 +244,16 @@ def test_any_text_may_be_an_id(place: Place, task: str) -> None:
     assert {row.key for row in place.dump() if row.table in {"document", "side"}} == {task}
 
 
+def test_who_asks_for_an_id_that_cannot_be_stored_finds_nothing(place: Place) -> None:
+    place.sink().write(batch(stated("SUCCESS", 10)))
+    view, odd = place.view(), ["x" * 70_000, "x" * 600, "nul\0", ""]
+    assert view.documents([*odd, "t"]).keys() == {"t"}
+    assert view.shown([*odd, "t"]).keys() == {"t"}
+    assert view.groups(odd) == {}
+    assert [view.history(each) for each in odd] == [[]] * len(odd)
+    assert [view.chord(each) for each in odd] == [{}] * len(odd)
+
+
 def test_a_megabyte_survives_byte_for_byte(place: Place) -> None:
     document = json_document("t", "SUCCESS", "ä" * 500_000, big=12345678901234567890123, empty=[])
     place.sink().write(batch(stated("SUCCESS", 10, document=document)))
@@ -298,6 +309,14 @@ def test_history_is_in_the_order_of_its_clock_and_each_event_once(place: Place) 
         sink.write(batch(event))
     assert [b'"hlc":%d,' % event.hlc in value for event, value in zip(events, place.view().history("t"), strict=True)]
     assert place.view().history("nobody") == []
+
+
+def test_a_history_of_many_pages_is_whole_and_in_order(place: Place) -> None:
+    sink, events = place.sink(), [stated("PROGRESS", n // 2, name=f"{n}") for n in range(2_600)]
+    for start in range(5):
+        sink.write(batch(*events[start::5]))
+    ordered = sorted(events, key=lambda event: (event.hlc, event.id))
+    assert [codec.decode(value).id for value in place.view().history("t")] == [event.id for event in ordered]
 
 
 def test_history_keeps_the_latest_whatever_came_last(place: Place) -> None:

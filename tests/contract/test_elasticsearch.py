@@ -255,6 +255,27 @@ def test_a_server_that_runs_no_scripts_and_a_foreign_field_of_our_name_are_setti
     server.drop(foreign)
 
 
+def test_positions_that_the_server_refuses_end_the_processor(
+    server: service.ElasticServer, elasticsearch_url: str, sink: Any
+) -> None:
+    index = elasticsearch_url.rpartition("/")[2]
+    theirs = {"ckb": {"next": "a word"}}
+    assert service.ask(server.port, "PUT", f"/{index}/_doc/celery-kafka-positions-celery", theirs)[0] == 201
+    with pytest.raises(SettingsError, match="takes no positions"):
+        sink.write(batch(stated("SUCCESS", 10), positions={Partition("x", 0): 1}))
+
+
+@pytest.mark.parametrize("status", [400, 406])
+def test_a_server_that_does_not_speak_the_driver_s_version_is_a_setting(
+    doorman: Doorman, elasticsearch_url: str, status: int
+) -> None:
+    """As version 8 answers a driver of version 9, and version 7 one of version 8."""
+    doorman.answers(status, {"error": {"type": "media_type_header_exception", "reason": "Accept version must be …"}})
+    with pytest.raises(SettingsError, match=str(status)) as caught:
+        registry.open_sink(doorman.url(elasticsearch_url), StoreOptions()).open()
+    assert "server and driver are both of version 8" in caught.value.remedy
+
+
 def test_an_alias_serves_as_an_index(server: service.ElasticServer, elasticsearch_url: str, view: Any) -> None:
     index = elasticsearch_url.rpartition("/")[2]
     made = {"aliases": {index: {"is_write_index": True}}}

@@ -278,6 +278,43 @@ def test_the_index_that_celery_made_stays(mongodb_url: str, database: Any) -> No
     assert before.items() <= database.celery_taskmeta.index_information().items()
 
 
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"create": "celery_taskmeta", "viewOn": "elsewhere", "pipeline": []}, "is a view"),
+        ({"create": "celery_kafka_history", "capped": True, "size": 4096}, "capped"),
+        (
+            {"createIndexes": "celery_taskmeta", "indexes": [{"key": {"ckb.x": 1}, "name": "theirs"}]},
+            "theirs",
+        ),
+    ],
+    ids=["a view", "a capped collection", "an index without TTL"],
+)
+def test_what_somebody_made_differently_is_named(
+    mongodb_url: str, database: Any, made: dict[str, Any], said: str
+) -> None:
+    database.command(made)
+    with pytest.raises(SettingsError, match=said) as caught:
+        registry.open_sink(mongodb_url, StoreOptions()).open()
+    assert "drop it" in caught.value.remedy
+
+
+def test_an_index_of_somebody_s_that_deletes_results_is_warned_of(sink: Any, database: Any) -> None:
+    """As those make who want Celery's `date_done` to expire, `collMod` or not: it would take the keys with the results."""
+    database.celery_taskmeta.create_index("date_done")
+    assert sink.warnings() == []
+    database.command("collMod", "celery_taskmeta", index={"name": "date_done_1", "expireAfterSeconds": 86_400})
+    (warning,) = sink.warnings()
+    assert "date_done_1" in warning
+    assert "86400" in warning
+
+
+def test_positions_that_the_server_refuses_end_the_processor(sink: Any, database: Any) -> None:
+    database.create_collection("celery_kafka_position", validator={"never": True})
+    with pytest.raises(SettingsError, match="takes no positions"):
+        sink.write(batch(stated("SUCCESS", 10), positions={Partition("x", 0): 1}))
+
+
 # -- expiry ------------------------------------------------------------------------------------
 
 

@@ -233,6 +233,9 @@ def test_a_failover_is_survived(listening: Callable[[str], tuple[Ear, Asked]]) -
                 break
         assert heard(ear, "t") == json_document("t", "SUCCESS")
         sink.close()
+        fresh = registry.open_view(url, StoreOptions())
+        assert fresh.documents(["t"]), "who connects now finds one host of three dead"
+        fresh.close()
     finally:
         for each in members:
             each.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
@@ -154,6 +155,33 @@ def test_a_key_of_another_type_is_refused_by_name_and_untouched(redis_url: str) 
     sink.close()
 
 
+def test_positions_under_whose_key_is_something_else_end_the_processor(redis_url: str) -> None:
+    sink, view = (opened(redis_url, StoreOptions()) for opened in (registry.open_sink, registry.open_view))
+    sink.open()
+    with redis.Redis.from_url(redis_url) as client:
+        client.set("celery-kafka:celery:positions", "somebody's")
+    with pytest.raises(SettingsError, match="somebody keeps something else"):
+        sink.write(batch(stated("SUCCESS", 10), positions={Partition("x", 0): 1}))
+    with pytest.raises(SettingsError, match="somebody keeps something else"):
+        view.positions()
+    sink.close()
+    view.close()
+
+
+def test_a_user_without_the_rights_is_told_so(own: service.RedisServer) -> None:
+    """A user of Redis' own, who may read and not write."""
+    with redis.Redis.from_url(own.url) as client:
+        client.acl_setuser("reader", enabled=True, passwords=["+s3cret"], keys=["*"], categories=["+@all", "-@write"])
+    url = own.url.replace("://", "://reader:s3cret@")
+    sink = registry.open_sink(url, StoreOptions())
+    sink.open()
+    with pytest.raises(SettingsError, match="ACL") as caught:
+        sink.write(batch(stated("SUCCESS", 10)))
+    assert "s3cret" not in str(caught.value)
+    assert documents(url, "t") == {}
+    sink.close()
+
+
 def test_the_servers_own_limit_on_values_is_known(own: service.RedisServer) -> None:
     with redis.Redis.from_url(own.url) as client:
         client.config_set("proto-max-bulk-len", 1024 * 1024)
@@ -175,6 +203,15 @@ def test_a_wrong_password_is_a_setting_and_is_not_shown(own: service.RedisServer
     sink = registry.open_sink(own.url.replace("://", "://:right@"), StoreOptions())
     sink.open()
     sink.close()
+
+
+@pytest.mark.parametrize(
+    ("version", "known"), [("5.0.14", False), ("6.0.16", False), ("6.2.0", True), ("7.0.15", True)]
+)
+def test_a_server_without_absolute_expiries_is_a_setting(opened: Any, version: str, known: bool) -> None:
+    info = f"# Server\r\nredis_version:{version}\r\nredis_mode:standalone"
+    with contextlib.nullcontext() if known else pytest.raises(SettingsError, match=f"{version[:3]}.*6.2 or newer"):
+        opened._check_version(info)
 
 
 def test_an_eviction_policy_is_warned_of(own: service.RedisServer, opened: Any) -> None:
