@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import ckb_postgresql_statements as statements
 import psycopg
 
-from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
+from celery_kafka_backend.changes import GROUP, TASK, Batch, Partition, Side
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.contract import Row, Shown, Sink, StoreOptions, View, document_row, side_row
@@ -32,11 +32,15 @@ from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from celery_kafka_backend.changes import Batch, Change
+    from celery_kafka_backend.changes import Change
     from celery_kafka_backend.events import Event
 
 MAX_BYTES: Final = 256 << 20
 """PostgreSQL takes a value of 1 GB, and several copies of it on the way."""
+MAX_NATIVE_CHARS: Final = 155
+"""Of ids and names in Celery's own tables."""
+OF_THE_VALUES: Final = (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded)
+"""What the database will never take: not text, too long for an index, against a constraint that somebody made."""
 SWEEP_EVERY_S: Final = 10.0
 SWEEP_ROWS: Final = 2_000
 DEFAULTS: Final = {"connect_timeout": 5, "options": "-c statement_timeout=30000", "application_name": "celery-kafka"}
@@ -52,10 +56,12 @@ def _translated(url: str) -> Iterator[None]:
     """Turn psycopg's errors into ours."""
     try:
         yield
-    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.UndefinedColumn) as exc:
-        raise SettingsError("view", f"{url}: {exc}", "check the rights, and who made these tables") from exc
+    except OF_THE_VALUES:  # whoever wrote them knows what to do
+        raise
     except psycopg.errors.UndefinedTable as exc:
         raise Unavailable(f"{url}: no processor has made the tables yet: {exc}") from exc
+    except psycopg.ProgrammingError as exc:
+        raise SettingsError("view", f"{url}: {exc}", "check the rights, and who made these tables") from exc
     except psycopg.OperationalError as exc:
         if any(word in str(exc) for word in ("authentication failed", "does not exist", "no pg_hba.conf entry")):
             raise SettingsError("view", f"{url} refuses us: {exc}", "check user, password and database") from exc
@@ -129,17 +135,40 @@ class PostgresSink(Sink):
         db = cast("psycopg.Connection[Any]", self._db)
         refused = {change.id: why for change in batch.changes if (why := _refusal(change, self._limit))}
         changes = sorted((each for each in batch.changes if each.id not in refused), key=lambda each: each.id)
+        fit = Batch(changes, batch.chords, batch.positions)
         try:
-            with _translated(self.url), db.transaction(), db.cursor() as cursor:
-                self._apply(cursor, changes, batch, _now_ms())
+            with _translated(self.url):
+                try:
+                    self._apply(db, fit)
+                except OF_THE_VALUES:
+                    refused |= self._apply_each(db, fit)
         except BaseException:
             self.close()
             raise
         if refused:
             raise Rejected(list(refused.items()))
 
-    def _apply(self, cursor: psycopg.Cursor[Any], changes: Sequence[Change], batch: Batch, now_ms: int) -> None:
-        self._bury(cursor, changes, batch, now_ms)
+    def _apply_each(self, db: psycopg.Connection[Any], batch: Batch) -> dict[str, str]:
+        """Apply what can be, each change and fact by itself; return why the others cannot."""
+        refused = {}
+        units = [(change.id, Batch([change])) for change in batch.changes]
+        units += [(fact.group, Batch([], chords=[fact])) for fact in sorted(batch.chords)]
+        with db.transaction():
+            for subject, unit in units:
+                try:
+                    self._apply(db, unit)
+                except OF_THE_VALUES as exc:
+                    refused[subject] = str(exc).partition("\n")[0]
+            self._apply(db, Batch([], positions=batch.positions))
+        return refused
+
+    def _apply(self, db: psycopg.Connection[Any], batch: Batch) -> None:
+        with db.transaction(), db.cursor() as cursor:
+            self._execute(cursor, batch, _now_ms())
+
+    def _execute(self, cursor: psycopg.Cursor[Any], batch: Batch, now_ms: int) -> None:
+        changes = batch.changes
+        self._bury(cursor, batch, now_ms)
         cursor.executemany(statements.MERGE_SIDE, [_side_values(change) for change in changes])
         winners = [_winner(change, now_ms) for change in changes if change.winner is not None]
         cursor.executemany(statements.WIN, winners)
@@ -160,9 +189,9 @@ class PostgresSink(Sink):
         namespace = self._options.namespace
         cursor.executemany(statements.POSITION, [(namespace, *at, to) for at, to in sorted(batch.positions.items())])
 
-    def _bury(self, cursor: psycopg.Cursor[Any], changes: Sequence[Change], batch: Batch, now_ms: int) -> None:
+    def _bury(self, cursor: psycopg.Cursor[Any], batch: Batch, now_ms: int) -> None:
         """Delete what has expired: of this batch's ids everything, else a bounded number of rows now and then."""
-        dead = {(change.subject, change.id) for change in changes}
+        dead = {(change.subject, change.id) for change in batch.changes}
         chords = {fact.group for fact in batch.chords}
         if time.monotonic() >= self._sweep_due:
             self._sweep_due = time.monotonic() + SWEEP_EVERY_S
@@ -183,6 +212,8 @@ def _refusal(change: Change, limit: int) -> str:
         return f"the id is not UTF-8: {exc}"
     if "\0" in change.id:
         return "PostgreSQL takes no NUL in an id"
+    if len(change.id) > MAX_NATIVE_CHARS:
+        return f"an id of {len(change.id)} characters; Celery's tables take {MAX_NATIVE_CHARS}"
     size = max([len(change.document or b""), *(len(logged.value) for logged in change.history)])
     return f"{size} bytes; the limit is {limit}" if size > limit else ""
 
@@ -203,6 +234,7 @@ def _winner(change: Change, now_ms: int) -> dict[str, Any]:
     }  # fmt: skip
     if document is not None and change.subject == TASK:
         found |= zip(_COLUMNS, map(_text, task_row(event, document)), strict=True)
+        found |= {name: (found[name] or "")[:MAX_NATIVE_CHARS] or None for name in ("name", "worker", "queue")}
     elif document is not None:
         found |= zip(("result", "date_done"), group_row(event, document), strict=True)
     return found
@@ -271,11 +303,11 @@ class PostgresView(View):
 
     def history(self, task_id: str) -> list[bytes]:
         """Read by the primary key."""
-        return [value for (value,) in self._ask(statements.READ_HISTORY, id=task_id)]
+        return [value for each in _askable([task_id]) for (value,) in self._ask(statements.READ_HISTORY, id=each)]
 
     def chord(self, group_id: str) -> dict[str, bytes]:
         """Read by the primary key."""
-        return dict(cast("list[tuple[str, bytes]]", self._ask(statements.READ_CHORD, id=group_id)))
+        return dict(pair for each in _askable([group_id]) for pair in self._ask(statements.READ_CHORD, id=each))
 
     def positions(self) -> dict[Partition, int]:
         """Read all of this pipeline's."""

@@ -17,6 +17,12 @@ CREATE TABLE IF NOT EXISTS celery_taskmeta (
   traceback text, children bytea, name varchar(155), args bytea, kwargs bytea, worker varchar(155), retries integer,
   queue varchar(155), stamps bytea
 );
+-- An older Celery, or one without result_extended, made fewer.
+ALTER TABLE celery_taskmeta
+  ADD COLUMN IF NOT EXISTS children bytea, ADD COLUMN IF NOT EXISTS name varchar(155),
+  ADD COLUMN IF NOT EXISTS args bytea, ADD COLUMN IF NOT EXISTS kwargs bytea,
+  ADD COLUMN IF NOT EXISTS worker varchar(155), ADD COLUMN IF NOT EXISTS retries integer,
+  ADD COLUMN IF NOT EXISTS queue varchar(155), ADD COLUMN IF NOT EXISTS stamps bytea;
 CREATE INDEX IF NOT EXISTS ix_celery_taskmeta_date_done ON celery_taskmeta (date_done);
 CREATE TABLE IF NOT EXISTS celery_tasksetmeta (
   id integer NOT NULL PRIMARY KEY, taskset_id varchar(155) UNIQUE, result bytea, date_done timestamp

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from celery import Celery, chord, group
 
+from tests.integration import as_primary_view
 from tests.integration.conftest import Fleet
+from tests.services import postgresql as service
 
 pytest.importorskip("ckb_postgresql")
 pytestmark = [pytest.mark.kafka, pytest.mark.redis, pytest.mark.postgresql]
@@ -51,3 +53,13 @@ def test_doctor_history_and_status_know_it(fleet):
     done = fleet.run("pipeline", "history", result.id)
     assert "from postgresql://" in done.stdout
     assert "success" in done.stdout
+
+
+def test_a_postgresql_killed_and_frozen_during_a_load_loses_nothing(kafka, topic_prefix, tmp_path):
+    server = service.start()
+    try:
+        as_primary_view.killed_and_frozen_during_a_load(
+            server, server.clean_database(), kafka.bootstrap, topic_prefix, tmp_path
+        )
+    finally:
+        server.stop()
