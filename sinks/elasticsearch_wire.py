@@ -132,9 +132,7 @@ def _refused(url: str, status: int, said: str, exc: Exception) -> NoReturn:
     if "media_type_header_exception" in said or status == 406:
         raise SettingsError("view", f"{url}: {status} {said}", "Elasticsearch 8 must answer here") from exc
     if status in (400, 404, 405):
-        # The first question is a HEAD, whose answer says no more.
-        remedy = "check the view's URL, who made its index, and that server and driver are both of version 8"
-        raise SettingsError("view", f"{url}: {status} {said}", remedy) from exc
+        raise SettingsError("view", f"{url}: {status} {said}", "check the view's URL, and who made its index") from exc
     raise exc
 
 

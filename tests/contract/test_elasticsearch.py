@@ -265,17 +265,6 @@ def test_positions_that_the_server_refuses_end_the_processor(
         sink.write(batch(stated("SUCCESS", 10), positions={Partition("x", 0): 1}))
 
 
-@pytest.mark.parametrize("status", [400, 406])
-def test_a_server_that_does_not_speak_the_driver_s_version_is_a_setting(
-    doorman: Doorman, elasticsearch_url: str, status: int
-) -> None:
-    """As version 8 answers a driver of version 9, and version 7 one of version 8."""
-    doorman.answers(status, {"error": {"type": "media_type_header_exception", "reason": "Accept version must be …"}})
-    with pytest.raises(SettingsError, match=str(status)) as caught:
-        registry.open_sink(doorman.url(elasticsearch_url), StoreOptions()).open()
-    assert "server and driver are both of version 8" in caught.value.remedy
-
-
 def test_an_alias_serves_as_an_index(server: service.ElasticServer, elasticsearch_url: str, view: Any) -> None:
     index = elasticsearch_url.rpartition("/")[2]
     made = {"aliases": {index: {"is_write_index": True}}}

@@ -11,6 +11,7 @@ import json
 import ssl
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,8 @@ class Doorman:
         """Answers 413 to larger bodies."""
         self.product = "Elasticsearch"
         """What it says that it is in its own answers."""
+        self.delay_s = 0.0
+        """Waits so long before it answers."""
         self._answer: tuple[int, bytes, str] | None = None
         (self.port,) = ports.free(1)
         self._server = http.server.ThreadingHTTPServer((ports.HOST, self.port), _handler(self))
@@ -95,6 +98,7 @@ def _handler(doorman: Doorman) -> type[http.server.BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             headers = {name.lower(): value for name, value in self.headers.items()}
             doorman.seen.append(Seen(self.command, self.path, headers))
+            time.sleep(doorman.delay_s)
             own = doorman.own_answer(self.path, len(body))
             if own is not None:
                 kind = "application/vnd.elasticsearch+json;compatible-with=8"
