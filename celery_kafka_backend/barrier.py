@@ -23,6 +23,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from celery_kafka_backend import codec, events, kafka, topics
 from celery_kafka_backend.changes import GROUP, TASK, Partition, beats
+from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import PublishError, UnknownVersion, Unreadable, Unsure
 from celery_kafka_backend.producer import greenlets
 
@@ -320,7 +321,8 @@ class _Log:
                 if self._pid != os.getpid():
                     if self._consumer is not None:
                         _parked.append(self._consumer)
-                    self._consumer = Consumer(_config(self._settings))
+                    # Quiet: what it would complain of, the publisher does.
+                    self._consumer = Complaints(self._settings, quiet=True).handle(Consumer, _config(self._settings))
                     self._pid = os.getpid()
         return self._consumer
 

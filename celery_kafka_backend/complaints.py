@@ -34,6 +34,9 @@ CREDENTIALS: Final = "credentials"
 """Kafka answered, and does not let us in. The other kind:"""
 NETWORK: Final = "network"
 
+TOKEN_S: Final = 10.0
+"""The driver's bound on the wait for a token, since confluent-kafka 2.13."""
+
 _SELF_EXPLAINED: Final = (KafkaError._ALL_BROKERS_DOWN, KafkaError._FATAL)  # noqa: SLF001 - confluent-kafka's names
 _BROKER: Final = re.compile(r"^\w+://[^ ]*: |\s*\(after \d+ms in state \w+.*\)$")
 
@@ -118,23 +121,32 @@ class Complaints:
 
         Raises:
             SettingsError: An option is unknown, or a file that it names cannot be used.
-            NoToken: The user's ``oauth_cb`` gave none within 10 s, the driver's bound.
+            NoToken: The user's ``oauth_cb`` gave none, within 10 s.
         """
         own = {**config, "error_cb": self}
         callback = own.get("oauth_cb")
+        asked: list[str] = []  # no Event: the driver calls in a thread that gevent does not know
         if callback is not None:
-            own["oauth_cb"] = self._tokens(callback)
+            own["oauth_cb"] = self._tokens(callback, asked)
         try:
-            return make(own)
+            made = make(own)
         except (KafkaException, TypeError, ValueError) as exc:
             found = exc.args[0] if exc.args else exc
             if isinstance(found, KafkaError) and found.code() == KafkaError.SASL_AUTHENTICATION_FAILED:
-                text = f"{_option('oauth_cb', self._settings.client)} gave no token within 10 s"
-                raise NoToken(f"{text}: {self.token_error}" if self.token_error else text) from None
+                raise self._no_token() from None
             why = found.str() if isinstance(found, KafkaError) else str(found)
             raise unusable(self._settings, why) from None
+        if callback is not None:
+            _wait_for_token(made, asked)
+            if self.token_error or not asked:
+                raise self._no_token()
+        return made
 
-    def _tokens(self, callback: Callable[[str], Any]) -> Callable[[str], Any]:
+    def _no_token(self) -> NoToken:
+        text = f"{_option('oauth_cb', self._settings.client)} gave no token"
+        return NoToken(f"{text}: {self.token_error}" if self.token_error else text)
+
+    def _tokens(self, callback: Callable[[str], Any], asked: list[str]) -> Callable[[str], Any]:
         """Return a callback that notes why it fails: the driver drops the exception, and dies of another shape."""
         if not callable(callback):
             raise SettingsError(_option("oauth_cb", self._settings.client), "it is no callable", "give a function")
@@ -146,6 +158,8 @@ class Complaints:
                 self.token_error = f"{type(exc).__name__}: {exc}"
                 self._say(f"{_option('oauth_cb', self._settings.client)}: {self.token_error}")
                 raise
+            finally:
+                asked.append(config)
             self.token_error = ""
             return found
 
@@ -154,6 +168,13 @@ class Complaints:
 
 class NoToken(NotAcknowledged):
     """Raised when the user's ``oauth_cb`` gives no token; it may give one later."""
+
+
+def _wait_for_token(made: Any, asked: list[str]) -> None:
+    """Let an older driver ask for the first token: before confluent-kafka 2.13 only ``poll`` does."""
+    deadline = time.monotonic() + TOKEN_S
+    while not asked and time.monotonic() < deadline:
+        made.poll(0.05)
 
 
 def _checked(found: Any) -> tuple[Any, ...]:

@@ -40,6 +40,19 @@ def test_a_callable_that_gives_no_token_is_named_with_its_reason(gives, words):
     assert words in str(raised.value)
 
 
+def test_an_older_driver_that_asks_for_a_token_in_poll_alone_has_one_before_it_is_used():
+    class Old:
+        def __init__(self, config):
+            self.config, self.token = config, None
+
+        def poll(self, _timeout):
+            self.token = self.config["oauth_cb"]("")
+
+    expiry = time.time() + 60
+    made = hearing(**{"sasl.mechanism": "OAUTHBEARER"}).handle(Old, {"oauth_cb": lambda _: ("t", expiry)})
+    assert made.token == ("t", expiry)
+
+
 def test_one_thing_is_said_once_whatever_the_words(caplog):
     complaints = hearing(**{"sasl.mechanism": "PLAIN", "sasl.username": "u", "sasl.password": "hunter2"})
     for text in ("ssl://b/1: no (after 3ms in state AUTH_REQ)", "ssl://b/1: no (after 4ms in state AUTH_REQ)"):
