@@ -40,6 +40,7 @@ BENCHES = {
     "waiting": "100,000 results waited for in one process, and 1,000 processes that wait, against Celery's Redis backend (only with --long or by name)",
     "history": "a task's history straight from the log, against bare consuming, and around a time",
     "export": "search and export of a history in SQLite, and memory while at it (only with --long or by name)",
+    "replay": "the log into Redis and SQLite, against bare consuming, SQLite's bulk insert, and by two processes (only with --long or by name)",
     "process_model": "a producer per child against one publisher process per host (only with --long or by name)",
     "fold_mongodb": "events per second into MongoDB, from the log and from memory (only with --long or by name)",
     "fold_elasticsearch": "… into Elasticsearch (only with --long or by name)",
@@ -48,7 +49,7 @@ BENCHES = {
     "memory": "resident memory of a materializer from 1 to 5 million events (only with --long or by name)",
 }
 LONG = frozenset(
-    {"fold_mongodb", "fold_elasticsearch", "fold_cassandra", "waiting", "export"}
+    {"fold_mongodb", "fold_elasticsearch", "fold_cassandra", "waiting", "export", "replay"}
     | {"memory", "chord_memory", "process_model"}
 )
 RUNS = 5

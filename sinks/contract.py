@@ -269,7 +269,10 @@ class View(ABC):
 
     @abstractmethod
     def positions(self) -> dict[Partition, int]:
-        """Return the next offset of each partition that this view has not folded yet."""
+        """Return the next offset of each partition that this view has not folded yet.
+
+        And the marks of a replay, as positions in topics that no log has: ``replay:…``.
+        """
 
     @abstractmethod
     def rows(self) -> Iterator[Row]:
