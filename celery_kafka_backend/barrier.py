@@ -210,6 +210,16 @@ class Barrier:
             ends = self._log.ends(ids, deadline)
             return not self._behind(ends, positions, deadline, patient=patient)
 
+    def complete(self, positions: Positions, timeout_s: float) -> bool:
+        """Wait until a view shows all that the log holds now; return False if it did not in time.
+
+        Raises:
+            Unsure: As `caught_up`.
+            Unavailable: As `beyond`.
+        """
+        with self._bounded(timeout_s) as deadline:
+            return not self._behind(self._log.ends(None, deadline), positions, deadline, patient=True)
+
     @contextmanager
     def _bounded(self, timeout_s: float) -> Iterator[float]:
         """Give a deadline; where Kafka did not answer a moment ago, say at once that it did not."""
@@ -326,8 +336,8 @@ class _Log:
                     self._pid = os.getpid()
         return self._consumer
 
-    def ends(self, ids: Sequence[str], deadline: float) -> dict[Partition, tuple[int, int]]:
-        """Return first and end offset, as they are now, of every partition that may hold events of some ids.
+    def ends(self, ids: Sequence[str] | None, deadline: float) -> dict[Partition, tuple[int, int]]:
+        """Return first and end offset, as they are now, of every partition that may hold events of some ids; None: of all.
 
         Raises:
             PublishError: Kafka did not say.
@@ -338,9 +348,7 @@ class _Log:
             partitions = self._partitions(handle, deadline)
             # Producers learn of new partitions within 30 s, and what they wrote before stays where it is.
             self._counts.add(len(partitions))
-            places = sorted(
-                {topics.partition_of(one, count) for one in ids for count in self._counts if count <= len(partitions)}
-            )
+            places = sorted(partitions if ids is None else self._places(ids, len(partitions)))
             leaderless = next((error for place in places if (error := partitions[place].error) is not None), None)
             if leaderless is None:
                 break
@@ -354,6 +362,9 @@ class _Log:
             with self._translated("Describe"):
                 found[Partition(self._topic, place)] = greenlets.aside(ask)
         return found
+
+    def _places(self, ids: Sequence[str], there: int) -> set[int]:
+        return {topics.partition_of(one, count) for one in ids for count in self._counts if count <= there}
 
     def _partitions(self, handle: Any, deadline: float) -> Mapping[int, Any]:
         ask = partial(handle.list_topics, self._topic, timeout=_left(deadline))

@@ -53,16 +53,30 @@ class Reader:
     """
 
     def __init__(self, url: str, options: StoreOptions) -> None:
-        self.view: View = open_view(url, options)
+        self._view = open_view(url, options)
         self._pauses_s = options.pauses_s
         self._pid = os.getpid()
+
+    @property
+    def view(self) -> View:
+        """The view."""
+        return self._view
+
+    @property
+    def moves(self) -> int:
+        """How often another view has taken its place."""
+        return 0
 
     def live(self) -> View:
         """Return the view, told first if this process is a fork."""
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self.view.after_fork()
-        return self.view
+            self._view.after_fork()
+        return self._view
+
+    def steady(self) -> AbstractContextManager[None]:
+        """Have no other view take its place inside."""
+        return nullcontext()
 
     def _retrying(self, read: Callable[[View], _Found]) -> _Found:
         """Read from the view, again after short pauses if the store blinks.
@@ -72,12 +86,14 @@ class Reader:
         """
         for pause in self._pauses_s:
             try:
-                return read(self.live())
+                with self.steady():
+                    return read(self.live())
             except Unavailable:
                 if at_most(pause) < pause:  # whoever waits would not see the end of the pause
                     raise
                 time.sleep(pause)
-        return read(self.live())
+        with self.steady():
+            return read(self.live())
 
     def documents(self, ids: Sequence[str]) -> dict[str, bytes]:
         """Return the documents there are of these tasks."""
@@ -121,7 +137,7 @@ class Reader:
 
     def close(self) -> None:
         """Let go of the view."""
-        self.view.close()
+        self._view.close()
 
 
 class Ear:
@@ -141,6 +157,7 @@ class Ear:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
+        self._moves = self._reader.moves
         self._client = uuid4().hex
         self._lock = threading.Lock()
         self._subscribing = threading.Lock()
@@ -188,7 +205,8 @@ class Ear:
                 self._ids.setdefault(each, None)
             self._new.update(ids)
         try:
-            with self._patient(patience_s):
+            with self._patient(patience_s), self._reader.steady():
+                self._follow()
                 return self._meet_pushed() if self._reader.view.push else self._reader.live().documents(ids)
         except Unavailable:
             return {}
@@ -201,7 +219,8 @@ class Ear:
         """
         self._here()
         try:
-            with self._patient(patience_s):
+            with self._patient(patience_s), self._reader.steady():
+                self._follow()
                 found = self._hear_pushed(timeout_s) if self._reader.view.push else self._hear_asking(timeout_s)
         except Unavailable as exc:
             if not self._said_lost:
@@ -219,6 +238,14 @@ class Ear:
 
     def _patient(self, patience_s: float | None) -> AbstractContextManager[None]:
         return nullcontext() if patience_s is None else self._reader.live().within(patience_s)
+
+    def _follow(self) -> None:
+        """Begin anew with all that wait, if another view is read from now on: the old one will tell nobody of them."""
+        with self._subscribing:
+            if self._moves != self._reader.moves:
+                self._moves = self._reader.moves
+                self._watchable = True
+                self._lose()
 
     def _lose(self) -> None:
         self._unsubscribe()

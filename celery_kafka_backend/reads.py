@@ -23,7 +23,7 @@ from celery_kafka_backend import codec, configure, events, older
 from celery_kafka_backend.changes import GROUP, TASK
 from celery_kafka_backend.claims import ClaimedMeta, Claims, reference
 from celery_kafka_backend.errors import CodecError, SettingsError, SpoolError, Unavailable, Unsure
-from celery_kafka_backend.reader import Reader
+from celery_kafka_backend.primary import reader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from celery_kafka_backend.barrier import Barrier
     from celery_kafka_backend.producer.recorder import Recorder
+    from celery_kafka_backend.reader import Reader
     from celery_kafka_backend.settings import Settings
 
 logger = get_logger(__name__)
@@ -70,9 +71,9 @@ class Reads(older.KeyValueBackend):  # type: ignore[misc]
         Raises:
             ImproperlyConfigured: Its driver is not installed, or refuses an option.
         """
-        url = self.settings.views[0]
+        options = {url: configure.store_options(self.app, self.settings, url) for url in self.settings.views}
         try:
-            return Reader(url, configure.store_options(self.app, self.settings, url))
+            return reader_of(self.settings, options)
         except SettingsError as exc:
             raise configure.improperly_configured(exc) from exc
 

@@ -1,15 +1,32 @@
-"""The log's topics: names, settings, and who may do what. Pure data; creating them is the CLI's work."""
+"""The log's topics: names, settings, and who may do what; and the names of views, which name their groups. Pure data; creating them is the CLI's work."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Final, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
 
 if TYPE_CHECKING:
+    from urllib.parse import SplitResult
+
     from celery_kafka_backend.settings import Settings
 
 DAY_MS: Final = 86_400_000
 DEAD_LETTER_ROOM: Final = 65_536
 """Bytes that a dead letter may add to the record that it holds."""
+
+
+_PORTS: Final = {
+    "redis": ":6379",
+    "rediss": ":6379",
+    "sentinel": ":26379",
+    "mongodb": ":27017",
+    "elasticsearch": ":9200",
+    "elasticsearch+https": ":9200",
+    "cassandra": ":9042",
+}
+_REDIS: Final = ("redis", "rediss", "sentinel")
+"""Whose path is a database's number."""
 
 
 class Topic(NamedTuple):
@@ -53,6 +70,30 @@ def operators(prefix: str) -> str:
 def group_id(prefix: str, role: str) -> str:
     """Return the consumer group of a view (its name) or of the chord processor (``chords``)."""
     return f"{prefix}.{role}"
+
+
+def view_name(url: str) -> str:
+    """Return the stable name of a view, for its consumer group: ``redis-1a2b3c4d``.
+
+    Made from scheme, hosts with their ports in any order, and path (Redis: also ``db=``), so that a changed password or
+    timeout is the same view. Two SQLite paths that are spelt differently are two views, and so are two lists of hosts.
+    """
+    first, *others = url.split(";") if url.startswith("sentinel:") else [url]
+    parts = urlsplit(first)
+    path = parts.path
+    if parts.scheme in _REDIS:
+        path = path.strip("/") or dict(parse_qsl(parts.query)).get("db", "0")
+    hosts = ",".join(sorted(host for each in [first, *others] for host in _hosts(urlsplit(each))))
+    digest = hashlib.sha256(f"{parts.scheme}://{hosts}/{path}".encode()).hexdigest()
+    return f"{parts.scheme}-{digest[:8]}"
+
+
+def _hosts(parts: SplitResult) -> list[str]:
+    hosts = parts.netloc.rpartition("@")[2].lower()
+    port = _PORTS.get(parts.scheme)
+    if port is None:
+        return [hosts]
+    return [each if ":" in each.rpartition("]")[2] else (each or "localhost") + port for each in hosts.split(",")]
 
 
 def wanted(settings: Settings) -> list[Topic]:

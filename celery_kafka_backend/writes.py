@@ -26,7 +26,6 @@ from celery_kafka_backend.producer.recorder import (
     field,
 )
 from celery_kafka_backend.reads import Reading, Reads
-from celery_kafka_backend.settings import mask
 
 if TYPE_CHECKING:
     from celery.result import GroupResult
@@ -386,7 +385,7 @@ class Writes(Reads):
         self.barrier.keep_unshown(event, partition, offset)
         logger.warning(
             "%s of %s is safe in Kafka, but %s has not shown it within %g s: does a processor run?",
-            what, event.task, mask(self.settings.views[0]), timeout_s,
+            what, event.task, self.reader.view.url, timeout_s,
         )  # fmt: skip
         return False
 

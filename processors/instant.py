@@ -84,7 +84,7 @@ class ViewSide:
             yield row
 
     def positions(self) -> dict[Partition, int]:
-        return {at: offset for at, offset in self._view.positions().items() if not marks.is_mark(at)}
+        return marks.own(self._view.positions())
 
     def reach(self, to: Mapping[Partition, int], within_s: float) -> int:
         deadline = time.monotonic() + within_s

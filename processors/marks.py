@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from celery_kafka_backend.changes import Partition
+from celery_kafka_backend.pointer import is_pointer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,9 +53,9 @@ class Marks(msgspec.Struct, frozen=True):
     starts: Mapping[Partition, int] = msgspec.field(default_factory=dict)
 
 
-def is_mark(at: Partition) -> bool:
-    """Return whether this position is a replay's, and none of the view's own."""
-    return at.topic.startswith(PREFIX)
+def own(positions: Mapping[Partition, int]) -> dict[Partition, int]:
+    """Return the positions that say how far a view is: neither a replay's marks nor a cut-over's pointer."""
+    return {at: n for at, n in positions.items() if not (at.topic.startswith(PREFIX) or is_pointer(at))}
 
 
 def read(positions: Mapping[Partition, int]) -> Marks:

@@ -22,7 +22,6 @@ what is in a record is `intake`, how it gets into a store is a sink. docs/adr/00
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
 import random
 import signal
@@ -30,7 +29,6 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import parse_qsl, urlsplit
 
 from confluent_kafka import Producer
 
@@ -48,7 +46,6 @@ from celery_kafka_backend.sinks.registry import open_sink, open_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
-    from urllib.parse import SplitResult
 
     from confluent_kafka import Message
 
@@ -66,42 +63,6 @@ CONFIRM_S: Final = 1.0
 REPORT_S: Final = 30.0
 LOGGED_LETTERS: Final = 10
 """Dead letters per batch that get a line in the log; a batch can hold thousands."""
-
-_PORTS: Final = {
-    "redis": ":6379",
-    "rediss": ":6379",
-    "sentinel": ":26379",
-    "mongodb": ":27017",
-    "elasticsearch": ":9200",
-    "elasticsearch+https": ":9200",
-    "cassandra": ":9042",
-}
-_REDIS: Final = ("redis", "rediss", "sentinel")
-"""Whose path is a database's number."""
-
-
-def view_name(url: str) -> str:
-    """Return the stable name of a view, for its consumer group: ``redis-1a2b3c4d``.
-
-    Made from scheme, hosts with their ports in any order, and path (Redis: also ``db=``), so that a changed password or
-    timeout is the same view. Two SQLite paths that are spelt differently are two views, and so are two lists of hosts.
-    """
-    first, *others = url.split(";") if url.startswith("sentinel:") else [url]
-    parts = urlsplit(first)
-    path = parts.path
-    if parts.scheme in _REDIS:
-        path = path.strip("/") or dict(parse_qsl(parts.query)).get("db", "0")
-    hosts = ",".join(sorted(host for each in [first, *others] for host in _hosts(urlsplit(each))))
-    digest = hashlib.sha256(f"{parts.scheme}://{hosts}/{path}".encode()).hexdigest()
-    return f"{parts.scheme}-{digest[:8]}"
-
-
-def _hosts(parts: SplitResult) -> list[str]:
-    hosts = parts.netloc.rpartition("@")[2].lower()
-    port = _PORTS.get(parts.scheme)
-    if port is None:
-        return [hosts]
-    return [each if ":" in each.rpartition("]")[2] else (each or "localhost") + port for each in hosts.split(",")]
 
 
 class Statistics(Counts):
@@ -400,7 +361,7 @@ class Materializer:
 
 def materializer(settings: Settings, url: str, options: StoreOptions) -> Materializer:
     """Return the materializer of a configured view."""
-    group = names.group_id(settings.topic_prefix, view_name(url))
+    group = names.group_id(settings.topic_prefix, names.view_name(url))
     # A record as large as the log allows must fit with its reason and position beside it.
     roomy = {**producer_config(settings), "message.max.bytes": settings.max_message_bytes + names.DEAD_LETTER_ROOM}
     make = partial(Complaints(settings).handle, Producer)

@@ -138,7 +138,7 @@ def prepare(
             "repeat its --task-name and --state, or begin a new one without --continue",
         )  # fmt: skip
     if go_on:
-        told = {} if wanted else {at: offset for at, offset in positions.items() if not marks.is_mark(at)}
+        told = {} if wanted else marks.own(positions)
         from_ = before.next if before.number else told
         until = before.ends or None
     consumer = reader(settings)
@@ -183,7 +183,7 @@ def _positions(target: Target, patience_s: float, *, dry: bool) -> dict[Partitio
 
 def _refuse_foreign(settings: Settings, target: Target, positions: Mapping[Partition, int]) -> None:
     ours = {names.task_events(settings.topic_prefix), names.chords(settings.topic_prefix)}
-    foreign = sorted({at.topic for at in positions if not marks.is_mark(at)} - ours)
+    foreign = sorted({at.topic for at in marks.own(positions)} - ours)
     if foreign:
         raise SettingsError(
             "--to", f"{mask(target.url)} holds the view of another log: {', '.join(foreign)}",

@@ -271,7 +271,8 @@ class View(ABC):
     def positions(self) -> dict[Partition, int]:
         """Return the next offset of each partition that this view has not folded yet.
 
-        And the marks of a replay, as positions in topics that no log has: ``replay:…``.
+        And the marks of a replay (``replay:…``) and the cut-over pointer (``…/primary/…``), as positions in topics that
+        no log has.
         """
 
     @abstractmethod

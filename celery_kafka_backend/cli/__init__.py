@@ -28,6 +28,7 @@ _COMMANDS: Final = (
     "import",
     "replay",
     "verify",
+    "cutover",
     "size",
     "spool",
     "claims",

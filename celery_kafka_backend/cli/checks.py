@@ -15,7 +15,7 @@ import confluent_kafka
 
 from celery_kafka_backend import codec, topics
 from celery_kafka_backend.claims import Claims
-from celery_kafka_backend.cli import ownership, plan
+from celery_kafka_backend.cli import cutover, ownership, plan
 from celery_kafka_backend.cli.dealing import Reading
 from celery_kafka_backend.cli.exits import Exit, Stop, code_of
 from celery_kafka_backend.cli.output import duration, size
@@ -24,10 +24,10 @@ from celery_kafka_backend.cli.run import check_rights, check_topics, check_view
 from celery_kafka_backend.errors import CodecError, PipelineError, SpoolError
 from celery_kafka_backend.letters import OPEN
 from celery_kafka_backend.ownership import foreign
-from celery_kafka_backend.processors.materializer import view_name
 from celery_kafka_backend.producer.spool import spool_for
 from celery_kafka_backend.settings import SETTING, mask
 from celery_kafka_backend.sinks.registry import open_view
+from celery_kafka_backend.topics import view_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,6 +106,8 @@ def examine(pipeline: Pipeline, broker: Broker, role: str) -> Iterator[Finding]:
         yield from _caught("spool", lambda: spool(pipeline.settings))
     if pipeline.settings.claim_check:
         yield from _caught("claim check", lambda: claim_check(pipeline.settings))
+    if len(pipeline.settings.views) > 1:
+        yield from _caught("readers", lambda: readers(pipeline))
     for url in pipeline.settings.views:
         yield from _caught(f"view {view_name(url)}", lambda url=url: view(pipeline, url))
 
@@ -338,6 +340,21 @@ def claim_check(settings: Settings) -> Iterator[Finding]:
     claims.get(claim, CLAIM_S)
     claims.remove(claim.path)
     yield Finding(OK, "claim check", f"{claims.url} can be written and read")
+
+
+def readers(pipeline: Pipeline) -> Iterator[Finding]:
+    """Look which view readers of ours are to read, and whether all views say the same."""
+    names = {view_name(url): url for url in pipeline.settings.views}
+    found = cutover.standing(pipeline.settings, {name: cutover.held(pipeline, url) for name, url in names.items()})
+    text = f"read {cutover.said(found)}"
+    if found.view not in names:
+        remedy = f"add it to {SETTING}['views'], or `{pipeline.command} cutover --to` another one"
+        yield Finding(WARN, "readers", f"{text}, which is not configured here", remedy)
+    elif found.outdated:
+        remedy = f"`{pipeline.command} cutover --to {found.view}`"
+        yield Finding(WARN, "readers", f"{text}; {', '.join(found.outdated)} does not say so", remedy)
+    else:
+        yield Finding(OK, "readers", text)
 
 
 def view(pipeline: Pipeline, url: str) -> Iterator[Finding]:

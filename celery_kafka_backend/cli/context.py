@@ -10,9 +10,9 @@ import click
 
 from celery_kafka_backend import configure
 from celery_kafka_backend.cli.exits import Exit, Stop
-from celery_kafka_backend.processors.materializer import view_name
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks import registry
+from celery_kafka_backend.topics import view_name
 
 if TYPE_CHECKING:
     from celery import Celery

@@ -23,9 +23,9 @@ from celery_kafka_backend.cli.pace import Pace
 from celery_kafka_backend.cli.run import check_topics
 from celery_kafka_backend.errors import PublishError, TooLarge, Unreadable
 from celery_kafka_backend.events import Imported
-from celery_kafka_backend.processors.materializer import view_name
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.registry import open_view
+from celery_kafka_backend.topics import view_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,10 +15,10 @@ from celery_kafka_backend.cli.context import Pipeline, chosen_views, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.errors import SettingsError, Unavailable
 from celery_kafka_backend.processors import hosting, supervisor
-from celery_kafka_backend.processors.materializer import view_name
 from celery_kafka_backend.processors.supervisor import ProcessSpec, Supervisor
 from celery_kafka_backend.settings import SETTING, mask
 from celery_kafka_backend.sinks.registry import open_sink
+from celery_kafka_backend.topics import view_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -85,7 +85,9 @@ def _usable(pipeline: Pipeline, url: str, view: View, *, must: bool) -> bool:
             )
         return False
     try:
-        if not view.positions() and not must:
+        if not must and not any(
+            at.topic == topics.task_events(pipeline.settings.topic_prefix) for at in view.positions()
+        ):
             click.secho(f"note: {mask(url)} has folded nothing yet", fg="yellow", err=True)
             return False
     except (StoreError, SettingsError) as exc:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from celery_kafka_backend import topics
+from celery_kafka_backend.cli.cutover import Standing, standing
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.records import first_at
 from celery_kafka_backend.cli.sources import keeps_history
 from celery_kafka_backend.errors import SettingsError, StoreError
-from celery_kafka_backend.processors.materializer import view_name
+from celery_kafka_backend.pointer import pointers
 from celery_kafka_backend.query import Query
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.registry import open_sink, open_view
+from celery_kafka_backend.topics import view_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from celery_kafka_backend.cli.broker import Broker, Member
     from celery_kafka_backend.cli.context import Pipeline
     from celery_kafka_backend.cli.records import At
+    from celery_kafka_backend.pointer import Pointer
     from celery_kafka_backend.sinks.contract import View
 
 
@@ -109,6 +112,7 @@ class State(msgspec.Struct):
         dead_letters: Records among the dead letters.
         views: Each view.
         chords: The chord processor; None if not asked for.
+        readers: Which view readers of ours are to read, by what these views say.
     """
 
     servers: str
@@ -122,6 +126,7 @@ class State(msgspec.Struct):
     dead_letters: int
     views: list[Reading]
     chords: Reading | None
+    readers: Standing
 
     @property
     def readings(self) -> list[Reading]:
@@ -153,6 +158,8 @@ def gather(pipeline: Pipeline, broker: Broker, urls: Sequence[str], *, chords: b
     oldest = first_at(broker, {at: low for at, (low, _) in in_log.items()}, _ends(in_log))
     latest = first_at(broker, {at: max(low, high - 1) for at, (low, high) in in_log.items()}, _ends(in_log))
     chord_marks = {at: ends for at, ends in marks.items() if at[0] == chord_topic}
+    held: dict[str, list[Pointer] | None] = {}
+    views = [_view(pipeline, broker, url, in_log | chord_marks, held) for url in urls]
     return State(
         servers=mask(pipeline.settings.bootstrap_servers),
         embedded=broker.embedded,
@@ -163,8 +170,9 @@ def gather(pipeline: Pipeline, broker: Broker, urls: Sequence[str], *, chords: b
         latest=max((one.timestamp()[1] for one in latest.values()), default=None),
         events=sum(high - low for low, high in in_log.values()),
         dead_letters=sum(high - low for at, (low, high) in marks.items() if at[0] == dead),
-        views=[_view(pipeline, broker, url, in_log | chord_marks) for url in urls],
+        views=views,
         chords=_reading(broker, "chords", "", chord_marks, None) if chords else None,
+        readers=standing(pipeline.settings, held),
     )
 
 
@@ -180,14 +188,24 @@ def _ends(marks: Mapping[At, tuple[int, int]]) -> dict[At, int]:
     return {at: high for at, (_, high) in marks.items()}
 
 
-def _view(pipeline: Pipeline, broker: Broker, url: str, marks: Mapping[At, tuple[int, int]]) -> Reading:
+def _view(
+    pipeline: Pipeline,
+    broker: Broker,
+    url: str,
+    marks: Mapping[At, tuple[int, int]],
+    held: dict[str, list[Pointer] | None],
+) -> Reading:
+    """Ask a view, and note the cut-over pointers that it holds."""
+    held[view_name(url)] = None
     error, positions, keeps, since = "", None, False, None
     options = pipeline.options(url)
     view = open_view(url, options)
     try:
         keeps = keeps_history(pipeline, url, view)
         # The view's own word for how far it is: the commit comes a moment later.
-        positions = {(at.topic, at.partition): offset for at, offset in view.positions().items()}
+        there = view.positions()
+        positions = {(at.topic, at.partition): offset for at, offset in there.items()}
+        held[view_name(url)] = pointers(pipeline.settings.topic_prefix, there)
         since = _oldest(view) if keeps else None
     except (StoreError, SettingsError) as exc:
         error = str(exc)

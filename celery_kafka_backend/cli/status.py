@@ -11,6 +11,7 @@ import msgspec
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import chosen_views, pipeline_of
+from celery_kafka_backend.cli.cutover import said
 from celery_kafka_backend.cli.exits import Exit
 from celery_kafka_backend.cli.output import console, duration, print_json, table, when
 from celery_kafka_backend.cli.state import gather
@@ -93,6 +94,10 @@ def show(state: State) -> None:
         screen.print(f"  {state.events} events, from {when(state.oldest)} ({back} back) to {when(state.latest)}")
         kept = f"; Kafka keeps them for {duration(state.log_kept_ms / 1000)}" if state.log_kept_ms is not None else ""
         screen.print(f"  audit and replay reach back to {when(state.oldest)}{kept}")
+    screen.print(f"  readers read {said(state.readers)}")
+    for name in state.readers.outdated:
+        again = f"`celery -A proj pipeline cutover --to {state.readers.view}`"
+        screen.print(f"  warning: {name} does not say so; repeat {again}", style="yellow")
     style = "yellow" if state.dead_letters else None
     screen.print(f"  {state.dead_letters} dead letters in {state.prefix}.dead-letters", style=style)
     for reading in state.readings:

@@ -20,8 +20,10 @@ from celery_kafka_backend import codec
 from celery_kafka_backend.changes import Batch, ChordFact, Partition, Side
 from celery_kafka_backend.errors import Rejected
 from celery_kafka_backend.events import Opaque
+from celery_kafka_backend.pointer import Pointer, pointers, position
 from tests.contract.factories import (
     FAR,
+    NOON_2025,
     RUN,
     R,
     batch,
@@ -348,6 +350,17 @@ def test_positions_never_go_back(place: Place) -> None:
         greatest = max(greatest, offset)
         sink.write(Batch(changes=[], positions={a: offset, b: 1}))
         assert view.positions() == {a: greatest, b: 1}
+    assert place.dump() == []
+
+
+def test_the_cut_over_pointer_is_kept_and_never_goes_back(place: Place) -> None:
+    """It is a position like any other, whatever its name: every store can keep it."""
+    sink, view = place.sink(), place.view()
+    first, second = Pointer("mongodb+srv-0a1b2c3d", NOON_2025), Pointer("redis-4e5f6a7b", NOON_2025 + 1, forced=True)
+    for one in (first, second, first._replace(at=1)):
+        sink.write(Batch(changes=[], positions=position("celery", one)))
+    assert pointers("celery", view.positions()) == [second, first]
+    assert pointers("other", view.positions()) == []
     assert place.dump() == []
 
 

@@ -23,7 +23,7 @@ from celery_kafka_backend import topics
 from celery_kafka_backend.changes import Batch
 from celery_kafka_backend.kafka import producer_config
 from celery_kafka_backend.processors.deadletters import DeadLetters
-from celery_kafka_backend.processors.materializer import Materializer, view_name
+from celery_kafka_backend.processors.materializer import Materializer
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions
 from celery_kafka_backend.sinks.registry import open_sink, open_view
 
@@ -74,7 +74,7 @@ class Announcing(Sink):
 def main(bootstrap: str, prefix: str, view: str, hang_at: str = "") -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     config = settings(bootstrap, prefix, view)
-    group = topics.group_id(prefix, view_name(view))
+    group = topics.group_id(prefix, topics.view_name(view))
     work = Materializer(
         config,
         Announcing(open_sink(view, options(prefix)), hang_at),

@@ -26,9 +26,9 @@ from celery_kafka_backend.configure import settings_of
 from celery_kafka_backend.events import STARTED, Event
 from celery_kafka_backend.order import Rank, order_key, run_at, system_wall_ms
 from celery_kafka_backend.processors.fold import fold
-from celery_kafka_backend.processors.materializer import view_name
 from celery_kafka_backend.sinks.contract import StoreOptions
 from celery_kafka_backend.sinks.registry import open_sink, open_view
+from celery_kafka_backend.topics import view_name
 from tests.services import native
 
 pytestmark = pytest.mark.kafka

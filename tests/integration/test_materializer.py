@@ -481,7 +481,7 @@ def test_replay_gives_the_same_view_and_revives_nothing(mock_log: Log) -> None:
     other = open_view(copy, options(mock_log.prefix))
     assert_same(view, other)
     assert not other.shown([event.task for event in gone])
-    told = {at: next_ for at, next_ in other.positions().items() if not marks.is_mark(at)}
+    told = marks.own(other.positions())
     assert told == view.positions()
     again = replay(config, target, from_=told)
     assert again.events == 0

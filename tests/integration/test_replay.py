@@ -187,7 +187,7 @@ def test_some_tasks_are_taken_whole(world):
     assert sum(table == "document" for table, _ in some) == len(expected)
     whole = {(row.table, row.key): row for row in world.view(world.whole).rows()}
     assert all(whole[at] == row for at, row in some.items())
-    assert all(marks.is_mark(at) for at in world.view(url).positions())  # it promises nothing
+    assert marks.own(world.view(url).positions()) == {}  # it promises nothing
     assert "0 events" in world.replay(url, "--continue", *words).stdout
     refused = world.replay(url, "--continue", code=Exit.CONFIGURATION)
     assert "took other tasks" in refused.said
@@ -233,8 +233,8 @@ def test_older_data_replace_nothing_newer(world):
     done = world.replay(world.whole, "--until", f"{log}:0:300")
     assert "events" in done.stdout
     assert {(row.table, row.key): row for row in world.view(world.whole).rows()} == newer
-    kept = {at: offset for at, offset in world.view(world.whole).positions().items() if not marks.is_mark(at)}
-    assert kept == {at: offset for at, offset in positions.items() if not marks.is_mark(at)}
+    kept = marks.own(world.view(world.whole).positions())
+    assert kept == marks.own(positions)
 
 
 def test_foreign_data_are_refused_or_left_alone(world):

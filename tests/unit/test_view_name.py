@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from celery_kafka_backend.processors.materializer import view_name
+from celery_kafka_backend.topics import view_name
 
 
 @pytest.mark.parametrize(
