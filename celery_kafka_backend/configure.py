@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from celery import Celery
     from celery.exceptions import ImproperlyConfigured
 
+SHADOW: Final = "kafka_shadow"
+"""Celery's setting with the URL of a log that is written beside another result backend (`shadow`)."""
+
 # Celery's name, redis-py's name. What the URL says counts more. What is as Celery has it by default is not passed: two
 # minutes without an answer are too long for a processor.
 _REDIS: Final = {
@@ -59,13 +62,15 @@ def settings_of(app: Celery, url: str | None = None) -> Settings:
 
     Args:
         app: The user's app.
-        url: Its ``result_backend``, if the caller has it already.
+        url: Its ``result_backend``, if the caller has it already; by default the URL of its shadow where it has one.
 
     Raises:
         ImproperlyConfigured: A setting is wrong; the message names it, its value and the remedy.
     """
     if url is None:
         url = app.conf.result_backend or ""
+        if not url.startswith("kafka:"):
+            url = app.conf.get(SHADOW) or url
     try:
         settings = settings_module.parse(url, app.conf.get(SETTING) or {})
         for view in settings.views:

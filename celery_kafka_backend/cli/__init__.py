@@ -29,6 +29,7 @@ _COMMANDS: Final = (
     "replay",
     "verify",
     "cutover",
+    "shadow",
     "size",
     "spool",
     "claims",

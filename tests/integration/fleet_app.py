@@ -22,6 +22,10 @@ app.conf.update(
     worker_hijack_root_logger=False,
 )
 app.conf.update(json.loads(os.environ.get("FLEET_CONF", "{}")))
+if app.conf.get("kafka_shadow"):
+    from celery_kafka_backend import shadow
+
+    shadow.follow(app)
 
 
 @app.task
