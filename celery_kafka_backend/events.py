@@ -30,11 +30,13 @@ UNKNOWN_TASK: Final = "unknown-task"
 FORGOTTEN: Final = "forgotten"
 GROUP_SAVED: Final = "group-saved"
 GROUP_DELETED: Final = "group-deleted"
+RERUN: Final = "rerun"
+"""An operator is about to send the task's message again, as a new run."""
 
 KINDS: Final = frozenset(
     {
         SENT, RECEIVED, STARTED, STATE, RETRY, SUCCESS, FAILURE, WORKER_LOST, REVOKED, EXPIRED,
-        REJECTED, UNKNOWN_TASK, FORGOTTEN, GROUP_SAVED, GROUP_DELETED,
+        REJECTED, UNKNOWN_TASK, FORGOTTEN, GROUP_SAVED, GROUP_DELETED, RERUN,
     }
 )  # fmt: skip
 """Every kind this version writes. A reader keeps the history of kinds that it does not know."""
@@ -119,6 +121,26 @@ class Imported(msgspec.Struct, frozen=True, rename={"source": "from"}):
     by: str
 
 
+class Parcel(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A task's message, so that it can be sent again; queue and exchange are the event's.
+
+    Attributes:
+        body: As the task's serializer wrote it, not compressed.
+        content_type: Of the body.
+        content_encoding: Of the body.
+        headers: As JSON.
+        properties: As JSON: priority, correlation_id, reply_to …
+        why_not: Why all these are empty.
+    """
+
+    body: bytes = b""
+    content_type: str = ""
+    content_encoding: str = ""
+    headers: dict[str, Any] = {}
+    properties: dict[str, Any] = {}
+    why_not: str = ""
+
+
 class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """One state change.
 
@@ -177,6 +199,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fa
         signum: … by this signal.
         requeue: Rejected to be delivered again.
         ignored: ``ignore_result`` was on: the payload was left out on purpose.
+        parcel: The message that was sent, where ``record_messages`` says so.
         imported: The event was made of another store's document, and tells what that knew.
     """
 
@@ -229,6 +252,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fa
     signum: _Int | None = None
     requeue: bool = False
     ignored: bool = False
+    parcel: Parcel | None = None
     imported: Imported | None = None
 
     @property

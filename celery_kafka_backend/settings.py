@@ -48,6 +48,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         record_ignored: Record the states of tasks with ``ignore_result`` (without payload).
         exclude: Names of tasks (``*`` at the end allowed) of which only results are recorded.
         sample: Share of task ids, by task name, whose other events are recorded: ``{name: 0.01}``.
+        record_messages: Names of tasks (``*`` for any text) whose messages are recorded, so that ``pipeline rerun`` can
+            send them again.
+        record_messages_bytes: Largest body of a message that is recorded.
         redact: Dotted path of ``f(task_name, args, kwargs) -> (args, kwargs)`` for the recorded
             arguments, or ``"all"`` to leave them out.
         max_message_bytes: Largest record, for client and topics.
@@ -91,6 +94,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     record_ignored: bool = True
     exclude: tuple[str, ...] = ()
     sample: dict[str, float] = {}
+    record_messages: tuple[str, ...] = ()
+    record_messages_bytes: int = 32_768
     redact: str = ""
     max_message_bytes: int = 1_048_576
     claim_check: str = ""
@@ -158,6 +163,7 @@ _REMEDIES: Final = {
     "chords": "one of kafka, view",
     "views": "a list of URLs, the primary view's first",
     "exclude": "a list of task names",
+    "record_messages": "a list of task names, ['*'] for all",
     "record": "a list of kinds of events",
     "sample": "a dictionary {task name: share between 0 and 1}",
     "history": "a dictionary {URL scheme: True or False}",
@@ -339,6 +345,7 @@ def _check_numbers(settings: Settings) -> None:
         ("chord_max_bytes", 1024, _INT32),
         ("max_message_bytes", 1024, _MOST_BYTES),
         ("claim_check_bytes", 1024, _INT32),
+        ("record_messages_bytes", 0, _INT32),
         ("partitions", 1, _INT32),
         ("chord_partitions", 1, _INT32),
         ("replication_factor", 1, 32_767),

@@ -196,6 +196,8 @@ def cause(event: Event) -> str:
             said.append(f"group {event.group}")
     if event.by:
         said.append(f"by {event.by}")
+    if event.kind == events.SENT and event.role == events.OPERATOR:
+        said.append("run again")
     if event.signum:
         said.append(f"signal {event.signum}")
     if event.due is not None:

@@ -110,6 +110,8 @@ class Recorder:
         self.result_retries = ONCE
         """``result_backend_always_retry`` and its bounds; the backend puts them here."""
         self.retries = _Retry()
+        self.sending = threading.local()
+        """What this thread knows of the message that it is sending: ``properties``."""
         self.host = socket.gethostname()
         self._redact = self._redactor(settings.redact)
         self._hints: dict[str, int] = {}
@@ -265,6 +267,10 @@ class Recorder:
         # Looked up once, as Celery's backends do: each look at the configuration costs 7 us.
         expires = self.app.conf.result_expires
         return int(1000 * (expires.total_seconds() if isinstance(expires, timedelta) else expires or 0))
+
+    def keeps_message(self, name: str) -> bool:
+        """Return whether a task's messages are recorded."""
+        return any(fnmatchcase(name, pattern) for pattern in self.settings.record_messages)
 
     def redacted(self, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return arguments as they may be recorded."""

@@ -108,6 +108,8 @@ def before_publish(
     headers[names.HLC] = clock.tick()
     headers[names.SENT_AT] = clock.wall_ms()
     headers[names.TASK] = task_id
+    if recorder.settings.record_messages:
+        recorder.sending.properties = dict(properties or {})
     if isinstance(body, tuple) and len(body) == 3 and isinstance(body[2], dict):
         embed = body[2]
         if is_declared(embed.get("chord")):
@@ -178,10 +180,19 @@ def after_publish(
             beat=headers.get(names.BEAT),
             stamps={one: plain(stamps.get(one)) for one in stamped} if stamped else None,
             ignored=bool(headers.get("ignore_result")),
+            parcel=_parcel(recorder, headers, body),
             expires_at=recorder.knowledge_expires(),
             **arguments,
         )
     )
+
+
+def _parcel(recorder: Recorder, headers: dict[str, Any], body: Any) -> events.Parcel | None:
+    if not (recorder.settings.record_messages and recorder.keeps_message(str(headers.get("task")))):
+        return None
+    from celery_kafka_backend.producer.parcels import packed  # noqa: PLC0415 - for who records messages
+
+    return packed(recorder, headers, body, getattr(recorder.sending, "properties", {}))
 
 
 # -- the worker's parent ---------------------------------------------------------------------

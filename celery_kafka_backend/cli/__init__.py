@@ -25,6 +25,7 @@ _COMMANDS: Final = (
     "chord",
     "forget",
     "dead-letters",
+    "rerun",
     "import",
     "replay",
     "verify",

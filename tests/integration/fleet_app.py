@@ -57,6 +57,13 @@ def progress(self, steps):
     return steps
 
 
+@app.task(bind=True, max_retries=1)
+def fails_until(self, path, value):
+    if not Path(path).exists():
+        raise self.retry(countdown=0.01, exc=ValueError("not there")) if self.request.retries < 1 else ValueError("no")
+    return value
+
+
 @app.task
 def nap(seconds):
     time.sleep(seconds)
