@@ -89,9 +89,13 @@ def test_a_running_task_is_terminated(pipeline: Pipeline, tmp_path: Path) -> Non
     result.revoke(terminate=True)
     with pytest.raises(TaskRevokedError):
         result.get(timeout=PATIENCE_S)
-    until(lambda: "revoked" in pipeline.kinds(result.id))
-    (event,) = (event for event in pipeline.history(result.id) if event.kind == "revoked")
-    assert event.terminated
+
+    def said() -> list[bool]:
+        return [event.terminated for event in pipeline.history(result.id) if event.kind == "revoked"]
+
+    until(lambda: any(said()))
+    # Celery 5.6 says it of a running task when it is asked to, and again when it has ended it.
+    assert sorted(said()) == ([False, True] if VERSION[:2] == (5, 6) else [True])
     # The pool replaces the child it lost.
     assert pipeline.tasks.same.delay("alive").get(timeout=PATIENCE_S) == "alive"
 
