@@ -52,13 +52,13 @@ def _measure(stage: Stage, prefix: str, name: str, count: int, peer_events: int)
     return found
 
 
-def once(stage: Stage, prefix: str, module: str, mode: str, events: int) -> dict[str, Any]:
+def once(stage: Stage, prefix: str, module: str, mode: str, events: int, **settings: Any) -> dict[str, Any]:
     cluster = stage.kafka(1)
     with stage.redis() as server:
         arguments = {
             "mode": mode,
             "backend": f"kafka://{cluster.bootstrap}/?view={server.url}",
-            "overrides": stage.overrides(cluster, prefix),
+            "overrides": stage.overrides(cluster, prefix) | settings,
             "events": events,
         }
         before = cluster_cpu_s(cluster)

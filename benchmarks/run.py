@@ -35,6 +35,7 @@ BENCHES = {
     "spool": "tasks per second of a worker with a spool, Kafka there and away",
     "storage": "bytes per task in Kafka and Redis, against Celery's Redis backend",
     "metrics_cost": "a fold and a worker with metrics, against the same without",
+    "insight": "a fold with statistics, against the same without; one Faust worker merging them; how old `top` is",
     "catch_up": "how long the view lags after a ten-minute outage",
     "barrier": "a read that a lagging view does not fool, against a plain read",
     "waiting": "100,000 results waited for in one process, and 1,000 processes that wait, against Celery's Redis backend (only with --long or by name)",

@@ -424,6 +424,7 @@ class EmbeddedStack:
                 "chord_partitions": PARTITIONS,
                 "replication_factor": 1,
                 "min_insync_replicas": 1,
+                "insight": False,
                 # A real broker answers a waiting fetch as soon as there is something; this one when the time is up.
                 "consumer": {"fetch.wait.max.ms": FETCH_WAIT_MS},
             },

@@ -177,7 +177,46 @@ PARTITIONS: Final = Metric(
 
 PROCESSORS: Final = (*VIEW_CELLS, VIEW_LAG, VIEW_LAG_SECONDS, *CHORDS_CELLS, UP, STARTS, TURN, PARTITIONS)
 
-ALL: Final = (*WORKER, *PROCESSORS)
+# -- insight: what `top` shows -----------------------------------------------------------------------
+
+_FIGURE: Final = ("by", "name", "window")
+"""Of what (task, queue, worker), which one, and over how long."""
+
+INSIGHT_RATE: Final = Metric(
+    f"{PREFIX}insight_events_per_second", "gauge", "Events in a window, by kind.", (*_FIGURE, "kind")
+)
+INSIGHT_FAILURES: Final = Metric(
+    f"{PREFIX}insight_failure_ratio",
+    "gauge",
+    "Failures and lost workers among the attempts that ended for good.",
+    _FIGURE,
+)
+INSIGHT_RETRIES: Final = Metric(
+    f"{PREFIX}insight_retry_ratio", "gauge", "Retries among all attempts that ended.", _FIGURE
+)
+INSIGHT_WAIT: Final = Metric(
+    f"{PREFIX}insight_wait_seconds", "gauge", "From when a task could have started to when it did, quantiles.",
+    (*_FIGURE, "quantile"),
+)  # fmt: skip
+INSIGHT_RUN: Final = Metric(
+    f"{PREFIX}insight_run_seconds", "gauge", "Run times of attempts that ended, quantiles.", (*_FIGURE, "quantile")
+)
+INSIGHT_IN_FLIGHT: Final = Metric(
+    f"{PREFIX}insight_in_flight", "gauge", "Attempts that began within the last hour and are not over.", ("by", "name")
+)
+INSIGHT_OLDEST: Final = Metric(
+    f"{PREFIX}insight_oldest_seconds", "gauge", "Since the minute in which the oldest of these began; 0 if none.",
+    ("by", "name"),
+)  # fmt: skip
+INSIGHT_AGE: Final = Metric(
+    f"{PREFIX}insight_age_seconds", "gauge", "Since an insight processor last wrote, when these figures were read."
+)
+INSIGHT: Final = (
+    INSIGHT_RATE, INSIGHT_FAILURES, INSIGHT_RETRIES, INSIGHT_WAIT, INSIGHT_RUN, INSIGHT_IN_FLIGHT, INSIGHT_OLDEST,
+    INSIGHT_AGE,
+)  # fmt: skip
+
+ALL: Final = (*WORKER, *PROCESSORS, *INSIGHT)
 
 
 class Layout:

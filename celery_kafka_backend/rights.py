@@ -49,6 +49,7 @@ class Right(NamedTuple):
 def rights(prefix: str) -> list[Right]:
     """Return the least rights of each role."""
     log, chord, dead = topics.task_events(prefix), topics.chords(prefix), topics.dead_letters(prefix)
+    stats, changelog = topics.task_stats(prefix), topics.insight_changelog(prefix)
     groups = f"{prefix}.*"
     needed = [
         (CLIENT, "topic", log, "Write Describe"),
@@ -61,8 +62,12 @@ def rights(prefix: str) -> list[Right]:
         (PROCESSOR, "topic", log, "Read Write Describe"),
         (PROCESSOR, "topic", chord, "Read Write Describe"),
         (PROCESSOR, "topic", dead, "Write Describe"),
+        (PROCESSOR, "topic", stats, "Read Write Describe"),
+        (PROCESSOR, "topic", changelog, "Read Write Describe"),
         (PROCESSOR, "group", groups, "Read"),
         *((OPERATOR, "topic", topic, "Read Describe DescribeConfigs") for topic in (log, chord, dead)),
+        # `pipeline init` looks whether they are as they should be.
+        *((OPERATOR, "topic", topic, "Describe DescribeConfigs") for topic in (stats, changelog)),
         (OPERATOR, "topic", chord, "Write"),  # `pipeline chord --fire|--fail|--resend`
         # `pipeline dead-letters requeue|drop`
         (OPERATOR, "topic", log, "Write"),

@@ -64,6 +64,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         replication_factor: Copies of each partition.
         min_insync_replicas: Copies that must have a record before it is acknowledged.
         retention_ms: How long the log keeps events.
+        insight: Whether the materializers of the primary view tell statistics, for ``pipeline run --insight``.
+        insight_partitions: Partitions of their topic, so the most processes that can share the work; may never change.
         chord_key: Secret for an HMAC over chord declarations; "" for none.
         chord_deadline_s: How long after its declaration a chord that is not complete fails; 0: it waits. A signature's
             option of the same name goes before it.
@@ -107,6 +109,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     replication_factor: int = 3
     min_insync_replicas: int = 2
     retention_ms: int = 7 * DAY_MS
+    insight: bool = True
+    insight_partitions: int = 4
     chord_key: str = ""
     chord_deadline_s: float = 0.0
     chord_max_bytes: int = 64 << 20
@@ -348,6 +352,7 @@ def _check_numbers(settings: Settings) -> None:
         ("record_messages_bytes", 0, _INT32),
         ("partitions", 1, _INT32),
         ("chord_partitions", 1, _INT32),
+        ("insight_partitions", 1, _INT32),
         ("replication_factor", 1, 32_767),
         ("min_insync_replicas", 1, 32_767),
         ("retention_ms", 1, 1 << 53),

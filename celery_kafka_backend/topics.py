@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from celery_kafka_backend.settings import Settings
 
 DAY_MS: Final = 86_400_000
+INSIGHT_MS: Final = DAY_MS // 4
+"""How long partial statistics are kept, and what is made of them."""
 DEAD_LETTER_ROOM: Final = 65_536
 """Bytes that a dead letter may add to the record that it holds."""
 
@@ -38,6 +40,7 @@ class Topic(NamedTuple):
         replication: Copies of each.
         config: Topic settings under Kafka's own names.
         fixed_partitions: The count may never change, not even grow.
+        partitions_setting: The setting that says how many.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Topic(NamedTuple):
     replication: int
     config: dict[str, str]
     fixed_partitions: bool = False
+    partitions_setting: str = "partitions"
 
 
 def task_events(prefix: str) -> str:
@@ -60,6 +64,21 @@ def chords(prefix: str) -> str:
 def dead_letters(prefix: str) -> str:
     """Return the name of the topic for records that could not be folded or written."""
     return f"{prefix}.dead-letters"
+
+
+def task_stats(prefix: str) -> str:
+    """Return the name of the topic of partial statistics, keyed by task name."""
+    return f"{prefix}.task-stats"
+
+
+def insight(prefix: str) -> str:
+    """Return the id of the Faust app that merges them: its consumer group, and the beginning of its changelogs' names."""
+    return f"{prefix}.insight"
+
+
+def insight_changelog(prefix: str) -> str:
+    """Return the name of the changelog of its one table; Faust puts it together like this."""
+    return f"{insight(prefix)}-minutes-changelog"
 
 
 def operators(prefix: str) -> str:
@@ -105,7 +124,7 @@ def wanted(settings: Settings) -> list[Topic]:
         "min.insync.replicas": str(min(settings.min_insync_replicas, settings.replication_factor)),
         "max.message.bytes": str(settings.max_message_bytes),
     }
-    return [
+    found = [
         Topic(
             task_events(prefix),
             settings.partitions,
@@ -128,6 +147,7 @@ def wanted(settings: Settings) -> list[Topic]:
                 "min.cleanable.dirty.ratio": "0.1",
             },
             fixed_partitions=True,
+            partitions_setting="chord_partitions",
         ),
         Topic(
             dead_letters(prefix),
@@ -141,6 +161,28 @@ def wanted(settings: Settings) -> list[Topic]:
                 "max.message.bytes": str(settings.max_message_bytes + DEAD_LETTER_ROOM),
             },
         ),
+    ]
+    return found + _of_insight(settings, common) if settings.insight else found
+
+
+def _of_insight(settings: Settings, common: dict[str, str]) -> list[Topic]:
+    # What is older than this no window shows.
+    kept = {"retention.ms": str(INSIGHT_MS), "segment.ms": str(INSIGHT_MS // 6), "compression.type": "producer"}
+    compacted = {"cleanup.policy": "compact,delete", "min.cleanable.dirty.ratio": "0.1"}
+    return [
+        Topic(
+            name,
+            # Faust wants a table's changelog to have as many as the stream that feeds it.
+            settings.insight_partitions,
+            settings.replication_factor,
+            common | kept | cleanup,
+            fixed_partitions=True,
+            partitions_setting="insight_partitions",
+        )
+        for name, cleanup in (
+            (task_stats(settings.topic_prefix), {"cleanup.policy": "delete"}),
+            (insight_changelog(settings.topic_prefix), compacted),
+        )
     ]
 
 

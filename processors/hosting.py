@@ -34,6 +34,14 @@ def fold_view(level: str, settings: Settings, url: str, options: StoreOptions, p
     materialize(settings, url, options, place)
 
 
+def keep_insight(level: str, settings: Settings, url: str, options: StoreOptions) -> None:
+    """Keep the insight view until SIGTERM."""
+    from celery_kafka_backend.processors.insight import run  # noqa: PLC0415 - as above, and an extra
+
+    log_to_stderr(level)
+    run(settings, url, options)
+
+
 def decide_chords(level: str, reference: str, place: Place | None = None) -> None:
     """Decide chords and send their bodies until SIGTERM.
 

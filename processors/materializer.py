@@ -41,6 +41,7 @@ from celery_kafka_backend.processors import intake
 from celery_kafka_backend.processors.backoff import backoff_s
 from celery_kafka_backend.processors.consumers import IDLE_S, Consumers, Counts, place
 from celery_kafka_backend.processors.deadletters import DeadLetters
+from celery_kafka_backend.processors.emitting import Emitter
 from celery_kafka_backend.processors.fold import fold
 from celery_kafka_backend.sinks.registry import open_sink, open_view
 
@@ -136,6 +137,8 @@ class Materializer:
         self._stopping = False
         self.meter: ViewMeter | None = None
         """Who is told what happens; set before `run`."""
+        self.emitter: Emitter | None = None
+        """Who is handed what is written, to tell statistics of it; set before `run`."""
         self.paused = ""
         """What we wait for, and why; "" if we do not."""
         # Whether the view may have lost something since it was last asked.
@@ -165,9 +168,13 @@ class Materializer:
             try:
                 self._consumers.join()
                 logger.info("%s: reading %s into %s", self.group, ", ".join(self._topics), self._sink.url)
+                if self.emitter is not None:
+                    self.emitter.start()
                 self._loop()
             finally:
                 self._consumers.leave()
+                if self.emitter is not None:
+                    self.emitter.stop()
         finally:
             self._sink.close()
             self._view.close()
@@ -214,6 +221,8 @@ class Materializer:
         counts.changes += len(batch.changes)
         counts.batches += 1
         self._consumers.written()
+        if self.emitter is not None:
+            self.emitter.take(messages, found)
         return True
 
     def _write(self, batch: Batch, messages: list[Message]) -> None:
@@ -380,6 +389,8 @@ def materialize(settings: Settings, url: str, options: StoreOptions, place: Plac
         place: Where to write metrics, if anywhere.
     """
     work = materializer(settings, url, options)
+    if settings.insight and url == settings.views[0]:
+        work.emitter = Emitter(settings)
     if place is not None:
         from celery_kafka_backend.processors.metering import ViewMeter  # noqa: PLC0415 - only where metrics are wanted
 

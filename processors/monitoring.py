@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from celery_kafka_backend.board import Reading
     from celery_kafka_backend.metrics import Layout, Metric
+    from celery_kafka_backend.processors.insight_metrics import InsightProbe
     from celery_kafka_backend.sinks.contract import StoreOptions
 
 PATIENCE: Final = 10
@@ -91,11 +92,18 @@ class ProcessorsSource:
         roles: The processors, in the order of their places.
         probes: One per view.
         health_timeout_s: As set.
+        insight: Reads the insight view, where it is kept.
     """
 
-    metrics: Sequence[Metric] = metrics.PROCESSORS
-
-    def __init__(self, roles: Sequence[Role], probes: Sequence[ViewProbe], health_timeout_s: float) -> None:
+    def __init__(
+        self,
+        roles: Sequence[Role],
+        probes: Sequence[ViewProbe],
+        health_timeout_s: float,
+        insight: InsightProbe | None = None,
+    ) -> None:
+        self.metrics: Sequence[Metric] = (*metrics.PROCESSORS, *(metrics.INSIGHT if insight else ()))
+        self._insight = insight
         self._roles = list(roles)
         self._probes = list(probes)
         self._timeout_s = health_timeout_s
@@ -120,6 +128,8 @@ class ProcessorsSource:
             yield Series(metrics.UP, (role.name,), (float(reading is not None and reading.alive),))
             if reading is not None:
                 yield from _of_process(role, reading, now)
+        if self._insight is not None:
+            yield from self._insight.series()
 
     # -- /healthz and /readyz ----------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ _COMMANDS: Final = (
     "run",
     "init",
     "status",
+    "top",
     "doctor",
     "history",
     "search",
@@ -55,6 +56,7 @@ def pipeline() -> None:
     \b
     Then:
       celery -A proj pipeline status          who folds, and how far behind
+      celery -A proj pipeline top             rates, failures, waiting and run times, live
       celery -A proj pipeline doctor          one verdict on everything
       celery -A proj pipeline history ID      what happened to a task, its workflow, its group; now or then
       celery -A proj pipeline search          which tasks failed, were slow, were tried again …

@@ -57,9 +57,10 @@ class Difference(NamedTuple):
             return "init --alter sets it"
         if self.kind == REPLICATION:
             return "kafka-reassign-partitions.sh; or set kafka_backend_settings['replication_factor'] to what is there"
-        name = "chord_partitions" if self.topic.fixed_partitions else "partitions"
+        name = self.topic.partitions_setting
         if self.topic.fixed_partitions:
-            return f"never change it: a chord lives in one partition. Set kafka_backend_settings['{name}'] = {self.is_}"
+            what = "a chord lives" if name == "chord_partitions" else "a task name's figures live"
+            return f"never change it: {what} in one partition. Set kafka_backend_settings['{name}'] = {self.is_}"
         if self.kind == FEWER:
             return "init --grow adds them"
         return f"fine; topics never shrink. Set kafka_backend_settings['{name}'] = {self.is_} to say so"

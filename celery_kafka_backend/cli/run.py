@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from importlib import metadata
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -17,13 +18,17 @@ from celery_kafka_backend.errors import SettingsError, Unavailable
 from celery_kafka_backend.processors import hosting, supervisor
 from celery_kafka_backend.processors.supervisor import ProcessSpec, Supervisor
 from celery_kafka_backend.settings import SETTING, mask
+from celery_kafka_backend.sinks.insight import insight_url
 from celery_kafka_backend.sinks.registry import open_sink
 from celery_kafka_backend.topics import view_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from celery_kafka_backend.settings import Settings
+
 CHORDS: Final = "chords"
+INSIGHT: Final = "insight"
 _ENDS: Final = {
     supervisor.STOPPED: Exit.OK,
     supervisor.KILLED: Exit.KILLED,
@@ -41,6 +46,7 @@ _LEVELS: Final = ("debug", "info", "warning", "error")
 @click.option("--processes", type=click.IntRange(1, 1000), default=1, help="Processes per view, on this machine.")
 @click.option("--no-chords", is_flag=True, help="Only views: chords are decided elsewhere.")
 @click.option("--chords-only", is_flag=True, help="No views: only decide chords.")
+@click.option("--insight", is_flag=True, help="Also keep the insight view, for `pipeline top` (extra: insight).")
 @click.option("--loglevel", "-l", type=click.Choice(_LEVELS, case_sensitive=False), default="info", help="Log level.")
 @click.option("--metrics-port", type=click.IntRange(0, 65535), help="Serve metrics and health here; 0: any free port.")
 @click.option("--metrics-address", default="127.0.0.1", help="… on this address.")
@@ -52,6 +58,7 @@ def command(
     processes: int,
     no_chords: bool,
     chords_only: bool,
+    insight: bool,
     loglevel: str,
     metrics_port: int | None,
     metrics_address: str,
@@ -69,6 +76,7 @@ def command(
       celery -A proj pipeline run --processes 4                four per view, for a large log
       celery -A proj pipeline run --view redis --no-chords     one view only
       celery -A proj pipeline run --chords-only                chords only, beside it
+      celery -A proj pipeline run --insight                    everything, and figures for `pipeline top`
       celery -A proj pipeline run --view sqlite:////data/audit.db --no-chords
                                                                a view that the app does not know (yet)
     """
@@ -78,19 +86,20 @@ def command(
         raise Stop(Exit.CONFIGURATION, "--view and --chords-only contradict each other", "give one of them")
     pipeline = pipeline_of(ctx)
     urls = [] if chords_only else chosen_views(pipeline.settings, views)
-    preflight(pipeline, urls, timeout, chords=not no_chords)
-    specs = processes_for(pipeline, urls, processes, loglevel, chords=not no_chords)
+    held = insight_view(pipeline.settings) if insight else ""
+    preflight(pipeline, urls, timeout, chords=not no_chords, insight=insight)
+    specs = processes_for(pipeline, urls, processes, loglevel, chords=not no_chords, insight=held)
     hosting.log_to_stderr(loglevel)
-    click.echo(banner(pipeline, urls, processes, chords=not no_chords))
+    click.echo(banner(pipeline, urls, processes, chords=not no_chords, insight=held))
     if metrics_port is not None:
-        specs = monitored(pipeline, urls, specs, metrics_address, metrics_port)
+        specs = monitored(pipeline, urls, specs, metrics_address, metrics_port, insight=held)
     return _ENDS.get(Supervisor(specs).run(), Exit.UNEXPECTED)
 
 
 def processes_for(
-    pipeline: Pipeline, urls: Sequence[str], processes: int, loglevel: str, *, chords: bool
+    pipeline: Pipeline, urls: Sequence[str], processes: int, loglevel: str, *, chords: bool, insight: str = ""
 ) -> list[ProcessSpec]:
-    """Return what is to run."""
+    """Return what is to run; ``insight`` is the view that holds it, if it is wanted."""
     specs = [
         ProcessSpec(
             f"{view_name(url)}/{n}", hosting.fold_view, (loglevel, pipeline.settings, url, pipeline.options(url))
@@ -100,6 +109,9 @@ def processes_for(
     ]
     if chords:
         specs.append(ProcessSpec(CHORDS, hosting.decide_chords, (loglevel, pipeline.reference)))
+    if insight:
+        given = (loglevel, pipeline.settings, insight, pipeline.options(insight))
+        specs.append(ProcessSpec(INSIGHT, hosting.keep_insight, given))
     try:
         pickle.dumps(specs)
     except (pickle.PicklingError, TypeError, AttributeError) as exc:
@@ -110,7 +122,13 @@ def processes_for(
 
 
 def monitored(
-    pipeline: Pipeline, urls: Sequence[str], specs: Sequence[ProcessSpec], address: str, port: int
+    pipeline: Pipeline,
+    urls: Sequence[str],
+    specs: Sequence[ProcessSpec],
+    address: str,
+    port: int,
+    *,
+    insight: str = "",
 ) -> list[ProcessSpec]:
     """Serve metrics and health; return the processes, each with its place on the board.
 
@@ -122,16 +140,41 @@ def monitored(
     from celery_kafka_backend.processors.monitoring import ProcessorsSource, Role, ViewProbe  # noqa: PLC0415
 
     views = [view_name(url) for url in urls]
+    # Faust's process has no seat on the board: what it does shows in the figures that it writes.
+    apart = [spec for spec in specs if spec.name == INSIGHT]
+    specs = [spec for spec in specs if spec.name != INSIGHT]
     roles = [Role(spec.name, next((v for v in views if spec.name.startswith(f"{v}/")), "")) for spec in specs]
     probes = [ViewProbe(url, pipeline.options(url)) for url in urls]
-    source = ProcessorsSource(roles, probes, pipeline.settings.health_timeout_s)
+    figures = None
+    if insight:
+        from celery_kafka_backend.processors.insight_metrics import InsightProbe  # noqa: PLC0415 - likewise
+
+        figures = InsightProbe(insight, pipeline.options(insight))
+    source = ProcessorsSource(roles, probes, pipeline.settings.health_timeout_s, figures)
     endpoint = Endpoint(source, address, port, ("--metrics-address", "--metrics-port"))
     endpoint.start()
     click.echo(f"Metrics and health: {endpoint.url}/metrics, /healthz, /readyz")
-    return [spec._replace(args=(*spec.args, source.place(number))) for number, spec in enumerate(specs)]
+    return [spec._replace(args=(*spec.args, source.place(number))) for number, spec in enumerate(specs)] + apart
 
 
-def banner(pipeline: Pipeline, urls: Sequence[str], processes: int, *, chords: bool) -> str:
+def insight_view(settings: Settings) -> str:
+    """Return the URL of the view that is to hold insight.
+
+    Raises:
+        SettingsError: No view can, nobody tells statistics, or the extra is not installed.
+    """
+    if not settings.insight:
+        raise SettingsError(f"{SETTING}['insight']", "False, so that nothing is told", "leave it out")
+    try:
+        for package in ("faust-streaming", "ddsketch"):
+            metadata.version(package)
+    except metadata.PackageNotFoundError as exc:
+        remedy = "pip install 'celery-kafka-backend[insight]'"
+        raise SettingsError("--insight", f"{exc.name} is not installed", remedy) from exc
+    return insight_url(settings.views)
+
+
+def banner(pipeline: Pipeline, urls: Sequence[str], processes: int, *, chords: bool, insight: str = "") -> str:
     """Return what runs where, without secrets."""
     settings = pipeline.settings
     each = f"{processes} process{'es' * (processes != 1)}"
@@ -140,6 +183,7 @@ def banner(pipeline: Pipeline, urls: Sequence[str], processes: int, *, chords: b
         f"  log     kafka://{mask(settings.bootstrap_servers)}  {topics.task_events(settings.topic_prefix)}",
         *(f"  view    {mask(url)}  {view_name(url)}, {each}" for url in urls),
         f"  chords  {'1 process' if chords else 'not here'}",
+        *([f"  insight {mask(insight)}, 1 process"] if insight else []),
         "Ctrl-C or SIGTERM stops them cleanly.",
     ]
     return "\n".join(lines)
@@ -148,7 +192,9 @@ def banner(pipeline: Pipeline, urls: Sequence[str], processes: int, *, chords: b
 # -- looking before --------------------------------------------------------------------------
 
 
-def preflight(pipeline: Pipeline, urls: Sequence[str], timeout_s: float, *, chords: bool) -> None:
+def preflight(
+    pipeline: Pipeline, urls: Sequence[str], timeout_s: float, *, chords: bool, insight: bool = False
+) -> None:
     """Find out what would keep the processors from working.
 
     Raises:
@@ -157,8 +203,8 @@ def preflight(pipeline: Pipeline, urls: Sequence[str], timeout_s: float, *, chor
     """
     broker = Broker(pipeline.settings, timeout_s)
     try:
-        check_topics(broker, pipeline)
-        check_rights(broker, rights.PROCESSOR, chords=chords)
+        check_topics(broker, pipeline, insight=insight)
+        check_rights(broker, rights.PROCESSOR, chords=chords, insight=insight)
         for url in urls:
             check_view(pipeline, url)
         ownership.claim(broker, str(pipeline.app.main or ""))
@@ -166,9 +212,11 @@ def preflight(pipeline: Pipeline, urls: Sequence[str], timeout_s: float, *, chor
         broker.close()
 
 
-def check_topics(broker: Broker, pipeline: Pipeline) -> None:
+def check_topics(broker: Broker, pipeline: Pipeline, *, insight: bool = False) -> None:
     """Say which topics are missing."""
     wanted = topics.wanted(pipeline.settings)
+    if not insight:  # results need none of its topics
+        wanted = [topic for topic in wanted if topic.partitions_setting != "insight_partitions"]
     missing = [topic.name for topic in wanted if not broker.partitions(topic.name)]
     if missing:
         raise Stop(
@@ -179,9 +227,14 @@ def check_topics(broker: Broker, pipeline: Pipeline) -> None:
         )
 
 
-def check_rights(broker: Broker, role: str, *, chords: bool = True) -> None:
+def check_rights(broker: Broker, role: str, *, chords: bool = True, insight: bool = False) -> None:
     """Say which rights a role lacks with these credentials, as far as Kafka tells."""
-    needed = rights.of_role(broker.settings.topic_prefix, role)
+    prefix = broker.settings.topic_prefix
+    needed = rights.of_role(prefix, role)
+    if not insight:  # results need none of its topics
+        needed = [
+            one for one in needed if one.name not in (topics.task_stats(prefix), topics.insight_changelog(prefix))
+        ]
     on_topics = [one for one in needed if one.resource == "topic" and (chords or one.operation != "Write")]
     have = broker.operations(sorted({right.name for right in on_topics}))
     if have is None:

@@ -167,13 +167,13 @@ class Running:
 def test_init_creates_the_topics_and_check_finds_nothing_to_say(shell):
     before = shell("init", "--check")
     assert before.returncode == Exit.TOPICS_WRONG
-    assert before.stdout.count(": missing") == 3
+    assert before.stdout.count(": missing") == 5
     made = shell("init")
     assert made.returncode == 0, made.said
     assert "cleanup.policy = compact" in made.stdout
     assert "retention.ms = 604800000" in made.stdout
     after = shell("init", "--check")
-    assert (after.returncode, after.stdout) == (0, "3 topics are as they should be.\n")
+    assert (after.returncode, after.stdout) == (0, "5 topics are as they should be.\n")
     assert shell("init").returncode == 0
 
 

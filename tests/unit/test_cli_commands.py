@@ -176,7 +176,7 @@ def test_a_wrong_address_is_named_with_its_setting_within_the_timeout():
 def test_print_asks_nobody():
     done = invoke("init", "--print")
     assert done.exit_code == 0
-    assert done.output.count("kafka-topics.sh") == 3
+    assert done.output.count("kafka-topics.sh") == 5
     assert "kafka-acls.sh" in done.output
 
 

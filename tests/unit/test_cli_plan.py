@@ -11,7 +11,7 @@ from celery_kafka_backend.settings import parse
 
 SETTINGS = parse("kafka://b:9092/?view=redis://r/0", {"topic_prefix": "x"})
 WANTED = topics.wanted(SETTINGS)
-LOG, CHORDS, _ = WANTED
+LOG, CHORDS, _, STATS, _ = WANTED
 
 
 def as_wanted(topic, **changes):
@@ -50,6 +50,14 @@ def test_the_partitions_of_the_chords_are_never_to_be_changed(partitions):
     assert not one.harmless
     assert "--grow" not in one.remedy
     assert f"chord_partitions'] = {partitions}" in one.remedy
+
+
+@pytest.mark.parametrize("partitions", [3, 24])
+def test_the_partitions_of_the_statistics_are_never_to_be_changed(partitions):
+    (one,) = differences(task_stats=as_wanted(STATS, partitions=partitions))
+    assert not one.harmless
+    assert "--grow" not in one.remedy
+    assert f"insight_partitions'] = {partitions}" in one.remedy
 
 
 def test_a_compacted_log_is_named_with_both_values():

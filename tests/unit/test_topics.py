@@ -62,7 +62,7 @@ def topics(**given: int | str) -> dict[str, Topic]:
 
 def test_the_defaults():
     """As `init` prints them."""
-    log, chords, dead = topics().values()
+    log, chords, dead, *_ = topics().values()
     assert (log.name, chords.name, dead.name) == ("celery.task-events", "celery.chords", "celery.dead-letters")
     assert [(t.partitions, t.replication) for t in (log, chords, dead)] == [(12, 3), (12, 3), (1, 3)]
     for topic in (log, chords, dead):
@@ -109,7 +109,24 @@ def test_sizes_and_prefix_are_the_users():
         ("p.task-events", 2, 1),
         ("p.chords", 3, 1),
         ("p.dead-letters", 1, 1),
+        ("p.task-stats", 4, 1),
+        ("p.insight-minutes-changelog", 4, 1),
     ]
+
+
+def test_who_wants_no_insight_has_no_topics_for_it():
+    assert not [name for name in topics(insight=False) if "stats" in name or "insight" in name]
+
+
+def test_statistics_and_their_changelog_have_the_same_partitions_for_ever():
+    """Or Faust would look for a name's figures where they are not."""
+    *_, stats, changelog = topics(insight_partitions=7).values()
+    assert (stats.partitions, changelog.partitions) == (7, 7)
+    assert stats.fixed_partitions
+    assert changelog.fixed_partitions
+    assert stats.config["cleanup.policy"] == "delete"
+    assert changelog.config["cleanup.policy"] == "compact,delete"
+    assert stats.config["retention.ms"] == changelog.config["retention.ms"] == str(6 * 3_600_000)
 
 
 def test_more_copies_in_sync_than_copies_are_never_asked_of_kafka():

@@ -1,0 +1,292 @@
+"""Telling statistics: beside the materializer of the primary view, and never in its way.
+
+The materializer hands over each batch that it has written, and goes on. A thread of ours counts it (`tally`) and sends
+what has changed to ``<prefix>.task-stats``, twice a second. Whatever fails here is logged, and tried again; results and
+their commits know nothing of it.
+
+**No bucket is told by half.** How far partials are acknowledged is committed under a consumer group of its own,
+``<prefix>.stats``, always at the start of a bucket. Whoever gets a partition, after a crash, a rebalance or trouble of
+any kind, reads it again from there up to where the materializer's batch begins, with a consumer of its own, and so
+counts every bucket from its first record. What that tells a second time replaces what was told before.
+If that stretch is longer than `CATCH_UP` records, only its end is read: so much the windows of a fleet in trouble lack.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+
+from celery_kafka_backend import partials, topics
+from celery_kafka_backend.changes import Logged
+from celery_kafka_backend.codec import decode
+from celery_kafka_backend.complaints import Complaints
+from celery_kafka_backend.errors import CodecError, PublishError
+from celery_kafka_backend.kafka import consumer_config, producer_config, refusal, translate
+from celery_kafka_backend.partials import BUCKET
+from celery_kafka_backend.past import batches
+from celery_kafka_backend.processors.tally import Tally
+from celery_kafka_backend.rights import PROCESSOR, Right
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from confluent_kafka import KafkaError, Message
+
+    from celery_kafka_backend.partials import Partial
+    from celery_kafka_backend.processors.intake import Intake
+    from celery_kafka_backend.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+TELL_S: Final = 0.5
+SETTLE_S: Final = 1.0
+"""How often positions are committed."""
+CATCH_UP: Final = 20_000
+"""Records of a partition that are read again at most."""
+WAITING: Final = 8
+"""Batches that may wait for us. More are let go, and read again from the log."""
+UNSETTLED: Final = 2_000
+"""Buckets that a partition may hold while they cannot be told; then its oldest are let go."""
+ANSWER_S: Final = 5.0
+RETRY_S: Final = 2.0
+COMPLAIN_S: Final = 60.0
+STATS: Final = "stats"
+"""Names the group under which we keep our own positions."""
+
+
+class _Batch(NamedTuple):
+    messages: Sequence[Message]
+    intake: Intake
+
+
+class Emitter:
+    """Counts what it is handed, and tells it. To be used by one thread.
+
+    Args:
+        settings: The user's.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._log = topics.task_events(settings.topic_prefix)
+        self._topic = topics.task_stats(settings.topic_prefix)
+        self._batches: queue.Queue[_Batch] = queue.Queue(WAITING)
+        self._stopping = threading.Event()
+        self._tallies: dict[int, Tally] = {}
+        self._settled: dict[int, int] = {}
+        self._retry_at: dict[int, float] = {}
+        self._complained: dict[str, float] = {}
+        self._complaints = Complaints(settings)
+        self._producer: Producer | None = None
+        self._reader: Consumer | None = None
+        self._thread = threading.Thread(target=self._run, name="statistics", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def take(self, messages: Sequence[Message], intake: Intake) -> None:
+        """Take a batch that is written; never blocks, never fails."""
+        if intake.logged or intake.poison:
+            try:
+                self._batches.put_nowait(_Batch(messages, intake))
+            except queue.Full:  # whoever finds the gap reads it again
+                self._complain("the statistics are behind: what they miss is read again")
+
+    def stop(self) -> None:
+        """Tell the rest, commit and end; in bounded time."""
+        self._stopping.set()
+        self._thread.join(2 * ANSWER_S)
+
+    # -- in our own thread -------------------------------------------------------------------
+
+    def _run(self) -> None:
+        tell_at = settle_at = self._clock()
+        while not self._stopping.is_set() or not self._batches.empty():
+            try:
+                self._count()
+                now = self._clock()
+                if now >= tell_at:
+                    tell_at = now + TELL_S
+                    self._tell()
+                if now >= settle_at:
+                    settle_at = now + SETTLE_S
+                    self._settle()
+            except (PublishError, KafkaException) as exc:
+                self._complain(str(exc))
+            except Exception:
+                # What is counted may be wrong now: all of it is counted again.
+                logger.exception("statistics: counting again")
+                self._tallies.clear()
+        self._end()
+
+    def _end(self) -> None:
+        try:
+            self._tell()
+            if self._producer is not None:
+                self._producer.flush(ANSWER_S)
+            self._settle()
+        except (PublishError, KafkaException) as exc:
+            self._complain(str(exc))
+        if self._reader is not None:
+            self._reader.close()
+
+    def _count(self) -> None:
+        try:
+            batch = self._batches.get(timeout=0.1)
+        except queue.Empty:
+            batch = None
+        if self._producer is not None:
+            self._producer.poll(0)
+        if batch is not None:
+            for partition, first, logged in _stretches(batch.messages, batch.intake, self._log):
+                self._add(partition, first, logged)
+
+    def _add(self, partition: int, first: int, logged: Sequence[Logged | None]) -> None:
+        tally = self._tallies.get(partition)
+        if tally is None or first > tally.next:
+            if self._clock() < self._retry_at.get(partition, 0.0):
+                return
+            self._tallies.pop(partition, None)
+            self._retry_at[partition] = self._clock() + RETRY_S
+            tally = self._tallies[partition] = self._caught_up(partition, first)
+            del self._retry_at[partition]
+        tally.add(first, logged)
+        if len(tally) > UNSETTLED:
+            del self._tallies[partition]
+            self._complain(f"{self._topic} takes nothing: statistics of partition {partition} are let go")
+
+    # -- from where on -----------------------------------------------------------------------
+
+    def _caught_up(self, partition: int, upto: int) -> Tally:
+        """Return a tally that has counted all up to an offset, from where all before is told.
+
+        Raises:
+            PublishError: Kafka does not answer, or refuses.
+        """
+        start = self._start(partition, upto)
+        tally = Tally(partition, start)
+        if start >= upto:
+            return tally
+        try:
+            for messages in batches(self._own_reader(), {(self._log, partition): (start, upto)}, quiet_s=ANSWER_S):
+                for message in messages:
+                    offset = message.offset()
+                    if message.error() is None and offset is not None and offset < upto:
+                        tally.add(offset, [_logged(message)])
+        except KafkaException as exc:
+            raise self._refused(exc, "reading the log again", self._log, "Read") from exc
+        finally:
+            self._own_reader().unassign()
+        tally.add(upto, [])
+        return tally
+
+    def _start(self, partition: int, upto: int) -> int:
+        at = TopicPartition(self._log, partition)
+        reader = self._own_reader()
+        try:
+            (committed,) = reader.committed([at], timeout=ANSWER_S)
+            low, high = reader.get_watermark_offsets(at, timeout=ANSWER_S)
+        except KafkaException as exc:
+            raise self._refused(exc, "asking where the statistics are", self._log, "Read") from exc
+        # None yet, or of a log that was deleted: whoever had the partition before us may have died before it could say.
+        settled = committed.offset if 0 <= committed.offset <= high else low
+        if settled < upto - CATCH_UP:
+            logger.warning(
+                "statistics: records %d to %d of %s/%d are left out: too many to count again",
+                settled, upto - CATCH_UP - 1, self._log, partition,
+            )  # fmt: skip
+            settled = upto - CATCH_UP
+        return max(settled, low) // BUCKET * BUCKET
+
+    def _own_reader(self) -> Consumer:
+        if self._reader is None:
+            group = topics.group_id(self._settings.topic_prefix, STATS)
+            config = {**consumer_config(self._settings, group), "enable.partition.eof": True}
+            self._reader = self._complaints.handle(Consumer, config)
+        return self._reader
+
+    def _settle(self) -> None:
+        """Commit how far all is told."""
+        moved = {at: tally.settled for at, tally in self._tallies.items() if self._settled.get(at) != tally.settled}
+        if moved:
+            offsets = [TopicPartition(self._log, at, offset) for at, offset in moved.items()]
+            try:
+                self._own_reader().commit(offsets=offsets, asynchronous=False)
+            except KafkaException as exc:
+                raise translate(exc, "keeping where the statistics are") from exc
+            self._settled.update(moved)
+
+    # -- telling -----------------------------------------------------------------------------
+
+    def _tell(self) -> None:
+        problem: KafkaException | None = None
+        for tally in self._tallies.values():
+            for partial in list(tally.partials()):
+                try:
+                    self._send(tally, partial)
+                except BufferError:
+                    tally.delivered(partial, arrived=False)
+                except KafkaException as exc:
+                    tally.delivered(partial, arrived=False)
+                    problem = exc
+        if problem is not None:
+            raise self._refused(problem, self._topic, self._topic, "Write")
+
+    def _send(self, tally: Tally, partial: Partial) -> None:
+        def delivered(error: KafkaError | None, _message: Message) -> None:
+            tally.delivered(partial, arrived=error is None)
+            if error is not None:
+                self._complain(str(self._refused(KafkaException(error), self._topic, self._topic, "Write")))
+
+        if self._producer is None:
+            config = {**producer_config(self._settings), "linger.ms": 50}
+            self._producer = self._complaints.handle(Producer, config)
+        key = partial.task.encode(errors="replace")
+        self._producer.produce(self._topic, partials.encode(partial), key, on_delivery=delivered)
+
+    # -- trouble -----------------------------------------------------------------------------
+
+    def _refused(self, exc: KafkaException, what: str, topic: str, operation: str) -> PublishError:
+        return refusal(self._settings, exc, what, [Right(PROCESSOR, "topic", topic, operation)])
+
+    def _complain(self, text: str) -> None:
+        now = self._clock()
+        if now - self._complained.get(text, -COMPLAIN_S) >= COMPLAIN_S:
+            if len(self._complained) > 100:
+                self._complained.clear()
+            self._complained[text] = now
+            logger.warning("statistics: %s (results are not touched by this)", text)
+
+
+def _logged(message: Message) -> Logged | None:
+    value = message.value()
+    try:
+        return Logged(decode(value), value or b"")
+    except CodecError:
+        return None
+
+
+def _stretches(messages: Sequence[Message], intake: Intake, log: str) -> list[tuple[int, int, list[Logged | None]]]:
+    """Return what a batch says, in stretches without a gap: partition, first offset, one item per record."""
+    poison = {id(message) for message, _ in intake.poison}
+    logged = iter(intake.logged)
+    found: list[tuple[int, int, list[Logged | None]]] = []
+    open_: dict[int, tuple[int, list[Logged | None]]] = {}
+    for message in messages:
+        if message.topic() != log:
+            continue
+        partition, offset = message.partition() or 0, message.offset() or 0
+        first, items = open_.get(partition, (-1, []))
+        if first + len(items) != offset or not items:
+            first, items = open_[partition] = (offset, [])
+            found.append((partition, first, items))
+        items.append(None if id(message) in poison else next(logged))
+    return found

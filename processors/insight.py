@@ -1,0 +1,317 @@
+"""The insight processor: a Faust app that merges partial statistics and keeps the insight view.
+
+The topology::
+
+    <prefix>.task-stats ──▶ agent `count` (concurrency 1) ──▶ table `minutes` ──▶ every half second ──▶ insight view
+      keyed by task name       each bucket once                │    ▲
+                                                               ▼    │ recovery
+                                              <prefix>.insight-minutes-changelog
+
+One table, keyed by (minute, partition of the log, task name), whose values are `minutes.Minute`; a name's rows live
+where its partials arrive, so one process owns a name and writes its rows. The figures per queue and worker are cells
+inside these rows, and readers add up the ones that they are asked for: no second topic, no repartitioning.
+
+In memory, for it is small: a name needs some KB per minute, and `minutes.KEPT_MINUTES` are kept. Faust's own windows
+are not used: a table of theirs forgets by the greatest time seen, so one wrong clock would empty it.
+
+**A table that was lost is counted again.** Each partition has a mark in the table. Where an event comes and there is
+none, the changelog is new, or was deleted: then the partition of ``task-stats`` is read again from its start, hours
+at most, before the event is counted. To count something again changes nothing, so this needs no care.
+
+Start it by ``celery -A proj pipeline run --insight``, or as any Faust worker, where the app is what `proj` has made::
+
+    app = insight_app(settings, view_url, options)         # faust -A proj worker --without-web
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import faust
+import msgspec
+from aiokafka.errors import KafkaError
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+
+from celery_kafka_backend import partials, topics
+from celery_kafka_backend.complaints import Complaints
+from celery_kafka_backend.errors import CodecError, SettingsError, Unavailable
+from celery_kafka_backend.kafka import consumer_config, translate
+from celery_kafka_backend.partials import MINUTE_MS
+from celery_kafka_backend.past import batches
+from celery_kafka_backend.processors import minutes
+from celery_kafka_backend.processors.faust_client import client_options
+from celery_kafka_backend.sinks.insight import MinuteRow, open_insight
+
+if TYPE_CHECKING:
+    from celery_kafka_backend.processors.minutes import Minute
+    from celery_kafka_backend.settings import Settings
+    from celery_kafka_backend.sinks.contract import StoreOptions
+    from celery_kafka_backend.sinks.insight import InsightStore
+
+logger = logging.getLogger(__name__)
+
+WRITE_S: Final = 0.5
+CLEAN_S: Final = 60.0
+COMPLAIN_S: Final = 60.0
+MARK_S: Final = 3_600
+ANSWER_S: Final = 10.0
+
+
+class Insight:
+    """What the app's agent and timers do, and what they hold.
+
+    Rows are counted in memory. Twice a second those that changed go to the changelog, and when they are there the events
+    that changed them are acknowledged, and the view is written: a row that a thousand partials changed goes once.
+
+    Args:
+        table: Faust's.
+        store: The insight view.
+    """
+
+    def __init__(self, table: Any, store: InsightStore) -> None:
+        self._table = table
+        self._store = store
+        self._opened = False
+        self._minutes: dict[bytes, Minute] = {}
+        self._counted: list[Any] = []
+        self._changed: dict[bytes, int] = {}
+        self._unwritten: set[tuple[int, str]] = set()
+        self._partitions = 1
+        self._keeping = asyncio.Lock()
+        self._complained: dict[str, float] = {}
+
+    # -- counting ------------------------------------------------------------------------------
+
+    def take(self, event: Any) -> None:
+        """Take an event of the partials' topic; it is acknowledged by `keep`."""
+        message = event.message
+        self.count(event.value, message.timestamp, message.partition)
+        self._counted.append(event)
+        # Once an hour, for Kafka deletes from the changelog what is old.
+        mark = _mark(message.partition)
+        if message.timestamp - int(self._table.get(mark) or 0) > MARK_S:
+            self._table[mark] = b"%d" % message.timestamp
+
+    def is_new(self, partition: int) -> bool:
+        """Return whether the table knows nothing of a partition of the partials' topic."""
+        return self._table.get(_mark(partition)) is None
+
+    def count(self, value: bytes | None, written_s: float, partition: int) -> None:
+        """Count one record of the partials' topic, written at that time by Kafka's clock."""
+        try:
+            partial = partials.decode(value)
+        except CodecError as exc:
+            self._complain(f"a record is left out: {exc}")
+            return
+        if problem := minutes.unbelievable(partial, int(written_s) // 60):
+            self._complain(f"{partial.task}: figures of a minute {problem} are left out: look at that host's clock")
+            return
+        key = minutes.key(partial)
+        minute = self._minute(key)
+        if minute.take(partial):
+            self._minutes[key] = minute
+            self._changed[key] = partition
+            self._to_write(key)
+
+    def _minute(self, key: bytes) -> Minute:
+        return self._minutes.get(key) or minutes.decode(self._table.get(key))
+
+    def _to_write(self, key: bytes) -> None:
+        minute, partition, task = minutes.parse_key(key)
+        self._partitions = max(self._partitions, partition + 1)
+        self._unwritten.add((minute, task))
+
+    def reassigned(self) -> None:
+        """Forget what is not in the changelog: partitions have come or gone, and what was not acknowledged is read again.
+
+        Before the table is read from its changelog: afterwards events are counted already.
+        """
+        self._minutes.clear()
+        self._changed.clear()
+        self._counted.clear()
+
+    def recovered(self) -> None:
+        """The table has been read from its changelog: all of it may be news to the view."""
+        for key in self._rows():
+            self._to_write(key)
+
+    def clean(self, now_minute: int) -> None:
+        """Forget what no window shows; the changelog forgets by itself."""
+        for key in self._rows():
+            if minutes.parse_key(key)[0] < now_minute - minutes.KEPT_MINUTES:
+                self._table.data.data.pop(key, None)
+                self._minutes.pop(key, None)
+
+    def _rows(self) -> list[bytes]:
+        return [key for key in self._table.data if not key.startswith(b"!")]
+
+    # -- keeping -------------------------------------------------------------------------------
+
+    async def keep(self) -> None:
+        """Bring changelog and view up to date, and acknowledge what is in the changelog."""
+        async with self._keeping:
+            counted, self._counted = self._counted, []
+            if not await self._log_changes():
+                self._counted = counted + self._counted
+                return
+            for event in counted:
+                event.ack()
+            await self._write()
+
+    async def hand_over(self) -> None:
+        """Write the changelog for whoever has our partitions next; what is not acknowledged is only counted once more."""
+        async with self._keeping:
+            await self._log_changes()
+
+    async def _log_changes(self) -> bool:
+        changed, self._changed = self._changed, {}
+        values = {key: minutes.encode(self._minutes[key]) for key in changed}
+        try:
+            sent = [self._table.send_changelog(changed[key], key, value) for key, value in values.items()]
+            await asyncio.wait_for(asyncio.gather(*sent), ANSWER_S)
+        except (KafkaError, asyncio.TimeoutError) as exc:
+            self._changed = changed | self._changed
+            self._complain(f"the changelog cannot be written: {exc!r}; `pipeline init` makes it if it is gone")
+            return False
+        for key, value in values.items():
+            self._table.data[key] = value
+        return True
+
+    async def _write(self) -> None:
+        unwritten, self._unwritten = self._unwritten, set()
+        rows = [self._row(minute, task) for minute, task in unwritten]
+        try:
+            await _in_thread(self._put, rows)
+        except (Unavailable, SettingsError) as exc:
+            self._unwritten |= unwritten
+            self._opened = False
+            self._complain(f"the insight view cannot be written: {exc}")
+
+    def _row(self, minute: int, task: str) -> MinuteRow:
+        keys = [minutes.key_of(minute, number, task) for number in range(self._partitions)]
+        cells = partials.merged(cell for key in keys for cell in self._minute(key).cells)
+        return MinuteRow(minute, task, minutes.version(cells), msgspec.json.encode(cells))
+
+    def _put(self, rows: list[MinuteRow]) -> None:
+        if not self._opened:
+            self._store.open()
+            self._opened = True
+        self._store.write(rows, time.time_ns() // 1_000_000)
+
+    def _complain(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._complained.get(text, -COMPLAIN_S) >= COMPLAIN_S:
+            if len(self._complained) > 100:
+                self._complained.clear()
+            self._complained[text] = now
+            logger.error("insight: %s", text)
+
+
+def _mark(partition: int) -> bytes:
+    """Return the table's key that says that it knows a partition."""
+    return b"!%d" % partition
+
+
+async def _in_thread(function: Any, *arguments: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(None, function, *arguments)
+
+
+def earlier(settings: Settings, partition: int, before: int) -> list[tuple[bytes | None, float]]:
+    """Return what a partition of the partials' topic holds before an offset: values, and when Kafka wrote them, seconds.
+
+    Raises:
+        PublishError: Kafka does not answer, or refuses.
+    """
+    at = (topics.task_stats(settings.topic_prefix), partition)
+    consumer = Complaints(settings).handle(Consumer, {**consumer_config(settings, None), "enable.partition.eof": True})
+    try:
+        low, _ = consumer.get_watermark_offsets(TopicPartition(*at), timeout=ANSWER_S)
+        return [
+            (message.value(), message.timestamp()[1] / 1000)
+            for batch in batches(consumer, {at: (low, before)})
+            for message in batch
+            if message.error() is None and (message.offset() or 0) < before
+        ]
+    except KafkaException as exc:
+        raise translate(exc, f"reading {at[0]} again") from exc
+    finally:
+        consumer.close()
+
+
+def insight_app(settings: Settings, view: str, options: StoreOptions) -> Any:
+    """Return the Faust app.
+
+    Args:
+        settings: The user's.
+        view: URL of the view that is to hold insight (`sinks.insight.insight_url`).
+        options: What its store needs beside it.
+
+    Raises:
+        SettingsError: A setting of librdkafka's has no equivalent in Faust.
+    """
+    prefix = settings.topic_prefix
+    app = faust.App(
+        topics.insight(prefix),
+        store="memory://",
+        # It makes one, though a table in memory needs none; by default where one stands.
+        datadir=Path(tempfile.gettempdir(), f"celery-kafka-insight-{os.getuid()}"),
+        # Topics are made by `init`, with their settings, by somebody who may.
+        topic_allow_declare=False,
+        topic_disable_leader=True,
+        web_enabled=False,
+        stream_wait_empty=False,
+        consumer_auto_offset_reset="earliest",
+        # A dead worker's partitions move within 10 s, as a materializer's do.
+        broker_session_timeout=8.0,
+        broker_heartbeat_interval=2.0,
+        broker_commit_interval=1.0,
+        **client_options(settings),
+    )
+    stats = app.topic(topics.task_stats(prefix), key_serializer="raw", value_serializer="raw")
+    table = app.Table("minutes", key_type=bytes, value_type=bytes, partitions=settings.insight_partitions)
+    work = Insight(table, open_insight(view, options))
+
+    @app.agent(stats, name=f"{topics.insight(prefix)}.count", concurrency=1)
+    async def count(stream: Any) -> None:
+        async for event in stream.noack().events():
+            message = event.message
+            if work.is_new(message.partition):
+                for value, written_s in await _in_thread(earlier, settings, message.partition, message.offset):
+                    work.count(value, written_s, message.partition)
+            work.take(event)
+
+    async def clean() -> None:
+        work.clean(time.time_ns() // 1_000_000 // MINUTE_MS)
+
+    async def revoked(*_: Any, **__: Any) -> None:
+        await work.hand_over()
+
+    async def assigned(*_: Any, **__: Any) -> None:
+        work.reassigned()
+
+    app.timer(WRITE_S)(work.keep)
+    app.timer(CLEAN_S)(clean)
+    app.on_partitions_revoked.connect(revoked, weak=False)
+    app.on_partitions_assigned.connect(assigned, weak=False)
+
+    @table.on_recover
+    async def recovered() -> None:
+        work.recovered()
+
+    return app
+
+
+def run(settings: Settings, view: str, options: StoreOptions) -> None:
+    """Keep the insight view until SIGTERM or SIGINT: the body of a process."""
+    # Faust's own lines tell of each of its services; a hundred for one start.
+    for name in ("faust", "mode", "aiokafka"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    app = insight_app(settings, view, options)
+    worker = faust.Worker(app, override_logging=False, redirect_stdouts=False, quiet=True, loglevel="WARN")
+    worker.execute_from_commandline()

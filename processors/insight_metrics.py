@@ -1,0 +1,83 @@
+"""The insight view's figures for Prometheus: what `top` shows, read in a thread of its own now and then."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from celery_kafka_backend import metrics
+from celery_kafka_backend.errors import PipelineError
+from celery_kafka_backend.insight import Insight
+from celery_kafka_backend.monitor import Series
+from celery_kafka_backend.sinks.insight import open_insight
+from celery_kafka_backend.windows import WINDOWS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from celery_kafka_backend.sinks.contract import StoreOptions
+    from celery_kafka_backend.windows import Dimension, Figures, Quantiles
+
+LOOK_EVERY_S: Final = 5.0
+DIMENSIONS: Final[tuple[Dimension, ...]] = ("task", "queue", "worker")
+
+
+class InsightProbe:
+    """Reads the figures every few seconds.
+
+    Args:
+        url: The view that holds them.
+        options: What its store needs beside it.
+    """
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        self._insight = Insight(open_insight(url, options))
+        self._found: list[Series] = []
+        threading.Thread(target=self._look, name="insight-probe", daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            try:
+                self._found = list(self._series())
+            except PipelineError:  # the view's own probe says so
+                self._found = []
+            time.sleep(LOOK_EVERY_S)
+
+    def series(self) -> list[Series]:
+        """Return what was read last; nothing while the view is away."""
+        return self._found
+
+    def _series(self) -> Iterator[Series]:
+        now_ms = time.time_ns() // 1_000_000
+        written = self._insight.written_at()
+        if written:
+            yield Series(metrics.INSIGHT_AGE, (), ((now_ms - written) / 1000,))
+        for by in DIMENSIONS:
+            for window in WINDOWS:
+                for one in self._insight.window(window, by=by, at_ms=now_ms):
+                    yield from _of_window(one, by, window)
+            for one in self._insight.window("1m", by=by, at_ms=now_ms):
+                yield Series(metrics.INSIGHT_IN_FLIGHT, (by, one.name), (float(one.in_flight),))
+                oldest_s = 0.0 if one.oldest_ms is None else (now_ms - one.oldest_ms) / 1000
+                yield Series(metrics.INSIGHT_OLDEST, (by, one.name), (oldest_s,))
+
+
+def _of_window(one: Figures, by: str, window: str) -> Iterator[Series]:
+    labels = (by, one.name, window)
+    for kind, rate in one.rates.items():
+        yield Series(metrics.INSIGHT_RATE, (*labels, kind), (rate,))
+    for metric, ratio in (
+        (metrics.INSIGHT_FAILURES, one.failure_ratio),
+        (metrics.INSIGHT_RETRIES, one.retry_ratio),
+    ):
+        if ratio is not None:
+            yield Series(metric, labels, (ratio,))
+    yield from _quantiles(metrics.INSIGHT_WAIT, labels, one.wait)
+    yield from _quantiles(metrics.INSIGHT_RUN, labels, one.run)
+
+
+def _quantiles(metric: metrics.Metric, labels: tuple[str, ...], found: Quantiles) -> Iterator[Series]:
+    for quantile, value_ms in (("0.5", found.p50), ("0.95", found.p95), ("0.99", found.p99)):
+        if value_ms is not None:
+            yield Series(metric, (*labels, quantile), (value_ms / 1000,))

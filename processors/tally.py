@@ -1,0 +1,195 @@
+"""The tally: counts the log by bucket, and says which partials have to be told (again). Pure; no I/O, no clock.
+
+Whatever the batches are, what it holds of a bucket is a function of the bucket's records: so whoever counts a bucket
+counts it from its first record on, and what is read twice is counted once. One `Tally` per partition of the log.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from celery_kafka_backend import events
+from celery_kafka_backend.partials import BUCKET, MINUTE_MS, Cell, Partial, bin_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from celery_kafka_backend.changes import Logged
+    from celery_kafka_backend.events import Event
+
+ENDS: Final = frozenset({events.SUCCESS, events.FAILURE, events.RETRY, events.WORKER_LOST, events.REVOKED})
+"""Kinds that may end an attempt that had started."""
+ERRORS: Final = frozenset({events.FAILURE, events.RETRY, events.WORKER_LOST})
+CLASS_LENGTH: Final = 200
+"""Of the name of an error's class."""
+
+Where: TypeAlias = "tuple[int, str | None, str | None, str | None]"
+"""Minute, name, queue, worker."""
+Row: TypeAlias = "tuple[int, str]"
+"""Minute and name: what one partial of a bucket is about."""
+
+
+class Tally:
+    """Counts one partition of the log.
+
+    Args:
+        partition: Which one.
+        start: The offset from which on it counts: a bucket's first.
+    """
+
+    def __init__(self, partition: int, start: int) -> None:
+        self.partition = partition
+        self.next = start
+        """The next offset: all before it is counted."""
+        self._buckets: dict[int, _Bucket] = {}
+
+    @property
+    def settled(self) -> int:
+        """The offset up to which everything is told and acknowledged, at the start of a bucket.
+
+        Whoever counts on from here, after a crash, say, misses nothing.
+        """
+        return min(self._buckets, default=self.next // BUCKET) * BUCKET
+
+    def add(self, first: int, logged: Sequence[Logged | None]) -> None:
+        """Count the records from offset ``first`` on, one after the other; None is one that is no event.
+
+        What is counted already is left out. Where ``first`` is after `next`, the log has nothing in between.
+        """
+        end = first + len(logged)
+        while self.next < end:
+            start = max(first, self.next)
+            number = start // BUCKET
+            until = min(end, (number + 1) * BUCKET)
+            for older in self._buckets.values():
+                if older.number < number:
+                    older.close()
+            bucket = self._buckets.setdefault(number, _Bucket(number))
+            bucket.count(logged[start - first : until - first])
+            self.next = until
+            if until % BUCKET == 0:
+                bucket.close()
+
+    def partials(self) -> Iterator[Partial]:
+        """Yield what is to be told, and take it for told: say of each, by `delivered`, whether it arrived."""
+        self._buckets = {number: bucket for number, bucket in self._buckets.items() if not bucket.is_settled}
+        for bucket in self._buckets.values():
+            yield from bucket.partials(self.partition, self.next)
+
+    def delivered(self, partial: Partial, *, arrived: bool) -> None:
+        """Take note of what became of a partial; one that did not arrive is told again."""
+        bucket = self._buckets[partial.bucket]
+        bucket.in_flight -= 1
+        if not arrived:
+            bucket.tell_again(partial.minute, partial.task)
+
+    def __len__(self) -> int:
+        """Return how many buckets are not settled."""
+        return len(self._buckets)
+
+
+class _Bucket:
+    """What is counted of one bucket, and how much of it was told."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.cells: dict[Where, Cell] = {}
+        self.in_flight = 0
+        self._closed = False
+        # A cell's bytes grow with each of its events, so they tell whether there was one …
+        self._told: dict[Where, int] = {}
+        # … and what else is to be told.
+        self._touched: set[Where] = set()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is whole, and everybody knows."""
+        return self._closed and not self.in_flight and not self._changed()
+
+    def close(self) -> None:
+        """Take note that it is whole, which is to be told of each of its rows."""
+        if not self._closed:
+            self._closed = True
+            self._touched.update(self.cells)
+
+    def count(self, logged: Iterable[Logged | None]) -> None:
+        """Count events. The hot loop."""
+        cells = self.cells
+        find = cells.get
+        for one in logged:
+            if one is None:
+                continue
+            event, raw = one
+            kind = event.kind
+            if kind in events.GROUP_KINDS:
+                continue
+            where = (event.at // MINUTE_MS, event.name, event.queue or event.routing_key, event.worker)
+            cell = find(where) or self._cell(where)
+            kinds = cell.kinds
+            kinds[kind] = kinds.get(kind, 0) + 1
+            cell.bytes += len(raw)
+            if kind == events.STARTED:
+                self._began(where, cell, event)
+            elif kind in ENDS:
+                self._ended(where, cell, event)
+
+    def _cell(self, where: Where) -> Cell:
+        found = self.cells.get(where)
+        if found is None:
+            found = self.cells[where] = Cell(queue=where[2] or "", worker=where[3] or "")
+        return found
+
+    def _began(self, where: Where, cell: Cell, event: Event) -> None:
+        started = event.started_at or event.at
+        since = max(event.sent_at or 0, event.eta or 0)
+        if since:
+            number = bin_of(started - since)
+            cell.wait[number] = cell.wait.get(number, 0) + 1
+        self._of_minute(where, cell, started // MINUTE_MS).begun += 1
+
+    def _ended(self, where: Where, cell: Cell, event: Event) -> None:
+        if event.runtime_s is not None:
+            number = bin_of(event.runtime_s * 1_000)
+            cell.run[number] = cell.run.get(number, 0) + 1
+        if event.kind in ERRORS:
+            name = (event.exception or "")[:CLASS_LENGTH]
+            cell.errors[name] = cell.errors.get(name, 0) + 1
+        if event.started_at is not None:
+            self._of_minute(where, cell, event.started_at // MINUTE_MS).over += 1
+        elif event.kind == events.WORKER_LOST:  # only the child knew when it had started: the sum is right, at least
+            cell.over += 1
+
+    def _of_minute(self, where: Where, cell: Cell, minute: int) -> Cell:
+        """Return the cell of the minute in which an attempt started: there its beginning and its end meet."""
+        if minute == where[0]:
+            return cell
+        there = (minute, *where[1:])
+        self._touched.add(there)
+        return self._cell(there)
+
+    def _changed(self) -> set[Row]:
+        told = self._told.get
+        changed = {_row(where) for where, cell in self.cells.items() if told(where, 0) != cell.bytes}
+        return changed | {_row(where) for where in self._touched}
+
+    def partials(self, partition: int, upto: int) -> Iterator[Partial]:
+        """Yield the rows that are not told as they are now, and take them for told."""
+        rows: dict[Row, list[Cell]] = {row: [] for row in self._changed()}
+        for where, cell in self.cells.items() if rows else ():
+            if (row := _row(where)) in rows:
+                rows[row].append(cell)
+                self._told[where] = cell.bytes
+        self._touched.clear()
+        if self._closed:
+            upto = (self.number + 1) * BUCKET
+        for (minute, name), cells in rows.items():
+            self.in_flight += 1
+            yield Partial(partition=partition, bucket=self.number, minute=minute, task=name, upto=upto, cells=cells)
+
+    def tell_again(self, minute: int, name: str) -> None:
+        """Tell a row once more."""
+        self._touched.update(where for where in self.cells if _row(where) == (minute, name))
+
+
+def _row(where: Where) -> Row:
+    return where[0], where[1] or ""

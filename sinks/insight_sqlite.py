@@ -1,0 +1,94 @@
+"""Insight in SQLite: two tables beside those of a view, in the same file.
+
+Guarantee: as in Redis. Rows are deleted some hours after their minute, by the writes.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from celery_kafka_backend.errors import SettingsError, Unavailable
+from celery_kafka_backend.sinks.insight import KEPT_S, InsightStore, MinuteRow
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from celery_kafka_backend.sinks.contract import StoreOptions
+
+_TABLES: Final = (
+    """CREATE TABLE IF NOT EXISTS ckb_insight
+    (minute INTEGER, task TEXT, version INTEGER, cells BLOB, PRIMARY KEY (minute, task)) WITHOUT ROWID""",
+    "CREATE TABLE IF NOT EXISTS ckb_insight_written (id INTEGER PRIMARY KEY CHECK (id = 0), at INTEGER)",
+)
+_PUT: Final = (
+    "INSERT INTO ckb_insight VALUES (?, ?, ?, ?) ON CONFLICT (minute, task) DO UPDATE"
+    " SET version = excluded.version, cells = excluded.cells WHERE excluded.version >= version"
+)
+
+
+class SqliteInsight(InsightStore):
+    """Insight in a file. A connection per call: a few calls per second, and none is left open across a fork."""
+
+    def __init__(self, url: str, options: StoreOptions) -> None:
+        rest = url.partition("://")[2]
+        if not rest.startswith("/") or len(rest) < 2:
+            raise SettingsError("view", f"{url!r} names no file", "sqlite:///relative.db or sqlite:////absolute.db")
+        self._path = Path(rest[1:])
+        self._timeout_s = float(options.options.get("timeout", 10.0))
+
+    def open(self) -> None:
+        with self._connected("rwc") as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            for statement in _TABLES:
+                db.execute(statement)
+
+    def write(self, rows: Sequence[MinuteRow], at_ms: int) -> None:
+        with self._connected("rw") as db:
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany(_PUT, rows)
+            db.execute("INSERT OR REPLACE INTO ckb_insight_written VALUES (0, ?)", (at_ms,))
+            db.execute("DELETE FROM ckb_insight WHERE minute < ?", ((at_ms // 1_000 - KEPT_S) // 60,))
+            db.execute("COMMIT")
+
+    def read(self, minutes: Iterable[int]) -> list[MinuteRow]:
+        wanted = sorted(minutes)
+        marks = ", ".join("?" * len(wanted))
+        statement = f"SELECT minute, task, version, cells FROM ckb_insight WHERE minute IN ({marks})"  # noqa: S608
+        with self._connected("rw") as db:
+            return [MinuteRow(*row) for row in db.execute(statement, wanted)]
+
+    def written_at(self) -> int:
+        with self._connected("rw") as db:
+            return int((db.execute("SELECT at FROM ckb_insight_written").fetchone() or (0,))[0])
+
+    def _connected(self, mode: str) -> closing[sqlite3.Connection]:
+        try:
+            uri = f"{self._path.absolute().as_uri()}?mode={mode}"
+            return _Closing(sqlite3.connect(uri, self._timeout_s, uri=True, isolation_level=None), self._path)
+        except sqlite3.OperationalError as exc:
+            raise Unavailable(f"{self._path}: {exc}") from exc
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class _Closing(closing[sqlite3.Connection]):
+    """Closes, and turns sqlite3's errors into ours."""
+
+    def __init__(self, db: sqlite3.Connection, path: Path) -> None:
+        super().__init__(db)
+        self._path = path
+
+    def __exit__(self, *exc_info: object) -> None:
+        super().__exit__(*exc_info)
+        exc = exc_info[1]
+        if isinstance(exc, sqlite3.OperationalError):
+            raise Unavailable(f"{self._path}: {exc}") from exc
+
+
+def store(url: str, options: StoreOptions) -> InsightStore:
+    """Return the store for a URL."""
+    return SqliteInsight(url, options)
