@@ -19,7 +19,7 @@ from celery_kafka_backend.cli.edge import Edge
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.output import duration, progress, when
 from celery_kafka_backend.cli.records import first_at
-from celery_kafka_backend.cli.run import check_topics
+from celery_kafka_backend.cli.run import check_picklable, check_topics
 from celery_kafka_backend.errors import PipelineError
 from celery_kafka_backend.processors.crew import calm, feed_all
 from celery_kafka_backend.processors.plan import Target, begin, prepare, survey
@@ -202,6 +202,7 @@ def _work(pipeline: Pipeline, asked: Asked, prepared: Prepared) -> Replayed:
             tell(what, done.read, done.total)
 
         if asked.processes > 1:
+            check_picklable((pipeline.settings, target))
             return feed_all(pipeline.settings, target, job.divided(asked.processes), on_progress)
         calm()
         return feed(pipeline.settings, target, job, on_progress)

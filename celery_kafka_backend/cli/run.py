@@ -112,13 +112,22 @@ def processes_for(
     if insight:
         given = (loglevel, pipeline.settings, insight, pipeline.options(insight))
         specs.append(ProcessSpec(INSIGHT, hosting.keep_insight, given))
+    check_picklable(specs)
+    return specs
+
+
+def check_picklable(arguments: object) -> None:
+    """Say which setting keeps processes from being started.
+
+    Raises:
+        SettingsError: One does.
+    """
     try:
-        pickle.dumps(specs)
+        pickle.dumps(arguments)
     except (pickle.PicklingError, TypeError, AttributeError) as exc:
         raise SettingsError(
             SETTING, f"something in it cannot be handed to another process: {exc}", "give callables as dotted paths"
         ) from exc
-    return specs
 
 
 def monitored(

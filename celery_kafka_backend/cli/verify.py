@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import msgspec
@@ -13,7 +12,7 @@ import msgspec
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import chosen_views, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
-from celery_kafka_backend.cli.output import console, short, table, when
+from celery_kafka_backend.cli.output import console, print_json, short, table, when
 from celery_kafka_backend.processors.instant import LogSide, ViewSide, verify
 from celery_kafka_backend.processors.plan import Target
 from celery_kafka_backend.processors.verify import HISTORY, TABLES, Table
@@ -21,7 +20,7 @@ from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.registry import open_view
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
     from celery_kafka_backend.cli.context import Pipeline
     from celery_kafka_backend.processors.instant import Side, Verdict
@@ -80,7 +79,7 @@ def command(ctx: click.Context, first: str, second: str, within: float, limit: i
                 sides.append(ViewSide(view, say))
         verdict = verify(pipeline.settings, *sides, tables=_tables(pipeline, one, other), limit=limit, within_s=within)
     if as_json:
-        click.echo(_as_json(verdict, mask(one), mask(other)))
+        print_json(_told(verdict, mask(one), mask(other)))
     else:
         show(verdict, [mask(one), mask(other)])
     return Exit.OK if verdict.found.equal else Exit.DIFFERENT
@@ -164,7 +163,7 @@ def _digest(one: Table) -> str:
     return f"{one.digest:032x}"
 
 
-def _as_json(verdict: Verdict, here: str, there: str) -> str:
+def _told(verdict: Verdict, here: str, there: str) -> dict[str, Any]:
     found = verdict.found
     parts = [
         {"table": name, "partition": number}
@@ -177,7 +176,7 @@ def _as_json(verdict: Verdict, here: str, there: str) -> str:
         }
         for name, number in sorted({*found.parts_a, *found.parts_b})
     ]
-    told = {
+    return {
         "here": here,
         "there": there,
         "as_of": verdict.instants[0].at,
@@ -185,7 +184,13 @@ def _as_json(verdict: Verdict, here: str, there: str) -> str:
         "equal": found.equal,
         "different": found.different,
         "differences": [
-            {"table": one.table, "key": one.key, "columns": one.columns, "here": one.a, "there": one.b}
+            {
+                "table": one.table,
+                "key": one.key,
+                "columns": one.columns,
+                "here": _readable(one.a),
+                "there": _readable(one.b),
+            }
             for one in found.differences
         ],
         "lacks": {"here": verdict.lacks[0], "there": verdict.lacks[1]},
@@ -195,4 +200,13 @@ def _as_json(verdict: Verdict, here: str, there: str) -> str:
         "expired": found.expired,
         "partitions": parts,
     }
-    return json.dumps(told, default=lambda value: value.decode(errors="backslashreplace"))
+
+
+def _readable(columns: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return columns with text instead of bytes, which may be no Unicode."""
+    if columns is None:
+        return None
+    return {
+        name: value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+        for name, value in columns.items()
+    }

@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 import redis
 from confluent_kafka import Producer
@@ -157,6 +158,43 @@ def test_several_processes_give_the_same_view(world):
     found = world.same(world.whole, url)
     assert found.a["document"].rows == 3000
     assert world.view(url).positions() == world.view(world.whole).positions()
+
+
+def test_a_killed_process_of_several_ends_the_others_and_is_gone_on_with(world):
+    path = world.folder / "crew.db"
+    url = f"sqlite:///{path}"
+    words = [
+        "-m",
+        "celery",
+        "-A",
+        "proj",
+        "pipeline",
+        "replay",
+        "--to",
+        url,
+        "--quiet",
+        "--processes",
+        "2",
+        "--rate",
+        "900",
+    ]
+    said = world.folder / "crew.log"
+    with said.open("wb") as output:
+        crew = native.popen(
+            [sys.executable, *words], output=output, cwd=world.shell.folder, env=world.shell.environment()
+        )
+    try:
+        wait_for(lambda: path.exists() and has_marks(path) and world.marks(path), lambda at: at > 0)
+        workers = [each for each in psutil.Process(crew.pid).children() if "spawn_main" in " ".join(each.cmdline())]
+        assert len(workers) == 2
+        workers[0].kill()
+        assert crew.wait(30) == Exit.PROCESSORS_CRASHED, said.read_text()
+        assert "--continue" in said.read_text()
+        assert not workers[1].is_running()
+    finally:
+        native.end(crew)
+    world.replay(url, "--continue", "--processes", "2")
+    world.same(world.whole, url)
 
 
 def test_a_dry_run_writes_nothing_and_says_what_it_would(world):
