@@ -279,14 +279,15 @@ def _stretches(messages: Sequence[Message], intake: Intake, log: str) -> list[tu
     poison = {id(message) for message, _ in intake.poison}
     logged = iter(intake.logged)
     found: list[tuple[int, int, list[Logged | None]]] = []
-    open_: dict[int, tuple[int, list[Logged | None]]] = {}
+    place = following = -1
+    items: list[Logged | None] = []
     for message in messages:
         if message.topic() != log:
             continue
         partition, offset = message.partition() or 0, message.offset() or 0
-        first, items = open_.get(partition, (-1, []))
-        if first + len(items) != offset or not items:
-            first, items = open_[partition] = (offset, [])
-            found.append((partition, first, items))
-        items.append(None if id(message) in poison else next(logged))
+        if partition != place or offset != following:
+            place, items = partition, []
+            found.append((partition, offset, items))
+        following = offset + 1
+        items.append(None if poison and id(message) in poison else next(logged))
     return found

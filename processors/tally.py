@@ -114,23 +114,23 @@ class _Bucket:
 
     def count(self, logged: Iterable[Logged | None]) -> None:
         """Count events. The hot loop."""
-        cells = self.cells
-        find = cells.get
+        find = self.cells.get
+        silent, started, ends = events.GROUP_KINDS, events.STARTED, ENDS
         for one in logged:
             if one is None:
                 continue
             event, raw = one
             kind = event.kind
-            if kind in events.GROUP_KINDS:
+            if kind in silent:
                 continue
             where = (event.at // MINUTE_MS, event.name, event.queue or event.routing_key, event.worker)
             cell = find(where) or self._cell(where)
             kinds = cell.kinds
             kinds[kind] = kinds.get(kind, 0) + 1
             cell.bytes += len(raw)
-            if kind == events.STARTED:
+            if kind == started:
                 self._began(where, cell, event)
-            elif kind in ENDS:
+            elif kind in ends:
                 self._ended(where, cell, event)
 
     def _cell(self, where: Where) -> Cell:
