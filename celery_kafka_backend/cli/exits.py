@@ -50,7 +50,7 @@ MEANINGS: Final = {
     Exit.VIEW_UNUSABLE: "a view's store cannot be reached or used",
     Exit.PROCESSORS_CRASHED: "a processor crashed too often; the others were stopped",
     Exit.FOREIGN_LOG: "the topics belong to another app",
-    Exit.DIFFERENT: "verify found differences; findings: there are some; spool: records are set aside",
+    Exit.DIFFERENT: "verify or shadow found differences; findings: there are some; spool: records are set aside",
     Exit.NOT_FOUND: "no such event, task, chord or dead letter is to be found",
     Exit.KILLED: "a processor did not stop in time and was killed; its last batch will be repeated",
     Exit.NOT_DONE: "what was asked for, or a part of it, is refused as things are, or could not be done; forget: a view still shows the result",

@@ -22,13 +22,16 @@ from confluent_kafka.admin import (
 )
 from confluent_kafka.admin import ResourcePatternType as Pattern
 
-from celery_kafka_backend import codec, events, topics
+from celery_kafka_backend import codec, events, primary, topics
 from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend.barrier import Barrier
-from celery_kafka_backend.changes import GROUP, TASK, Partition
+from celery_kafka_backend.changes import GROUP, TASK, Batch, Partition
 from celery_kafka_backend.errors import Unsure
 from celery_kafka_backend.events import Event
+from celery_kafka_backend.pointer import Pointer, position
 from celery_kafka_backend.producer.publisher import Publisher, Record
+from celery_kafka_backend.sinks.contract import StoreOptions
+from celery_kafka_backend.sinks.registry import open_sink
 from tests.services import ports
 from tests.services.errors import ServiceError
 
@@ -137,6 +140,27 @@ def test_a_view_that_stands_still_is_waited_for_once(log, barrier):
     asked.clear()
     assert barrier.beyond(TASK, "a", stopped, 4).key == 7
     assert len(asked) == 1
+
+
+def test_a_process_moves_to_another_view_when_that_shows_all_that_the_log_holds(log, monkeypatch):
+    """Not sooner, whatever the positions of the view that it leaves: documents stand there before positions do."""
+    monkeypatch.setattr(primary, "LOOK_S", 0.0)
+    monkeypatch.setattr(primary, "AGAIN_S", 0.0)
+    prefix = log.settings.topic_prefix
+    views = [f"memory://{prefix}{name}" for name in ("old", "new")]
+    both = {url: StoreOptions(namespace=prefix) for url in views}
+    reader = primary.reader_of(msgspec.structs.replace(log.settings, views=tuple(views)), both)
+    old, new = (open_sink(url, options) for url, options in both.items())
+    stored = log.append(an_event("a"))
+    old.write(Batch([], positions={stored.partition: stored.offset}))
+    new.write(Batch([], positions={stored.partition: stored.offset}))
+    assert reader.documents(["a"]) == {}
+    old.write(Batch([], positions=position(prefix, Pointer(topics.view_name(views[1]), 1))))
+    reader.documents(["a"])
+    assert reader.view.url == views[0]
+    new.write(Batch([], positions={stored.partition: stored.offset + 1}))
+    reader.documents(["a"])
+    assert reader.view.url == views[1]
 
 
 def test_a_record_that_is_no_event_is_passed_over_and_one_of_newer_software_is_not(log, barrier):
