@@ -214,8 +214,7 @@ def preflight(
     try:
         check_topics(broker, pipeline, insight=insight)
         check_rights(broker, rights.PROCESSOR, chords=chords, insight=insight)
-        for url in urls:
-            check_view(pipeline, url)
+        check_views(pipeline, urls)
         ownership.claim(broker, str(pipeline.app.main or ""))
     finally:
         broker.close()
@@ -253,6 +252,26 @@ def check_rights(broker: Broker, role: str, *, chords: bool = True, insight: boo
     if missing:
         problem, remedy = rights.lacking(broker.settings, missing)
         raise Stop(Exit.RIGHTS_MISSING, f"Kafka at {broker.settings.bootstrap_servers}: {problem}", remedy)
+
+
+def check_views(pipeline: Pipeline, urls: Sequence[str]) -> None:
+    """Open all views; one that is away keeps no other waiting, for its processors wait for it.
+
+    Raises:
+        Stop: A view is wrong, or there is none that could be reached.
+    """
+    away: list[Stop] = []
+    for url in urls:
+        try:
+            check_view(pipeline, url)
+        except Stop as stop:
+            if not isinstance(stop.__cause__, Unavailable):
+                raise
+            away.append(stop)
+    if away and len(away) == len(urls):
+        raise away[0]
+    for each in away:
+        click.echo(f"warning: {each.problem}; its processors wait for it", err=True)
 
 
 def check_view(pipeline: Pipeline, url: str) -> list[str]:

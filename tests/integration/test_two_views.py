@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.integration.conftest import Fleet
+from tests.services import native
 from tests.services import redis as service
 from tests.services.proxy import Proxy
 
@@ -48,22 +49,29 @@ def test_an_elasticsearch_that_is_slow_and_then_gone_slows_no_redis_and_status_s
         views = f"{primary}&view={other}"
         with Fleet(kafka.bootstrap, redis_server.clean_database(), views, tmp_path, {}, {}) as fleet:
             fleet.serve()
-            add = fleet.app.add
-            assert add.delay(1, 2).get(timeout=SOON) == 3
-            for hurt in (lambda: proxy.slow(2.0), proxy.cut):
-                hurt()
-                results = [add.delay(n, n) for n in range(100)]
-                assert [each.get(timeout=SOON) for each in results] == [2 * n for n in range(100)]
+            results_come(fleet)
+            proxy.slow(2.0)
+            results_come(fleet)
+            proxy.cut()
+            results_come(fleet)
             deadline = time.monotonic() + SOON
-            while (well := status(fleet)["redis"])["lag_events"]:
-                assert time.monotonic() < deadline, well
-            told = status(fleet)
+            while (told := status(fleet))["redis"]["lag_events"]:
+                assert time.monotonic() < deadline, told["redis"]
             assert told["redis"]["error"] == ""
             assert str(proxy.port) in told["elasticsearch"]["error"]
             assert told["elasticsearch"]["folders"], "its processor is there, and waits"
+            native.end(fleet.processes.pop("pipeline"))
+            fleet.pipeline()  # as after a crash of its machine, while one store is away
+            assert "its processors wait for it" in fleet.log("pipeline")
+            results_come(fleet)
             proxy.heal()
             become_the_same(fleet, primary, other)
         elasticsearch.drop(index)
+
+
+def results_come(fleet):
+    results = [fleet.app.add.delay(n, n) for n in range(50)]
+    assert [each.get(timeout=SOON) for each in results] == [2 * n for n in range(50)]
 
 
 def status(fleet):
