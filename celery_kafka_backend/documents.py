@@ -145,8 +145,12 @@ class _Inert(pickle.Unpickler):
         return Stub(pid)
 
 
-class _Loaded:
-    """A value that is pickled already."""
+class Loaded:
+    """A value that is pickled already: loading what holds it loads it.
+
+    Args:
+        code: The pickle.
+    """
 
     def __init__(self, code: bytes) -> None:
         self._code = code
@@ -159,9 +163,9 @@ class _Item:
     """One of its items."""
 
     def __init__(self, code: bytes, name: str) -> None:
-        self._whole, self._name = _Loaded(code), name
+        self._whole, self._name = Loaded(code), name
 
-    def __reduce__(self) -> tuple[Callable[[Any, str], Any], tuple[_Loaded, str]]:
+    def __reduce__(self) -> tuple[Callable[[Any, str], Any], tuple[Loaded, str]]:
         return operator.getitem, (self._whole, self._name)
 
 

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from celery_kafka_backend.documents import JSON, MSGPACK, PICKLE, YAML, Loaded
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-JSON: Final = "application/json"
-PICKLE: Final = "application/x-python-serialize"
-MSGPACK: Final = "application/x-msgpack"
-YAML: Final = "application/x-yaml"
 _UNPRINTABLE: Final = re.compile("[\x7f-\x84\x86-\x9f\ufffe\uffff]")
 
 
@@ -50,18 +48,8 @@ def _msgpack_splice(plain: dict[str, Any], parts: dict[str, bytes | None]) -> by
     return msgspec.msgpack.encode({**plain, **{name: msgspec.Raw(part or b"\xc0") for name, part in parts.items()}})
 
 
-class _Pickled:
-    """A value that is pickled already: loading the whole loads it."""
-
-    def __init__(self, code: bytes) -> None:
-        self._code = code
-
-    def __reduce__(self) -> tuple[Callable[[bytes], Any], tuple[bytes]]:
-        return pickle.loads, (self._code,)
-
-
 def _pickle_splice(plain: dict[str, Any], parts: dict[str, bytes | None]) -> bytes:
-    return pickle.dumps({**plain, **{name: part and _Pickled(part) for name, part in parts.items()}})
+    return pickle.dumps({**plain, **{name: part and Loaded(part) for name, part in parts.items()}})
 
 
 def _yaml_splice(plain: dict[str, Any], parts: dict[str, bytes | None]) -> bytes | None:
