@@ -227,7 +227,7 @@ def rights(broker: Broker, role: str) -> Iterator[Finding]:
     if broker.operations([topics.task_events(broker.settings.topic_prefix)]) is None:
         yield Finding(SKIP, "rights", "this broker cannot tell")
         return
-    check_rights(broker, role)
+    check_rights(broker, role, insight=broker.settings.insight)
     article = "an" if role == "operator" else "a"
     yield Finding(OK, "rights", f"these credentials may do what {article} {role} does")
 
