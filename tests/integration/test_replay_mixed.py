@@ -63,9 +63,14 @@ class Written:
 
 def golden() -> Iterator[bytes]:
     """What older software wrote, to the byte; but not to expire while this test runs."""
+    seen = set()
     for path in sorted(GOLDEN.glob("events-*.jsonl")):
         for line in path.read_bytes().splitlines():
-            yield re.sub(rb'"expires_at":\d+', b'"expires_at":4102444800000', line)
+            event = codec.decode(line)
+            # Some lines are two forms of one event; in a log an id stands for one.
+            if (event.task, event.id) not in seen:
+                seen.add((event.task, event.id))
+                yield re.sub(rb'"expires_at":\d+', b'"expires_at":4102444800000', line)
 
 
 def mixed(count: int, written: Written, seed: int = 3) -> Iterator[tuple[bytes, bytes]]:
