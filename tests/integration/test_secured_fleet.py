@@ -234,7 +234,7 @@ def test_doctors_eyes_see_what_each_role_lacks(locked, redis_url, topic_prefix, 
     broker = Broker(settings, 10)
     try:
         with pytest.raises(Stop) as stopped:
-            check_rights(broker, role)
+            check_rights(broker, role, insight=True)
         assert stopped.value.code is Exit.RIGHTS_MISSING
         # Kafka cannot be asked about a transactional id: whoever uses it is told.
         needed = [right for right in needed if right.resource != "transactional-id"]
@@ -247,7 +247,7 @@ def test_doctors_eyes_see_what_each_role_lacks(locked, redis_url, topic_prefix, 
         )
         for right in needed:
             locked.grant(user, right.resource, right.name, right.operation)
-        check_rights(broker, role)
+        check_rights(broker, role, insight=True)
     finally:
         broker.close()
 
