@@ -125,6 +125,12 @@ def test_a_second_success_shows_when_the_first_was_over_already():
     assert shown == (8, "t30", True)
 
 
+def test_what_expired_is_told_to_a_view_in_which_the_task_never_ends():
+    sent, success, late = _event("t", 0, at=1, expires_at=0), _event("t", 9, at=2, expires_at=5), _event("t", 3, 7, 0)
+    ((shown, _),) = _settled([(sent, 1)], [(success, 2), (late, 7)]).shown().values()
+    assert shown == (9, "t2", False)
+
+
 def test_what_is_out_of_date_is_not_kept():
     bygone = Bygone()
     gone = [(_event(f"t{n}", 1, at=1, expires_at=2), 1) for n in range(10)]
