@@ -8,8 +8,10 @@ arguments must be picklable, and importable there.
   killed. Children ignore SIGINT: Ctrl-C in a terminal reaches the whole process group, and must
   not arrive as a second signal.
 * A child that ends by itself is restarted after a growing pause; after ``crashes`` ends within
-  ``window_s`` all are stopped, with `GAVE_UP`. One that ends with `MISCONFIGURED` is not
-  restarted: it would end the same way.
+  ``window_s`` all are stopped, with `GAVE_UP`. One that ends with `MISCONFIGURED` stops all at once:
+  it would end the same way, and somebody is there to see it. Unless it has worked for ``window_s``
+  before: then it is a store whose password was changed, or the like, and what other views show must
+  not depend on that. It is started again every ``refused_s``, as long as another one runs.
 * Should this process die without a word (kill -9), its children get a SIGTERM from the kernel, or
   elsewhere than on Linux notice within a second that they are orphans; if they cannot finish
   within 30 s they end anyhow.
@@ -73,7 +75,9 @@ class _Child:
         self.spec = spec
         self.process: SpawnProcess | None = None
         self.start_at = 0.0
+        """When it is to start, or has started."""
         self.ends: list[float] = []
+        self.has_worked = False
 
 
 class Supervisor:
@@ -83,7 +87,8 @@ class Supervisor:
         specs: What to run.
         grace_s: How long a child may take to finish.
         crashes: How many ends within the window are too many.
-        window_s: Length of the window, seconds.
+        window_s: Length of the window, seconds; who runs for so long has worked.
+        refused_s: Pause before one is started again whose settings were right once.
         clock: Seconds, monotonic.
     """
 
@@ -94,12 +99,14 @@ class Supervisor:
         grace_s: float = 40.0,
         crashes: int = 5,
         window_s: float = 60.0,
+        refused_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.grace_s = grace_s
         self._children = [_Child(spec) for spec in specs]
         self._crashes = crashes
         self._window_s = window_s
+        self._refused_s = refused_s
         self._clock = clock
         self._context = multiprocessing.get_context("spawn")
         self._stopping = False
@@ -146,6 +153,7 @@ class Supervisor:
 
     def _start(self, child: _Child) -> None:
         spec = child.spec
+        child.start_at = self._clock()
         child.process = self._context.Process(
             target=live, name=spec.name, args=(os.getpid(), spec.name, spec.target, spec.args)
         )
@@ -160,10 +168,18 @@ class Supervisor:
             return 0
         name = child.spec.name
         how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
-        if code == MISCONFIGURED:
-            logger.error("%s: ended %s: a setting is wrong, see above; stopping everything", name, how)
-            return MISCONFIGURED
         now = self._clock()
+        child.has_worked = child.has_worked or now - child.start_at >= self._window_s
+        if code == MISCONFIGURED:
+            if not child.has_worked or all(each.process is None for each in self._children):
+                logger.error("%s: ended %s: a setting is wrong, see above; stopping everything", name, how)
+                return MISCONFIGURED
+            logger.error(
+                "%s: ended %s: a setting is no longer right, see above; the others go on, and it is tried again in %g s",
+                name, how, self._refused_s,
+            )  # fmt: skip
+            child.start_at = now + self._refused_s
+            return 0
         child.ends = [end for end in child.ends if now - end < self._window_s] + [now]
         if len(child.ends) >= self._crashes:
             logger.error(

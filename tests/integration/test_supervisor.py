@@ -67,6 +67,14 @@ def misconfigured(path: str) -> None:
     raise SettingsError("views", "no such thing")
 
 
+def right_once(path: str, for_s: float) -> None:
+    first = not lines(Path(path))
+    say(path, "up")
+    if first:
+        time.sleep(for_s)
+    raise SettingsError("views", "wrong password")
+
+
 def supervise(path: str) -> None:
     """A supervisor in a process of its own, to be killed."""
     sys.exit(Supervisor([ProcessSpec("one", until_told, (path,)), ProcessSpec("two", until_told, (path,))]).run())
@@ -130,6 +138,26 @@ def test_a_wrong_setting_is_not_tried_again(tmp_path: Path) -> None:
     path = tmp_path / "said"
     assert Supervisor([ProcessSpec("one", misconfigured, (str(path),))]).run() == MISCONFIGURED
     assert lines(path) == ["up"]
+
+
+def test_a_setting_that_was_right_once_does_not_stop_the_others(tmp_path: Path) -> None:
+    refused, good = tmp_path / "refused", tmp_path / "good"
+    specs = [ProcessSpec("refused", right_once, (str(refused), 0.5)), ProcessSpec("good", until_told, (str(good),))]
+    supervisor = Supervisor(specs, crashes=2, window_s=0.4, refused_s=0.05)
+
+    def stop() -> None:
+        until(lambda: len(lines(refused)) > 2)
+        supervisor.stop()
+
+    threading.Thread(target=stop).start()
+    assert supervisor.run() == STOPPED
+    assert (len(pids(good)), lines(good)[-1]) == (1, "told 1")
+
+
+def test_a_setting_that_was_right_once_ends_who_is_alone(tmp_path: Path) -> None:
+    refused = tmp_path / "refused"
+    spec = ProcessSpec("refused", right_once, (str(refused), 0.5))
+    assert Supervisor([spec], window_s=0.4, refused_s=0.05).run() == MISCONFIGURED
 
 
 def test_what_does_not_stop_in_time_is_killed(tmp_path: Path) -> None:
