@@ -77,7 +77,10 @@ class Bygone:
     def settle(
         self, logged: list[Logged], came: Callable[[], tuple[Sequence[int], int]], now_ms: int
     ) -> tuple[list[Change], list[Life]]:
-        """Return the changes of a batch that still matter, and what is over: to be told where its task still lives.
+        """Return the changes of a batch that still matter, and what is over of tasks and groups, in part or all of it.
+
+        What is over is to be told to a store where its task still lives: something of it without an expiry, or with a later
+        one, is there already. It may be of a task that has a change, too.
 
         Args:
             logged: The batch's events, each partition's in the order of the log.
@@ -98,17 +101,15 @@ class Bygone:
                 stories.setdefault(subject, []).append((each, at))
             else:
                 plain.append(each)
-        lives: list[Life] = []
-        before: list[Life] = []
-        for subject, story in stories.items():
-            *earlier, life = _lives(subject, known.get(subject), story)
-            lives.append(life)
-            before += earlier
+        found = [_lives(subject, known.get(subject), story) for subject, story in stories.items()]
+        lives = [last for last, _ in found]
         gone = [life for life in lives if 0 < life.expires_at <= now_ms]
         kept = [life for life in gone if life.expires_at > horizon_ms]
         self.kept_until_ms = max((life.expires_at for life in kept), default=0)
         self._replace(known, kept, horizon_ms)
-        return [*fold(plain), *(life.change() for life in lives if not 0 < life.expires_at <= now_ms)], [*before, *gone]
+        return [*fold(plain), *(life.change() for life in lives if not 0 < life.expires_at <= now_ms)], [
+            whole for last, whole in found if whole is not last or 0 < last.expires_at <= now_ms
+        ]
 
     def close(self) -> None:
         """Forget it all."""
@@ -179,20 +180,15 @@ class Life(NamedTuple):
         return (*self.subject, self.expires_at, _encode(_Rest(self.expires_at, shown, change.side)))
 
 
-def _lives(subject: Subject, rest: _Rest | None, story: list[tuple[Logged, int]]) -> list[Life]:
-    """Return a batch's events in lives; each but the last was over when the next one's first event came.
-
-    Unless something lives of which we know nothing, for it has no expiry, or a later one: that is in the view.
-    """
-    found: list[Life] = []
-    latest: list[Logged] = []
+def _lives(subject: Subject, rest: _Rest | None, story: list[tuple[Logged, int]]) -> tuple[Life, Life]:
+    """Return what a batch says of a task since it was last gone, and all that it says; the same if that was not in it."""
+    left, latest = rest, list[Logged]()
     expires_at = rest.expires_at if rest is not None else 0
     for each, at in story:
         if 0 < expires_at <= at:
-            if latest:
-                found.append(Life(subject, rest, latest, expires_at))
-            rest, latest = None, []
+            left, latest = None, []
         ends = each.event.expires_at or 0
-        expires_at = ends if rest is None and not latest else later_expiry(expires_at, ends)
+        expires_at = ends if left is None and not latest else later_expiry(expires_at, ends)
         latest.append(each)
-    return [*found, Life(subject, rest, latest, expires_at)]
+    last = Life(subject, left, latest, expires_at)
+    return last, last if len(latest) == len(story) else Life(subject, rest, [each for each, _ in story], expires_at)

@@ -22,7 +22,7 @@ import msgspec
 from confluent_kafka import KafkaException
 
 from celery_kafka_backend import topics as names
-from celery_kafka_backend.changes import TASK, Batch, Partition
+from celery_kafka_backend.changes import GROUP, TASK, Batch, Partition
 from celery_kafka_backend.errors import Rejected, Unavailable
 from celery_kafka_backend.kafka import translate
 from celery_kafka_backend.order import system_wall_ms
@@ -147,7 +147,9 @@ def feed(
             late = pen.living(over) if settled and over else []
             done.changes += len(batch.changes)
             done.expired += len(over)
-            pen.write(Batch([*batch.changes, *late], batch.chords, batch.positions), done)
+            if late:  # by itself: of some of these tasks the batch has a change, too
+                pen.write(Batch(late, (), {}), done)
+            pen.write(batch, done)
             on_progress(done)
             pace.keep(done.records)
         pen.write(Batch([], (), marks.moved(job.number, {at: end for at, (_, end) in job.spans.items()})), done)
@@ -285,9 +287,12 @@ class _SinkPen:
 
     def living(self, over: list[Life]) -> list[Change]:
         tasks = [each for (subject, each), *_ in over if subject == TASK]
-        there = insist(lambda: self._view.shown(tasks), self._patience_s)
-        # Of a group nobody can ask without reading its document; they are few.
-        return [life.change() for life in over if life.subject[0] != TASK or life.subject[1] in there]
+        groups = [each for (subject, each), *_ in over if subject == GROUP]
+        there = {
+            TASK: insist(lambda: self._view.shown(tasks), self._patience_s).keys(),
+            GROUP: insist(lambda: self._view.groups(groups), self._patience_s).keys(),
+        }
+        return [life.change() for life in over if life.subject[1] in there[life.subject[0]]]
 
     def write(self, batch: Batch, done: Replayed) -> None:
         try:

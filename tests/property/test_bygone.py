@@ -97,8 +97,11 @@ def _settle(bygone: Bygone, copy: Live, batch: list[tuple[Logged, int]], horizon
     """As `replay` does: what is over is told only to a view in which something of it still lives."""
     changes, over = bygone.settle([each for each, _ in batch], lambda: ([at for _, at in batch], horizon), NOW)
     living = copy.shown()
-    for change in [*changes, *(life.change() for life in over if life.subject in living)]:
-        copy.write(change, NOW)
+    late = [life.change() for life in over if life.subject in living]
+    for told in (late, changes):
+        assert len({(change.subject, change.id) for change in told}) == len(told)
+        for change in told:
+            copy.write(change, NOW)
 
 
 def _event(task: str, key: int, at: int, expires_at: int) -> Logged:
