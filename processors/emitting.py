@@ -48,6 +48,8 @@ SETTLE_S: Final = 1.0
 """How often positions are committed."""
 CATCH_UP: Final = 20_000
 """Records of a partition that are read again at most."""
+SLICE: Final = 200
+"""Records that are counted in one go."""
 WAITING: Final = 8
 """Batches that may wait for us. More are let go, and read again from the log."""
 UNSETTLED: Final = 2_000
@@ -147,7 +149,9 @@ class Emitter:
             self._producer.poll(0)
         if batch is not None:
             for partition, first, logged in _stretches(batch.messages, batch.intake, self._log):
-                self._add(partition, first, logged)
+                for start in range(0, len(logged), SLICE):
+                    self._add(partition, first + start, logged[start : start + SLICE])
+                    time.sleep(0)  # else the materializer would wait 5 ms for the interpreter, each time it needs it
 
     def _add(self, partition: int, first: int, logged: Sequence[Logged | None]) -> None:
         tally = self._tallies.get(partition)
