@@ -124,9 +124,10 @@ class MeteredProducer(Producer):
             if value != self._counted[cell]:
                 self._seat.add(cell, value - self._counted[cell])
         self._counted = counts
-        self._seat.put(_QUEUED, self._recorder.publisher.waiting() + len(self))
         with self._lock:
-            oldest = next(iter(self._pending.values()), 0.0)
+            # Not len(self): librdkafka counts what it has to say about its brokers, too.
+            pending, oldest = len(self._pending), next(iter(self._pending.values()), 0.0)
+        self._seat.put(_QUEUED, self._recorder.publisher.waiting() + pending)
         self._seat.put(_SINCE_AT, oldest)
 
 

@@ -133,7 +133,7 @@ def seen_another_success(e: Evidence) -> Evidence:
 
 
 def seen_vanishing(e: Evidence) -> Evidence:
-    task, states = next((task, states) for task, states in e.seen.items())
+    task, states = next((task, states) for task, states in e.seen.items() if states[-1].state is not None)
     return e._replace(seen={**e.seen, task: (*states, states[-1]._replace(state=None, value=""))})
 
 
