@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery.result import assert_will_not_block
 
+from celery_kafka_backend import threads
 from celery_kafka_backend.claims import ClaimedMeta
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class _Listener:
             self._waiters.add(waiter)
             if not self._hearing:
                 self._hearing = True
-                threading.Thread(target=self._hear, name="celery-kafka-hear", daemon=True).start()
+                threads.start(self._hear, "celery-kafka-hear")
         self._looks.submit(self._guarded, self._consumer.look)
 
     def remove(self, waiter: _Waiter) -> None:

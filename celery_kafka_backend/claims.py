@@ -21,12 +21,12 @@ import hashlib
 import json
 import os
 import re
-import threading
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import msgspec
 
+from celery_kafka_backend import threads
 from celery_kafka_backend.errors import ClaimLost, NotAcknowledged, SettingsError, Unavailable
 from celery_kafka_backend.events import Claim
 from celery_kafka_backend.settings import SETTING, mask
@@ -267,9 +267,7 @@ def _bounded(work: Callable[[], _Answer], timeout_s: float) -> _Answer:
         except BaseException as exc:  # noqa: BLE001 - raised in the caller's thread
             errors.append(exc)
 
-    thread = threading.Thread(target=run, name="celery-kafka-claim", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
+    threads.start(run, "celery-kafka-claim").join(timeout_s)
     if errors:
         _raise(errors[0])
     if not answers:

@@ -13,12 +13,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
+from celery_kafka_backend import threads
 from celery_kafka_backend.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Endpoint:
 
     def start(self) -> None:
         """Answer, in threads of their own."""
-        threading.Thread(target=self._server.serve_forever, name="celery-kafka-metrics", daemon=True).start()
+        threads.start(self._server.serve_forever, "celery-kafka-metrics")
 
     def close(self) -> None:
         """Stop listening."""

@@ -19,7 +19,7 @@ from celery.exceptions import BackendGetMetaError
 from celery.utils.log import get_logger
 from kombu.utils.encoding import bytes_to_str
 
-from celery_kafka_backend import codec, configure, events, older
+from celery_kafka_backend import codec, configure, events, older, threads
 from celery_kafka_backend.changes import GROUP, TASK
 from celery_kafka_backend.claims import ClaimedMeta, Claims, reference
 from celery_kafka_backend.errors import CodecError, SettingsError, SpoolError, Unavailable, Unsure
@@ -278,7 +278,7 @@ def _within(bound_s: float, read: Callable[[], _Found]) -> _Found:
         except BaseException as exc:  # noqa: BLE001 - the caller's
             found.set_exception(exc)
 
-    threading.Thread(target=answer, name="celery-kafka-barrier", daemon=True).start()
+    threads.start(answer, "celery-kafka-barrier")
     try:
         return found.result(bound_s)
     except FutureTimeout:

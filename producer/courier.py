@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from celery.utils.time import get_exponential_backoff_interval
 
+from celery_kafka_backend import threads
 from celery_kafka_backend.errors import (
     NoSuchTopic,
     NotAcknowledged,
@@ -296,7 +297,7 @@ class Courier:
             self._refused.append(queued)
             if not self._sending:
                 self._sending = True
-                threading.Thread(target=self._send_again, name="celery-kafka-again", daemon=True).start()
+                threads.start(self._send_again, "celery-kafka-again")
         return True
 
     def _send_again(self) -> None:

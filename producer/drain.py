@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from celery_kafka_backend import threads
 from celery_kafka_backend.codec import HEADER_GROUP
 from celery_kafka_backend.errors import NotAcknowledged, PublishError, SpoolError, TooLarge
 from celery_kafka_backend.producer.courier import VERDICT_S
@@ -143,7 +143,7 @@ class Drainer:
 
     def start(self) -> None:
         """Start; it ends with the process."""
-        threading.Thread(target=self._run, name="celery-kafka-drain", daemon=True).start()
+        threads.start(self._run, "celery-kafka-drain")
 
     def _run(self) -> None:
         while True:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Producer
 
-from celery_kafka_backend import kafka, topics
+from celery_kafka_backend import kafka, threads, topics
 from celery_kafka_backend.changes import Partition
 from celery_kafka_backend.complaints import Complaints, NoToken
 from celery_kafka_backend.errors import NotAcknowledged, PublishError, Refused, SettingsError
@@ -195,9 +195,7 @@ class Publisher:
             with self._lock:
                 if self._producer is None:
                     self._producer = self._new()
-                    threading.Thread(
-                        target=self._poll, args=(self._producer, self._pid), name="celery-kafka-poll", daemon=True
-                    ).start()
+                    threads.start(self._poll, "celery-kafka-poll", self._producer, self._pid)
         return self._producer
 
     def _enter(self) -> None:
@@ -357,7 +355,7 @@ class Publisher:
     def warm_up(self) -> None:
         """Make the handle ready before it is needed: a new one's first answer takes 60 ms, more from a cold broker."""
         self._handle()
-        threading.Thread(target=self._connect, name="celery-kafka-warm-up", daemon=True).start()
+        threads.start(self._connect, "celery-kafka-warm-up")
 
     def _connect(self) -> None:
         prefix = self.settings.topic_prefix
@@ -473,8 +471,7 @@ class Publisher:
     def _make_aside(self) -> None:
         """Make the handle in a thread of its own: the driver waits there for the user's token, up to 10 s."""
         if self._maker is None or not self._maker.is_alive():
-            self._maker = threading.Thread(target=self._made_aside, name="celery-kafka-token", daemon=True)
-            self._maker.start()
+            self._maker = threads.start(self._made_aside, "celery-kafka-token")
 
     def _made_aside(self) -> None:
         try:

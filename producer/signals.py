@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -18,7 +17,7 @@ from celery import signals
 from celery import states as states_of
 from celery.app import trace
 
-from celery_kafka_backend import events, older, order, ownership
+from celery_kafka_backend import events, older, order, ownership, threads
 from celery_kafka_backend.errors import PipelineError, PublishError, SettingsError, StoreError
 from celery_kafka_backend.producer import greenlets
 from celery_kafka_backend.producer import headers as names
@@ -338,7 +337,7 @@ def worker_ready(sender: Any = None, **_: Any) -> None:
             from celery_kafka_backend.producer.drain import Drainer  # noqa: PLC0415 - sqlite3, for who needs it
 
             Drainer(recorder.courier.detour, recorder.publisher).start()
-        threading.Thread(target=_watch, args=(recorder,), name="celery-kafka-watch", daemon=True).start()
+        threads.start(_watch, "celery-kafka-watch", recorder)
 
 
 def _watch(recorder: Recorder) -> None:
