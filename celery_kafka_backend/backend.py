@@ -119,6 +119,8 @@ class KafkaBackend(older.AsyncBackendMixin, Chords):  # type: ignore[misc]
         state: str = states.FAILURE,
     ) -> None:
         """Store a failure, fail what was chained after it, call its errbacks."""
+        if older.had_succeeded(self, task_id, exc, request):
+            return
         with self._ending(task_id, exc, state, request, store_result):
             super().mark_as_failure(
                 task_id, exc, traceback=traceback, request=request, store_result=store_result,

@@ -11,7 +11,7 @@ from kombu.exceptions import OperationalError
 from kombu.serialization import dumps
 from kombu.utils.encoding import ensure_bytes
 
-from celery_kafka_backend import chord_records
+from celery_kafka_backend import chord_records, older
 from celery_kafka_backend.errors import PublishError, TooLarge
 from celery_kafka_backend.producer import headers as names
 from celery_kafka_backend.producer.members import members
@@ -46,11 +46,12 @@ class Chords(StockChords):
             self._apply_stock_chord(header_result_args, body, **options)
             return
         self.ensure_chords_allowed()
+        older.name_body(body)
         group_id = header_result_args[0]
         request = current_request()
         clock = self.recorder.clock
         # A chord frozen inside this message is declared again, as the same one, by a redelivery.
-        held = request is not None and (body.options.get("task_id") in held_ids(request))
+        held = request is not None and body.id in held_ids(request)
         generation = (field(request, names.HLC) if held else None) or clock.tick()
         body.options[names.GENERATION] = generation
         deadline_s = self._deadline_s(body)
@@ -66,7 +67,7 @@ class Chords(StockChords):
             body=ensure_bytes(encoded),
             content_type=content_type,
             content_encoding=content_encoding,
-            body_task_id=body.options.get("task_id") or body.id,
+            body_task_id=body.id,
             body_name=body.task or "",
             immutable=bool(body.immutable),
             root=field(request, "root_id"),

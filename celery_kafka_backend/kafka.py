@@ -101,6 +101,8 @@ def _common(settings: Settings, *extra: Mapping[str, Any]) -> dict[str, Any]:
         "topic.metadata.refresh.interval.ms": 30_000,
         "reconnect.backoff.max.ms": 2_000,
         "socket.keepalive.enable": True,
+        # librdkafka's default only since 2.10: before, a small request could wait for the answer to the last one.
+        "socket.nagle.disable": True,
         # librdkafka logs to stderr by itself otherwise, into the middle of a worker's log.
         "logger": _driver_logger,
     }

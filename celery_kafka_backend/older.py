@@ -16,6 +16,7 @@ from celery import VERSION, group, states
 from celery.app.task import Context
 from celery.backends import asynchronous
 from celery.backends.base import BaseKeyValueStoreBackend
+from celery.exceptions import BackendGetMetaError, WorkerLostError
 from celery.utils.functional import maybe_list
 from celery.utils.log import get_logger
 from celery.utils.time import get_exponential_backoff_interval
@@ -44,6 +45,28 @@ def stores_started(task: Any, request: Any) -> bool:
     """Whether Celery stores that an execution starts."""
     ignored = task.ignore_result if LACKS else ignores_result(task, request)
     return bool(task.track_started and not ignored)
+
+
+def had_succeeded(backend: Any, task_id: str, exc: BaseException, request: Any) -> bool:
+    """Whether a task had succeeded before its child was lost, which is no failure of it: errbacks, chain and chord go on.
+
+    Celery 5.7 asks by itself, and stores no failure then.
+    """
+    if not LACKS or not isinstance(exc, WorkerLostError) or getattr(request, "ignore_result", False):
+        return False
+    try:
+        succeeded = backend._get_task_meta_for(task_id)["status"] == states.SUCCESS  # noqa: SLF001 - as Celery 5.7 asks
+    except BackendGetMetaError:  # nobody can tell
+        return False
+    if succeeded:
+        logger.warning("Task %s[%s] succeeded before the worker was lost: %r", request.task, task_id, exc)
+    return bool(succeeded)
+
+
+def name_body(body: Any) -> None:
+    """Give a chord's body that is a chain the id under which it ends; before Celery 5.6 it has none, and cannot be declared."""
+    if not body.id:
+        body.options["task_id"] = body._frozen[1][0].id  # noqa: SLF001 - what `chord.run` has just made, the last one first
 
 
 def zone_of_documents(app: Celery) -> tzinfo:

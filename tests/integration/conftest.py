@@ -54,6 +54,7 @@ class Fleet:
             ),
             "FLEET_CONF": json.dumps({"result_extended": True, **conf}),
             "PYTHONPATH": str(HERE),
+            "PYTHONFAULTHANDLER": "1",
         }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._app: Any = None

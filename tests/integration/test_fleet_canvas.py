@@ -11,7 +11,7 @@ from celery.result import AsyncResult
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
-SOON = 40
+SOON = 120
 
 
 def test_results_keep_the_shape_of_the_header(fleet):
@@ -63,6 +63,18 @@ def test_a_member_may_be_replaced(fleet, by):
     if by == "group" and VERSION[:2] < (5, 6):
         found.sort()  # such a Celery gives every task of the group the index of the member that it replaces
     assert (found, beside) == (expected, 1)
+
+
+@pytest.mark.parametrize("end", ["task", "group", "chord"])
+def test_a_body_may_be_a_chain(fleet, end):
+    tasks = fleet.app
+    both = group(tasks.add.s(1), tasks.add.s(2))
+    body, expected = {
+        "task": (tasks.total.s() | tasks.add.s(10), 15),
+        "group": (tasks.total.s() | both, [6, 7]),
+        "chord": (tasks.total.s() | both | tasks.listed.s(), [6, 7]),
+    }[end]
+    assert chord([tasks.add.s(1, 1), tasks.add.s(1, 2)])(body).get(timeout=SOON) == expected
 
 
 def test_a_member_may_add_another(fleet):

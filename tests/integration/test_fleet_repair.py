@@ -13,6 +13,7 @@ from celery.exceptions import ChordError
 from celery.result import AsyncResult
 
 from celery_kafka_backend.cli.exits import Exit
+from celery_kafka_backend.result import KafkaResult
 
 SECRET = "a secret"
 
@@ -22,7 +23,7 @@ pytestmark = [
     pytest.mark.parametrize("fleet", [{"settings": {"chord_key": SECRET}}], indirect=True),
 ]
 
-SOON = 40
+SOON = 120
 
 
 def pipeline_chord(fleet, *arguments, settings=None):
@@ -61,6 +62,14 @@ def until_in(fleet, group, count):
     pytest.fail(f"not within {SOON} s: {count} parts of {group}")
 
 
+def until_sent(fleet, result):
+    """Wait for what nobody waits for when a task is sent: that the log has it."""
+    deadline = time.monotonic() + SOON
+    while KafkaResult.of(result).describe() != "sent":
+        assert time.monotonic() < deadline, fleet.log("pipeline")[-3000:]
+        time.sleep(0.05)
+
+
 def body_error(result):
     with pytest.raises(ChordError) as caught:
         AsyncResult(result.id, app=result.app).get(timeout=SOON)
@@ -79,6 +88,7 @@ def test_a_stuck_chord_is_explained_then_failed(fleet):
     result = waiting_chord(tasks, tasks.listed.s().on_error(tasks.note_error.s()), tasks.add.s(1, 1))
     group, stuck = result.parent.id, result.parent.results[1].id
     until_in(fleet, group, 1)
+    until_sent(fleet, result.parent.results[1])
     for source in ((), ("--log",)):
         code, (shown,), _ = pipeline_chord(fleet, group, "--json", *source)
         assert code is Exit.OK
@@ -111,8 +121,9 @@ def test_a_chord_is_fired_with_what_is_there_and_its_body_sent_again(fleet):
     until_in(fleet, group, 2)
     code, _, said = pipeline_chord(fleet, group, "--resend", "--reason", "too early")
     assert (code, "its body has not been sent yet" in said) == (Exit.NOT_DONE, True)
-    code, (shown,), said = pipeline_chord(fleet, group, "--fire", "--reason", "two will do", "--json")
-    assert code is Exit.OK, said
+    code, found, said = pipeline_chord(fleet, group, "--fire", "--reason", "two will do", "--json")
+    assert code is Exit.OK, said + fleet.log("pipeline")[-3000:]
+    (shown,) = found
     assert shown["state"] == "sent"
     assert "@" in shown["requests"][0]["by"]
     noted(fleet, text, 1)

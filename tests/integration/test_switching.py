@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import urllib.request
@@ -79,7 +80,13 @@ class Switching:
         return name, process
 
     def _ended(self, name, process) -> None:
-        assert process.wait(SOON) == 0, self.fleet.log(name)[-3000:]
+        try:
+            code = process.wait(SOON)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGABRT)  # each says where it stands (PYTHONFAULTHANDLER)
+            process.wait(SOON)
+            pytest.fail(f"{name} did not end: {self.fleet.log(name)[-20000:]}")
+        assert code == 0, self.fleet.log(name)[-3000:]
 
     def restart(self, role: str) -> None:
         """Each alone: the next one when the new one runs and the old one has ended."""

@@ -9,7 +9,7 @@ import pytest
 from celery import VERSION, Celery, chord, group
 from celery.app.task import Context
 from celery.backends.cache import CacheBackend
-from celery.exceptions import ChordError
+from celery.exceptions import BackendGetMetaError, ChordError, WorkerLostError
 
 from celery_kafka_backend import older
 
@@ -132,6 +132,43 @@ def test_what_was_chained_after_a_failed_body_fails(app, memory):
     body.freeze("body")
     fail(memory, body)
     assert memory.get_state("body") == memory.get_state("after") == "FAILURE"
+
+
+@pytest.mark.parametrize("middle", ["two", "a group"])
+def test_a_chain_as_a_body_is_declared_under_the_id_of_its_result(app, memory, middle):
+    declared = []
+
+    def apply_chord(_, body, **__):
+        older.name_body(body)
+        declared.append((body.id, body.options["task_id"]))
+
+    memory.apply_chord = apply_chord
+    one, two = app.signature("one"), app.signature("two")
+    body = one | (group([one, two], app=app) if middle == "a group" else two) | app.signature("three")
+    result = chord([one, two], app=app)(body)
+    assert declared == [(result.id, result.id)]
+
+
+@pytest.mark.parametrize("state", ["SUCCESS", "STARTED", "FAILURE", None])
+def test_a_child_that_is_lost_after_its_success_is_no_failure(memory, monkeypatch, state):
+    monkeypatch.setattr(older, "LACKS", True)
+    task_id = f"lost-{state}"
+    if state:
+        memory.store_result(task_id, 1 if state != "FAILURE" else ValueError(), state)
+    request, ignored = (Context(id=task_id, task="one", ignore_result=it) for it in (False, True))
+    lost = WorkerLostError("signal 9")
+    assert older.had_succeeded(memory, task_id, lost, request) is (state == "SUCCESS")
+    assert not older.had_succeeded(memory, task_id, ValueError(), request)
+    assert not older.had_succeeded(memory, task_id, lost, ignored)
+
+
+def test_where_nobody_can_tell_a_lost_child_is_a_failure(memory, monkeypatch):
+    def away(_):
+        raise BackendGetMetaError("away")
+
+    monkeypatch.setattr(older, "LACKS", True)
+    monkeypatch.setattr(memory, "_get_task_meta_for", away)
+    assert not older.had_succeeded(memory, "id", WorkerLostError(), Context(id="id", task="one"))
 
 
 @pytest.mark.parametrize(("always", "calls"), [(True, 3), (False, 1)])
