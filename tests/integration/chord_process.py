@@ -7,6 +7,7 @@ held is this file's doing: the product has no such points.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -82,6 +83,7 @@ class Watched(ChordProcessor):
 
 
 def main():
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     given = json.loads(sys.argv[1])
     settings = make_settings(given["servers"], given["prefix"])
     assert isinstance(settings, settings_module.Settings)

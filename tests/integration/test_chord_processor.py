@@ -475,12 +475,15 @@ class Process:
             "owner": name,
             "hold": hold,
         }
-        self.popen = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.chord_process", json.dumps(given)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+        self.log = Path(folder, f"{name}.log")
+        with self.log.open("w") as log:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "tests.integration.chord_process", json.dumps(given)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
         self.lines = queue.Queue()
         self.said = []
         threading.Thread(target=self._listen, daemon=True).start()
@@ -489,18 +492,20 @@ class Process:
         for line in self.popen.stdout:
             self.lines.put(json.loads(line))
 
-    def wait_for(self, what, timeout_s=60.0):
+    def wait_for(self, what, timeout_s=120.0):
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             try:
                 line = self.lines.get(timeout=0.1)
             except queue.Empty:
-                assert self.popen.poll() is None, f"ended instead of saying {what!r}: {self.said}"
+                assert self.popen.poll() is None, (
+                    f"ended instead of saying {what!r}: {self.said}, {self.log.read_text()}"
+                )
                 continue
             self.said.append(line["what"])
             if line["what"] == what:
                 return line
-        pytest.fail(f"did not say {what!r}, but {self.said}")
+        pytest.fail(f"did not say {what!r}, but {self.said}, {self.log.read_text()}")
         return None
 
     def signal(self, number):

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from celery import VERSION
 
 from tests.integration.conftest import Fleet
 from tests.services import native, ports
@@ -145,4 +146,4 @@ def test_a_switch_there_and_back_under_load_loses_nothing(switching):
     assert not wrong, f"{len(wrong)} of {len(answers)}: {wrong[:5]}"
     shapes = Counter(one["shape"] for one in answers)
     print(f"{len(answers)} answers, slowest {max(one['s'] for one in answers)} s; {dict(shapes)}")
-    assert len(shapes) == 11, shapes
+    assert len(shapes) == (11 if VERSION[:2] >= (5, 7) else 10), shapes
