@@ -9,9 +9,11 @@ import textwrap
 import time
 
 import pytest
+from kombu import VERSION as KOMBU
 
 from tests.integration.conftest import Fleet
 from tests.services import kafka as kafka_service
+from tests.services import native
 from tests.services import redis as redis_service
 from tests.services.errors import ServiceError
 from tests.services.required import absent
@@ -21,6 +23,8 @@ pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 SOON = 100
 ALL = 19
 """As many functions as `client_methods` has; a failing one raises."""
+WORKER = ("-P", "threads", "-c", "16")
+"""All that is waited for runs at once, so that a broker that dies has none of it."""
 PATCH = {
     "gevent": "from gevent import monkey; monkey.patch_all()",
     "eventlet": "import eventlet; eventlet.monkey_patch()",
@@ -157,8 +161,7 @@ def fragile(tmp_path):
                 absent(name, error)
         broker, view, kafka = started
         with Fleet(kafka.bootstrap, broker.url, view.url, tmp_path, {}, {}) as fleet:
-            # All that is waited for runs at once, so that a broker that dies has none of it.
-            fleet.serve("-P", "threads", "-c", "16")
+            fleet.serve(*WORKER)
             yield fleet, {"view": view, "broker": broker, "kafka": kafka.brokers[0]}
     finally:
         for server in started:
@@ -173,19 +176,22 @@ def test_clients_that_wait_and_clients_that_ask_outlive_everything(fragile):
         try:
             for one in (plain, green):
                 ask(one, "methods")
-            assert [answer(one) for one in (plain, green)] == [ALL, ALL]
+            assert [answer(one, fleet) for one in (plain, green)] == [ALL, ALL]
             for one in (plain, green):
                 ask(one, "wait")
-            assert [answer(one) for one in (plain, green)] == ["waiting", "waiting"]
+            assert [answer(one, fleet) for one in (plain, green)] == ["waiting", "waiting"]
             for server in servers.values():
                 server.kill()
             time.sleep(1)  # that they notice
             for server in servers.values():
                 server.restart()
-            assert [answer(one) for one in (plain, green)] == [[6, 6, [6, 6, 6], 12]] * 2
+            assert [answer(one, fleet) for one in (plain, green)] == [[6, 6, [6, 6, 6], 12]] * 2
+            if KOMBU < (5, 5):  # its worker may take no more tasks after Redis, the broker, was away
+                native.end(fleet.processes.pop("worker"))
+                fleet.worker(*WORKER)
             for one in (plain, green):
                 ask(one, "methods")
-            assert [answer(one) for one in (plain, green)] == [ALL, ALL]
+            assert [answer(one, fleet) for one in (plain, green)] == [ALL, ALL]
         finally:
             for one in (plain, green):
                 one.kill()
@@ -196,9 +202,10 @@ def ask(process, question):
     process.stdin.flush()
 
 
-def answer(process):
+def answer(process, fleet):
     said = process.stdout.readline()
     if not said:
         process.kill()
-        pytest.fail(process.communicate()[1][-3000:])
+        logs = (f"{name}: {fleet.log(name)[-3000:]}" for name in fleet.processes)
+        pytest.fail("\n".join([process.communicate()[1][-3000:], *logs]))
     return json.loads(said)
