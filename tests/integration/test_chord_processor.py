@@ -1,4 +1,4 @@
-"""The chord processor against a Kafka that answers: the embedded broker, and the real one where it is there.
+"""The chord processor against a Kafka that answers: librdkafka's mock broker, and the real one where it is there.
 
 The broker of the bodies is a folder, so that a process can be killed and the queue still be looked at.
 """
@@ -23,7 +23,6 @@ from celery.canvas import chain, group
 from celery_kafka_backend import chord_records as records
 from celery_kafka_backend import codec, kafka, topics
 from celery_kafka_backend.chord_records import Choice, Decided, Extended, Fired
-from celery_kafka_backend.embedded import EmbeddedKafka
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.processors.chords import ChordProcessor
 from celery_kafka_backend.producer import headers
@@ -36,20 +35,26 @@ from tests.integration.chord_world import (
     read_all,
     sent_bodies,
 )
+from tests.services import mock_kafka
 
 ROOT = Path(__file__).parents[2]
 
 
+KAFKA = pytest.param("kafka", marks=pytest.mark.kafka)
+on_kafka_alone = pytest.mark.parametrize("config", [KAFKA], indirect=True)
+"""The mock broker's groups notice who comes and who dies by rules of their own, which are no user's."""
+
+
 @pytest.fixture(scope="module")
-def embedded():
-    with EmbeddedKafka() as broker:
-        yield broker.bootstrap_servers
+def mock():
+    with mock_kafka.running() as address:
+        yield address
 
 
-@pytest.fixture(params=["embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
+@pytest.fixture(params=["mock", KAFKA])
 def config(request, topic_prefix):
-    if request.param == "embedded":
-        return make_settings(request.getfixturevalue("embedded"), topic_prefix)
+    if request.param == "mock":
+        return make_settings(request.getfixturevalue("mock"), topic_prefix)
     made = make_settings(request.getfixturevalue("kafka").bootstrap, topic_prefix)
     create_topics(made)
     return made
@@ -315,6 +320,7 @@ def test_while_the_broker_is_away_chords_are_decided_and_their_bodies_wait(app, 
     assert sorted(b["headers"]["id"] for b in sent_bodies(tmp_path)) == sorted(chord.body_id for chord in chords)
 
 
+@on_kafka_alone
 def test_partitions_move_between_processors_and_every_body_is_sent_once(app, fleet, start, tmp_path):
     first = start()
     chords = []
@@ -532,6 +538,7 @@ def process(config, tmp_path):
         one.end()
 
 
+@on_kafka_alone
 @pytest.mark.parametrize("point", ["before deciding", "before reading", "before sending"])
 def test_an_owner_killed_before_it_sent_is_replaced_and_the_body_is_sent_once(app, fleet, process, tmp_path, point):
     chord = Chord(app, app.tasks["proj.xsum"].s())
@@ -555,6 +562,7 @@ def test_an_owner_killed_before_it_sent_is_replaced_and_the_body_is_sent_once(ap
     second.wait_for("stopped")
 
 
+@on_kafka_alone
 @pytest.mark.parametrize("seen", [True, False])
 def test_an_owner_killed_between_sending_and_fired(app, fleet, process, tmp_path, config, seen):
     """If the body left an event in the log, it is not sent again; else it is: same id, run and results."""
@@ -579,6 +587,7 @@ def test_an_owner_killed_between_sending_and_fired(app, fleet, process, tmp_path
     assert set(map(str, same)) == {str((chord.body_id, run, [[0, 10, 20]]))}
 
 
+@on_kafka_alone
 def test_an_owner_killed_between_a_request_and_its_end(app, fleet, process, tmp_path):
     """The next one carries it out, with what the first one decided."""
     chord = Chord(app, app.tasks["proj.xsum"].s())
@@ -623,6 +632,7 @@ def events_of_members(fleet, chord, count):
     assert fleet.producer.flush(20) == 0
 
 
+@on_kafka_alone
 def test_a_deadline_survives_its_owner(app, fleet, process):
     chord = Chord(app, app.tasks["proj.xsum"].s(), deadline=int(time.time() * 1000) + 3000)
     first = process("first")
@@ -638,6 +648,7 @@ def test_a_deadline_survives_its_owner(app, fleet, process):
     until(lambda: records.key_of(late) not in map(records.key_of, fleet.left(chord.group)), "the late part is gone")
 
 
+@on_kafka_alone
 @pytest.mark.parametrize(("point", "sent"), [("before reading", 1), ("before sending", 2)])
 def test_a_zombie_that_wakes_up(app, fleet, process, tmp_path, point, sent):
     """It notices that the body was sent, unless it sleeps in the very moment before it sends: then the same again."""

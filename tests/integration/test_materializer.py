@@ -19,7 +19,6 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from celery_kafka_backend import chord_records, codec, events, order, topics
 from celery_kafka_backend.changes import Batch, Logged, Partition
-from celery_kafka_backend.embedded import EmbeddedKafka
 from celery_kafka_backend.errors import Rejected, Unavailable
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.kafka import producer_config
@@ -33,7 +32,7 @@ from celery_kafka_backend.processors.verify import compare
 from celery_kafka_backend.sinks.contract import Sink, View
 from celery_kafka_backend.sinks.registry import open_sink, open_view
 from tests.integration.materializing import POINTS, options, settings
-from tests.services import native
+from tests.services import mock_kafka, native
 from tests.services import redis as redis_service
 
 if TYPE_CHECKING:
@@ -186,8 +185,8 @@ class Log:
 
 @pytest.fixture(scope="module")
 def mock_bootstrap() -> Iterator[str]:
-    with EmbeddedKafka() as broker:
-        yield broker.bootstrap_servers
+    with mock_kafka.running() as address:
+        yield address
 
 
 @pytest.fixture
@@ -571,7 +570,7 @@ def test_a_stop_repeats_nothing_and_loses_nothing(log: Log, process: Callable[..
     feeding = threading.Event()
 
     def feed() -> None:
-        while not feeding.is_set():
+        while not feeding.wait(0.02):  # as fast as it can, all of it would have to be folded and compared for a minute
             log.run_tasks(20)
 
     thread = threading.Thread(target=feed)
