@@ -55,12 +55,12 @@ services: $(READY)  ## download the servers that the tests need
 	$(BOUNDED) 1800 $(BIN)/python -m tests.services install
 
 # Two at once: most of it waits for servers. A file stays in one process, whose servers are its own.
-test: export CHORD_EXAMPLES ?= 150
 test: preflight $(READY) services lint  ## everything that CI checks
 	$(BOUNDED) 4200 $(PYTEST) -n 2 --dist loadfile $(ARGS)
 
 # pytest rewrites the asserts of all it reads, in each of its processes: a fifth of the time, unless it may keep that.
 test-quick: export PYTHONDONTWRITEBYTECODE =
+test-quick: export EXAMPLES_SHARE ?= 0.3
 test-quick: $(READY)  ## the tests that need no server
 	$(BOUNDED) 300 $(PYTEST) -n 3 $(QUICK_TESTS) $(OF_ONE_STORE:%=--ignore=%) -m "not kafka and not redis and not mongodb and not elasticsearch and not cassandra and not postgresql" $(ARGS)
 
@@ -103,6 +103,7 @@ $(CONFORMANCE_READY): pyproject.toml tests/conformance/requirements.txt
 
 versions: $(VERSIONS:%=version-%)  ## the oldest and newest Celery, kombu and drivers that we claim, and what is between (20 minutes each)
 
+version-%: export EXAMPLES_SHARE ?= 0.3
 version-%: .versions/%/.ready services
 	$(BOUNDED) 3600 .versions/$*/bin/python -m pytest -p faulthandler -o faulthandler_timeout=300 -n 2 --dist loadfile $(VERSION_TESTS) $(ARGS)
 

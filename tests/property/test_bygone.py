@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend import events
@@ -12,6 +12,7 @@ from celery_kafka_backend.changes import Change, Logged, beats, merge_sides
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.processors.bygone import Bygone
 from celery_kafka_backend.processors.fold import fold
+from tests.examples import tried_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -79,7 +80,7 @@ class Live:
 
 
 @given(st.data(), logs())
-@settings(max_examples=300, deadline=None)
+@tried_on(300)
 def test_a_replay_shows_what_a_live_view_shows(data: st.DataObject, log: list[tuple[Logged, int]]):
     live, copy = Live(), Live()
     for logged, at in log:

@@ -10,7 +10,6 @@ tombstone outlives every reader that has not passed it (``delete.retention.ms``,
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter, defaultdict
 from typing import NamedTuple
@@ -34,6 +33,7 @@ from celery_kafka_backend.chord_records import (
 )
 from celery_kafka_backend.processors import decision
 from celery_kafka_backend.processors.decision import Append, Fire, Forget, Ledger, Resend
+from tests.examples import tried_on
 
 RETENTION_MS = 10**9
 
@@ -466,8 +466,7 @@ class World:
 
 
 SEEDS = st.integers(0, 2**64 - 1)
-EXAMPLES = int(os.environ.get("CHORD_EXAMPLES", "50"))
-MANY = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+MANY = settings(tried_on(150), suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def check_sends(world):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend import events
 from celery_kafka_backend.changes import GROUP, Logged, Side, beats, merge_sides, side_of
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.processors.fold import fold
+from tests.examples import tried_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +85,7 @@ class View:
 
 
 @given(st.data(), logs())
-@settings(max_examples=200, deadline=None)
+@tried_on(200)
 def test_the_view_does_not_depend_on_order_duplication_or_batching(data: st.DataObject, log: list[Logged]):
     """Any permutation of the log with any duplicates, cut anywhere, gives the view of one batch."""
     once = View()
@@ -99,7 +100,7 @@ def test_the_view_does_not_depend_on_order_duplication_or_batching(data: st.Data
 
 
 @given(logs())
-@settings(max_examples=50, deadline=None)
+@tried_on(50)
 def test_a_replay_of_everything_changes_nothing(log: list[Logged]):
     """The same log three times over."""
     view = View()
@@ -111,7 +112,7 @@ def test_a_replay_of_everything_changes_nothing(log: list[Logged]):
 
 
 @given(logs())
-@settings(max_examples=100, deadline=None)
+@tried_on()
 def test_a_change_holds_what_its_batch_said(log: list[Logged]):
     """One change per subject; nothing without a key wins; a group has no side record; the order read is kept."""
     changes = fold(log)
@@ -137,7 +138,7 @@ def test_an_empty_batch_changes_nothing():
     assert fold([]) == []
 
 
-@settings(deadline=None)
+@tried_on()
 @given(sides, sides, sides)
 def test_merging_side_records_is_commutative_associative_and_idempotent(a: Side, b: Side, c: Side):
     """So any order, duplication and batching gives one record."""
@@ -147,7 +148,7 @@ def test_merging_side_records_is_commutative_associative_and_idempotent(a: Side,
     assert merge_sides(merge_sides(a, b), b) == merge_sides(a, b)
 
 
-@settings(deadline=None)
+@tried_on()
 @given(sides, sides)
 def test_never_is_later_than_any_time_to_expire(a: Side, b: Side):
     """For ``expires_at`` 0 is "never" and stays; for the other times 0 is "unknown" and gives way."""

@@ -8,7 +8,7 @@ from math import ceil
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend import events, partials
@@ -19,6 +19,7 @@ from celery_kafka_backend.processors import minutes
 from celery_kafka_backend.processors.minutes import Minute
 from celery_kafka_backend.processors.tally import Tally
 from celery_kafka_backend.windows import WINDOWS, Dimension, figures, span
+from tests.examples import tried_on
 
 MINUTE = 60_000
 NOW = 29_000_000 * MINUTE
@@ -95,7 +96,7 @@ def within(found: float | None, values: list[float], quantile: float) -> bool:
     return low * 0.9899 <= found <= high * 1.0101
 
 
-@settings(max_examples=25, deadline=None)
+@tried_on(25)
 @given(
     st.data(), st.integers(0, 1 << 30), st.sampled_from(sorted(WINDOWS)), st.sampled_from(["task", "queue", "worker"])
 )

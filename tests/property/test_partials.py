@@ -6,7 +6,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend import events, partials
@@ -14,6 +14,7 @@ from celery_kafka_backend.changes import Logged
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.partials import BUCKET, Cell, Partial, merged
 from celery_kafka_backend.processors.tally import Tally
+from tests.examples import tried_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -90,7 +91,7 @@ def counted(records: Iterable[Logged | None]) -> dict[tuple[int, str], dict[str,
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@tried_on(60)
 @given(st.data(), st.integers(0, 1 << 30), st.integers(1, 4 * BUCKET))
 def test_crashes_duplicates_batches_and_lost_partials_change_no_total(data: st.DataObject, seed: int, length: int):
     """At any point the counting process dies, or batches come again, or what was told is lost; partials arrive in any order."""
@@ -129,7 +130,7 @@ def test_crashes_duplicates_batches_and_lost_partials_change_no_total(data: st.D
     assert sums == counted(records)
 
 
-@settings(max_examples=30, deadline=None)
+@tried_on(30)
 @given(st.integers(0, 1 << 30), st.integers(1, 3 * BUCKET))
 def test_what_begins_in_a_minute_is_weighed_against_what_of_it_has_ended(seed: int, length: int):
     """In whichever minute it ended."""

@@ -24,6 +24,7 @@ from celery_kafka_backend.errors import Unreadable
 from celery_kafka_backend.events import Imported
 from celery_kafka_backend.order import Rank
 from celery_kafka_backend.sinks.contract import Stock
+from tests.examples import tried_on
 
 BEGAN = 1_795_000_000_000
 DONE = "2026-10-01T08:00:00.123456+00:00"
@@ -121,6 +122,7 @@ def test_what_is_no_document_is_unreadable(document):
         event_of(stock(document), HOW)
 
 
+@tried_on()
 @given(st.binary(max_size=60))
 def test_rubbish_is_unreadable_and_nothing_worse(document):
     with contextlib.suppress(Unreadable):
@@ -174,6 +176,7 @@ times = st.integers(order.EPOCH_MS, 4_102_444_800_000)
 live = st.integers(BEGAN - 5 * 365 * 86_400_000, 4_102_444_800_000)
 
 
+@tried_on()
 @given(st.sampled_from(Rank), times | st.none(), st.sampled_from(Rank), live, st.booleans())
 def test_whatever_happens_here_is_above_whatever_is_imported(theirs, done, ours, hlc, known):
     key = order.imported_key(theirs, done)
@@ -183,6 +186,7 @@ def test_whatever_happens_here_is_above_whatever_is_imported(theirs, done, ours,
     assert order.run_of_key(key) is None
 
 
+@tried_on()
 @given(times, times)
 def test_of_imports_the_later_one_is_shown(a, b):
     first, second = sorted((a, b))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend.changes import Side
@@ -21,13 +21,14 @@ from celery_kafka_backend.sinks.cassandra_guard import (
     ttl_s,
     winners,
 )
+from tests.examples import tried_on
 
 NOW = 1_790_000_000_000
 KEYS = st.integers(1, (1 << 63) - 1)
 MS = st.integers(0, NEVER)
 
 
-@settings(deadline=None)
+@tried_on()
 @given(KEYS, KEYS)
 def test_native_stamps_are_in_the_order_of_keys_and_below_every_clock(a: int, b: int) -> None:
     assert (a < b) == (native_stamp(a) < native_stamp(b))
@@ -41,7 +42,7 @@ def test_a_key_of_an_unknown_run_is_still_above_the_least() -> None:
     assert native_stamp(order_key(Rank.UNREADY, 0, None)) - 1 > -(1 << 63)
 
 
-@settings(deadline=None)
+@tried_on()
 @given(MS, MS, st.integers(NOW, NOW + 10**9), st.integers(0, 10**9))
 def test_the_later_end_stays_and_of_one_end_the_one_known_longer(a: int, b: int, since: int, later: int) -> None:
     first, second = Term(a, since), Term(b, since)
@@ -74,7 +75,7 @@ def test_times_to_live(expires_at: int, expected: int) -> None:
     assert ttl_s(expires_at, NOW) == expected
 
 
-@settings(deadline=None)
+@tried_on()
 @given(st.integers(NOW + 2_000, NOW + 10**9), st.integers(NOW, NOW + 1_999))
 def test_one_expiry_ends_in_one_second_whenever_it_is_written(expires_at: int, now: int) -> None:
     assert ttl_s(expires_at, now) + now // 1000 == -(-expires_at // 1000)
@@ -98,7 +99,7 @@ def test_the_greatest_key_counts_while_the_whole_lasts() -> None:
     assert winners([row(2, NEVER, 0, shown_until=NOW)], Term(NEVER, 0), NOW)[""].document is None
 
 
-@settings(deadline=None)
+@tried_on()
 @given(st.permutations(range(4)))
 def test_side_records_are_merged_in_any_order(order: list[int]) -> None:
     sides = [

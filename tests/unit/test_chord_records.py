@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend import chord_records as records
@@ -25,6 +25,7 @@ from celery_kafka_backend.chord_records import (
     Sized,
 )
 from celery_kafka_backend.errors import UnknownVersion, Unreadable
+from tests.examples import tried_on
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "chords-v1.jsonl"
 HERE = {"group": "5f3c|50%", "generation": 1_790_000_000_123}
@@ -172,7 +173,7 @@ def test_a_tombstone_says_what_is_gone():
     assert gone == Gone(records.Key(HERE["group"], HERE["generation"], "part", ("t-1", "0", "e-1")))
 
 
-@settings(deadline=None)
+@tried_on()
 @given(st.lists(st.text(), min_size=1, max_size=4), st.integers(0, 2**60))
 def test_any_text_survives_a_key(fields, generation):
     group, *rest = fields

@@ -10,13 +10,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend import codec, events
 from celery_kafka_backend.errors import CodecError, UnknownVersion, Unreadable
 from celery_kafka_backend.events import Event, Opaque
 from celery_kafka_backend.order import Rank, forget_key, order_key, run_at
+from tests.examples import tried_on
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "events-v1.jsonl"
 
@@ -259,7 +260,7 @@ def decodes_or_refuses(value: bytes) -> None:
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=200, deadline=None)
+@tried_on(200)
 def test_any_bytes_are_an_event_or_a_codec_error(value: bytes):
     """Also behind a plausible beginning."""
     decodes_or_refuses(value)
@@ -267,7 +268,7 @@ def test_any_bytes_are_an_event_or_a_codec_error(value: bytes):
 
 
 @given(st.sampled_from(range(len(EXPECTED))), st.data())
-@settings(max_examples=200, deadline=None)
+@tried_on(200)
 def test_a_damaged_record_is_an_event_or_a_codec_error(index: int, data: st.DataObject):
     """Bytes overwritten, cut out or doubled anywhere in a golden record."""
     line = golden()[index]
@@ -284,7 +285,7 @@ json_values = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(sorted(Event.__struct_fields__)), json_values))
-@settings(max_examples=60, deadline=None)
+@tried_on(60)
 def test_any_value_in_any_field_is_an_event_or_a_codec_error(fields: dict[str, Any]):
     """Whatever JSON stands where something else was expected."""
     base = {"v": 1, "id": "e", "kind": "k", "task": "t", "at": 1, "hlc": 1}
@@ -292,7 +293,7 @@ def test_any_value_in_any_field_is_an_event_or_a_codec_error(fields: dict[str, A
 
 
 @given(json_values, st.text(st.characters(exclude_categories=["Cs"])), st.binary())
-@settings(max_examples=100, deadline=None)
+@tried_on()
 def test_what_is_written_is_read_back(args: Any, text: str, meta: bytes):
     """Arguments, text and opaque bytes of any content."""
     event = Event(id="e", kind="k", task="t", at=1, hlc=1, args=args, message=text, opaque=Opaque(meta=meta))

@@ -6,13 +6,14 @@ import json
 import random
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend import chord_records, events
 from celery_kafka_backend.chord_records import Decided, Declared, Fired, Key, Part, Sized
 from celery_kafka_backend.events import CHILD, CLIENT, PARENT, Event
 from celery_kafka_backend.findings import Chords, Clocks, Finding, Tasks
+from tests.examples import tried_on
 
 NOON = 1_750_000_000_000
 MINUTE = 60_000
@@ -148,7 +149,7 @@ some = st.sampled_from(
 )
 
 
-@settings(deadline=None)
+@tried_on()
 @given(st.lists(some, max_size=12, unique_by=lambda one: one.id), st.randoms(use_true_random=False))
 def test_the_order_in_which_events_come_and_how_often_makes_no_difference(chosen, chance):
     def key(one: Finding):

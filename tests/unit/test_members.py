@@ -7,10 +7,11 @@ import json
 from celery import Celery, chain, chord, group
 from celery.app.task import Context
 from celery.canvas import Signature
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend.producer.members import errbacks, fingerprint, last_tasks, members
+from tests.examples import tried_on
 
 app = Celery("unit", broker="memory://", set_as_current=False)
 
@@ -34,7 +35,7 @@ def as_sent(canvas):
     return json.loads(json.dumps(canvas, default=list))
 
 
-@settings(deadline=None)
+@tried_on()
 @given(CANVASES)
 def test_there_are_as_many_last_tasks_as_celery_counts(canvas):
     assert len(list(last_tasks(canvas))) == chord._descend(canvas)

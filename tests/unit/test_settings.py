@@ -7,12 +7,13 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend import events
 from celery_kafka_backend.errors import SettingsError
 from celery_kafka_backend.settings import SETTING, Settings, mask, parse
+from tests.examples import tried_on
 
 URL = "kafka://b1:9092,b2:9092/?view=redis://r:6379/0"
 SECRET = "s3cr3t-hunter2"
@@ -327,7 +328,7 @@ raw = st.text(st.characters(codec="ascii", exclude_characters="&%", categories=[
 
 
 @given(raw, st.text(st.characters(exclude_categories=["Cs"]), max_size=12), st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
+@tried_on(60)
 def test_mask_never_leaks_a_password(ugly: str, encoded: str, times: int):
     """Raw with almost any character in it, or percent-encoded, in views, in views' parameters, encoded again."""
     marker = "QX7"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend import events, order, timeline
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.order import Rank
+from tests.examples import tried_on
 
 NOON = 1_750_000_000_000
 RUN = order.run_at(NOON)
@@ -123,7 +124,7 @@ made = st.builds(
 )  # fmt: skip
 
 
-@settings(deadline=None)
+@tried_on()
 @given(st.lists(made, max_size=14, unique_by=lambda one: one.id), st.randoms(use_true_random=False))
 def test_every_event_is_there_once_and_the_order_does_not_depend_on_how_they_came(found, chance):
     ordered = timeline.causal(found)
@@ -133,7 +134,7 @@ def test_every_event_is_there_once_and_the_order_does_not_depend_on_how_they_cam
     assert timeline.causal(shuffled) == ordered
 
 
-@settings(deadline=None)
+@tried_on()
 @given(st.lists(made, max_size=14, unique_by=lambda one: one.id))
 def test_of_one_attempt_the_first_sent_is_before_the_first_received_before_the_first_started(found):
     for run in timeline.runs(found):
@@ -152,7 +153,7 @@ def test_of_one_attempt_the_first_sent_is_before_the_first_received_before_the_f
             assert firsts == sorted(firsts)
 
 
-@settings(deadline=None)
+@tried_on()
 @given(
     st.lists(
         made.filter(lambda one: one.hlc < NOON + 1000 and one.run is not None),
@@ -233,7 +234,7 @@ def test_causes_are_said():
 # -- many tasks --------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
+@tried_on()
 @given(st.lists(made.filter(lambda one: one.hlc < NOON + 1000), max_size=14, unique_by=lambda one: one.hlc))
 def test_a_tally_says_of_each_task_what_its_state_is(found):
     # By clocks that put no effect before its cause, which is what a tally goes by.

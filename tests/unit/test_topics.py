@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend.settings import Settings, parse
@@ -18,6 +18,7 @@ from celery_kafka_backend.topics import (
     murmur2,
     wanted,
 )
+from tests.examples import tried_on
 
 URL = "kafka://b1/?view=redis://r"
 
@@ -44,7 +45,7 @@ def test_a_chord_lives_in_one_partition_for_ever(group: str, partition: int):
     assert chord_partition(group, 12) == (murmur2(group.encode()) & 0x7FFFFFFF) % 12 == partition
 
 
-@settings(deadline=None)
+@tried_on()
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(1, 1000))
 def test_every_group_has_a_partition(group: str, partitions: int):
     """Whatever its id is."""
