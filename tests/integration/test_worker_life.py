@@ -255,7 +255,8 @@ def test_celery_multi_starts_restarts_and_stops(fleet, tasks, tmp_path):
 
     def until_ready(times):
         deadline = time.monotonic() + SOON
-        while any((tmp_path / f"{node}.log").read_text().count(" ready.") < times for node in ("one", "two")):
+        logs = [tmp_path / f"{node}.log" for node in ("one", "two")]
+        while any(not log.exists() or log.read_text().count(" ready.") < times for log in logs):
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
@@ -266,6 +267,7 @@ def test_celery_multi_starts_restarts_and_stops(fleet, tasks, tmp_path):
     started = []
     try:
         multi("start")
+        until_ready(1)  # or one of them does the work while the other has not written its pid yet
         assert work() == [0.02] * 30
         started = pids()
         assert len(started) == 2
