@@ -8,6 +8,8 @@ DEMO_VENV := .demo/venv
 DEMO_READY := $(DEMO_VENV)/.ready
 CONFORMANCE_VENV := .conformance/venv
 CONFORMANCE_READY := $(CONFORMANCE_VENV)/.ready
+# Processes of pytest's in `make test`: with two of them two cores were idle for most of the time.
+JOBS ?= 3
 VERSIONS := oldest celery-5.5 celery-5.6 newest
 
 # Nothing may hang for ever: Ctrl-C first, so that pytest can stop the servers, and a kill a minute later.
@@ -54,9 +56,10 @@ $(READY): pyproject.toml examples/postgresql_sink/pyproject.toml
 services: $(READY)  ## download the servers that the tests need
 	$(BOUNDED) 1800 $(BIN)/python -m tests.services install
 
-# Two at once: most of it waits for servers. A file stays in one process, whose servers are its own.
+# A file stays in one process, whose servers are its own (tests/scheduling.py). The last folders' files are short ones,
+# so that no process is long alone at the end.
 test: preflight $(READY) services lint  ## everything that CI checks
-	$(BOUNDED) 4200 $(PYTEST) -n 2 --dist loadfile $(ARGS)
+	$(BOUNDED) 4200 $(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # pytest rewrites the asserts of all it reads, in each of its processes: a fifth of the time, unless it may keep that.
 test-quick: export PYTHONDONTWRITEBYTECODE =
@@ -105,7 +108,7 @@ versions: $(VERSIONS:%=version-%)  ## the oldest and newest Celery, kombu and dr
 
 version-%: export EXAMPLES_SHARE ?= 0.3
 version-%: .versions/%/.ready services
-	$(BOUNDED) 3600 .versions/$*/bin/python -m pytest -p faulthandler -o faulthandler_timeout=300 -n 2 --dist loadfile $(VERSION_TESTS) $(ARGS)
+	$(BOUNDED) 3600 .versions/$*/bin/python -m pytest -p faulthandler -o faulthandler_timeout=300 -n $(JOBS) --dist loadfile --no-loadscope-reorder $(VERSION_TESTS) $(ARGS)
 
 .PRECIOUS: .versions/%/.ready
 .versions/%/.ready: tests/versions/%.txt pyproject.toml

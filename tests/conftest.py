@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from importlib.metadata import version
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -56,6 +56,14 @@ def pytest_report_header() -> str:
     )
     found = (f"{name} {version(name)}" for name in names)
     return f"versions: {', '.join(found)}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of what `make test` runs at once."""
+    from tests import scheduling  # noqa: PLC0415 - only in pytest-xdist's own process
+
+    return scheduling.chosen(config, log)
 
 
 @pytest.hookimpl(trylast=True)
