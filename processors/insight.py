@@ -31,7 +31,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import faust
 import msgspec
@@ -40,7 +40,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from celery_kafka_backend import partials, topics
 from celery_kafka_backend.complaints import Complaints
-from celery_kafka_backend.errors import CodecError, SettingsError, Unavailable
+from celery_kafka_backend.errors import CodecError, Crashed, PublishError, SettingsError, Unavailable
 from celery_kafka_backend.kafka import consumer_config, translate
 from celery_kafka_backend.partials import MINUTE_MS
 from celery_kafka_backend.past import batches
@@ -60,7 +60,17 @@ WRITE_S: Final = 0.5
 CLEAN_S: Final = 60.0
 COMPLAIN_S: Final = 60.0
 MARK_S: Final = 3_600
+STUCK_S: Final = 60.0
+"""A table that comes no nearer to being back for so long is not waited for any more."""
 ANSWER_S: Final = 10.0
+
+
+class _Logged(NamedTuple):
+    """The latest value of a row that the changelog has, and where it is from."""
+
+    version: int
+    value: bytes
+    partition: int
 
 
 class Insight:
@@ -81,6 +91,8 @@ class Insight:
         self._minutes: dict[bytes, Minute] = {}
         self._counted: list[Any] = []
         self._changed: dict[bytes, int] = {}
+        self._marks: dict[bytes, tuple[int, bytes]] = {}
+        self._latest: dict[bytes, _Logged] = {}
         self._unwritten: set[tuple[int, str]] = set()
         self._partitions = 1
         self._keeping = asyncio.Lock()
@@ -95,22 +107,23 @@ class Insight:
         self._counted.append(event)
         # Once an hour, for Kafka deletes from the changelog what is old.
         mark = _mark(message.partition)
-        if message.timestamp - int(self._table.get(mark) or 0) > MARK_S:
-            self._table[mark] = b"%d" % message.timestamp
+        if mark not in self._marks and message.timestamp - int(self._table.get(mark) or 0) > MARK_S:
+            self._marks[mark] = message.partition, b"%d" % message.timestamp
 
     def is_new(self, partition: int) -> bool:
         """Return whether the table knows nothing of a partition of the partials' topic."""
-        return self._table.get(_mark(partition)) is None
+        mark = _mark(partition)
+        return mark not in self._marks and self._table.get(mark) is None
 
     def count(self, value: bytes | None, written_s: float, partition: int) -> None:
         """Count one record of the partials' topic, written at that time by Kafka's clock."""
         try:
             partial = partials.decode(value)
         except CodecError as exc:
-            self._complain(f"a record is left out: {exc}")
+            self.complain(f"a record is left out: {exc}")
             return
         if problem := minutes.unbelievable(partial, int(written_s) // 60):
-            self._complain(f"{partial.task}: figures of a minute {problem} are left out: look at that host's clock")
+            self.complain(f"{partial.task}: figures of a minute {problem} are left out: look at that host's clock")
             return
         key = minutes.key(partial)
         minute = self._minute(key)
@@ -134,10 +147,33 @@ class Insight:
         """
         self._minutes.clear()
         self._changed.clear()
+        self._marks.clear()
+        self._latest.clear()
         self._counted.clear()
 
+    def heard(self, key: bytes, value: bytes | None, partition: int) -> None:
+        """Take a record of the changelog, which is being read, before it is put into the table."""
+        if value is None or key.startswith(b"!"):
+            return
+        held = self._latest.get(key)
+        if held is None and (here := self._table.data.data.get(key)) is not None:
+            held = self._latest[key] = _Logged(minutes.decode(here).version, here, partition)
+        version = minutes.decode(value).version
+        if held is None or version >= held.version:
+            self._latest[key] = _Logged(version, value, partition)
+
     def recovered(self) -> None:
-        """The table has been read from its changelog: all of it may be news to the view."""
+        """The table has been read from its changelog: all of it may be news to the view.
+
+        What was logged last is not always the latest: who was frozen, lost its partitions and went on may have logged
+        once more. Of what was counted in the order of one partition, the one with more in it holds all of the other.
+        """
+        for key, (_, value, partition) in self._latest.items():
+            if self._table.data.data.get(key) != value:
+                self._table.data.data[key] = value
+                self._minutes[key] = minutes.decode(value)
+                self._changed[key] = partition
+        self._latest.clear()
         for key in self._rows():
             self._to_write(key)
 
@@ -147,6 +183,7 @@ class Insight:
             if minutes.parse_key(key)[0] < now_minute - minutes.KEPT_MINUTES:
                 self._table.data.data.pop(key, None)
                 self._minutes.pop(key, None)
+                self._changed.pop(key, None)
 
     def _rows(self) -> list[bytes]:
         return [key for key in self._table.data if not key.startswith(b"!")]
@@ -162,7 +199,7 @@ class Insight:
                 return
             for event in counted:
                 event.ack()
-            await self._write()
+        await self._write()  # a view that does not answer holds up no rebalance
 
     async def hand_over(self) -> None:
         """Write the changelog for whoever has our partitions next; what is not acknowledged is only counted once more."""
@@ -171,17 +208,23 @@ class Insight:
 
     async def _log_changes(self) -> bool:
         changed, self._changed = self._changed, {}
-        values = {key: minutes.encode(self._minutes[key]) for key in changed}
+        marks, self._marks = self._marks, {}
+        rows = {key: (partition, minutes.encode(self._minutes[key])) for key, partition in changed.items()}
         try:
-            sent = [self._table.send_changelog(changed[key], key, value) for key, value in values.items()]
-            await asyncio.wait_for(asyncio.gather(*sent), ANSWER_S)
+            await self._log(rows)
+            # Not before: whoever finds the mark of a partition takes what the table has of it for complete.
+            await self._log(marks)
         except (KafkaError, asyncio.TimeoutError) as exc:
             self._changed = changed | self._changed
-            self._complain(f"the changelog cannot be written: {exc!r}; `pipeline init` makes it if it is gone")
+            self._marks = marks | self._marks
+            self.complain(f"the changelog cannot be written: {exc!r}; `pipeline init` makes it if it is gone")
             return False
-        for key, value in values.items():
-            self._table.data[key] = value
         return True
+
+    async def _log(self, values: dict[bytes, tuple[int, bytes]]) -> None:
+        sent = [self._table.send_changelog(partition, key, value) for key, (partition, value) in values.items()]
+        await asyncio.wait_for(asyncio.gather(*sent), ANSWER_S)
+        self._table.data.data.update((key, value) for key, (_, value) in values.items())
 
     async def _write(self) -> None:
         unwritten, self._unwritten = self._unwritten, set()
@@ -191,7 +234,7 @@ class Insight:
         except (Unavailable, SettingsError) as exc:
             self._unwritten |= unwritten
             self._opened = False
-            self._complain(f"the insight view cannot be written: {exc}")
+            self.complain(f"the insight view cannot be written: {exc}")
 
     def _row(self, minute: int, task: str) -> MinuteRow:
         keys = [minutes.key_of(minute, number, task) for number in range(self._partitions)]
@@ -204,7 +247,8 @@ class Insight:
             self._opened = True
         self._store.write(rows, time.time_ns() // 1_000_000)
 
-    def _complain(self, text: str) -> None:
+    def complain(self, text: str) -> None:
+        """Log an error, each text once a minute."""
         now = time.monotonic()
         if now - self._complained.get(text, -COMPLAIN_S) >= COMPLAIN_S:
             if len(self._complained) > 100:
@@ -264,6 +308,8 @@ def insight_app(settings: Settings, view: str, options: StoreOptions) -> Any:
         # Topics are made by `init`, with their settings, by somebody who may.
         topic_allow_declare=False,
         topic_disable_leader=True,
+        # A copy in memory is read from the changelog's start when it is needed, so that having one in time saves nothing.
+        table_standby_replicas=0,
         web_enabled=False,
         stream_wait_empty=False,
         consumer_auto_offset_reset="earliest",
@@ -274,7 +320,13 @@ def insight_app(settings: Settings, view: str, options: StoreOptions) -> Any:
         **client_options(settings),
     )
     stats = app.topic(topics.task_stats(prefix), key_serializer="raw", value_serializer="raw")
-    table = app.Table("minutes", key_type=bytes, value_type=bytes, partitions=settings.insight_partitions)
+
+    async def heard(event: Any) -> None:
+        work.heard(event.key, event.value, event.message.partition)
+
+    table = app.Table(
+        "minutes", key_type=bytes, value_type=bytes, partitions=settings.insight_partitions, on_changelog_event=heard
+    )
     work = Insight(table, open_insight(view, options))
 
     @app.agent(stats, name=f"{topics.insight(prefix)}.count", concurrency=1)
@@ -282,7 +334,15 @@ def insight_app(settings: Settings, view: str, options: StoreOptions) -> Any:
         async for event in stream.noack().events():
             message = event.message
             if work.is_new(message.partition):
-                for value, written_s in await _in_thread(earlier, settings, message.partition, message.offset):
+                generation = app.consumer_generation_id
+                try:
+                    before = await _in_thread(earlier, settings, message.partition, message.offset)
+                except PublishError as exc:  # the next event will have it read, and this one with it
+                    work.complain(str(exc))
+                    continue
+                if app.consumer_generation_id != generation:  # whoever has the partition now is sent this event again
+                    continue
+                for value, written_s in before:
                     work.count(value, written_s, message.partition)
             work.take(event)
 
@@ -294,6 +354,7 @@ def insight_app(settings: Settings, view: str, options: StoreOptions) -> Any:
 
     async def assigned(*_: Any, **__: Any) -> None:
         work.reassigned()
+        app.add_future(end_if_stuck(app))
 
     app.timer(WRITE_S)(work.keep)
     app.timer(CLEAN_S)(clean)
@@ -305,6 +366,24 @@ def insight_app(settings: Settings, view: str, options: StoreOptions) -> Any:
         work.recovered()
 
     return app
+
+
+async def end_if_stuck(app: Any, stuck_s: float = STUCK_S) -> None:
+    """Crash a worker whose table does not come back after a rebalance; its partitions go to another one.
+
+    Faust's recovery waits without a bound for a signal that is sent once, and ends for good where Kafka does not answer
+    for its request timeout. Then the worker keeps its partitions and counts nothing.
+    """
+    generation, left = app.consumer_generation_id, None
+    while app.consumer_generation_id == generation and not app.tables.actives_ready:
+        before, left = left, app.tables.recovery.active_remaining_total()
+        if left == before:
+            logger.error(
+                "insight: the table has not come back within %g s, %d records are missing: ending", stuck_s, left
+            )
+            await app.crash(Crashed("the table does not come back"))
+            return
+        await asyncio.sleep(stuck_s)
 
 
 def run(settings: Settings, view: str, options: StoreOptions) -> None:

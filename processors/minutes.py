@@ -14,7 +14,7 @@ import msgspec
 from celery_kafka_backend.partials import Cell, Partial, merged
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 AHEAD_MINUTES: Final = 10
 """A clock further ahead than this is not believed …"""
@@ -66,7 +66,17 @@ class Minute(msgspec.Struct, omit_defaults=True):
     @property
     def cells(self) -> list[Cell]:
         """All figures, one cell per queue and worker."""
-        return merged([*self.sums, *(cell for one in self.open.values() for cell in one.cells)])
+        return merged(self._cells())
+
+    @property
+    def version(self) -> int:
+        """As of its `cells`."""
+        return version(self._cells())
+
+    def _cells(self) -> Iterator[Cell]:
+        yield from self.sums
+        for one in self.open.values():
+            yield from one.cells
 
 
 # Not JSON, as everything else: nobody else reads the table, and bins are numbers, for which it takes a third of the time.
