@@ -8,7 +8,8 @@ arguments must be picklable, and importable there.
   killed. Children ignore SIGINT: Ctrl-C in a terminal reaches the whole process group, and must
   not arrive as a second signal.
 * A child that ends by itself is restarted after a growing pause; after ``crashes`` ends within
-  ``window_s`` all are stopped, with `GAVE_UP`. One that ends with `MISCONFIGURED` stops all at once:
+  ``window_s`` all are stopped, with `GAVE_UP`, unless it is one without which the others can do:
+  that one is started again every ``refused_s``. One that ends with `MISCONFIGURED` stops all at once:
   it would end the same way, and somebody is there to see it. Unless it has worked for ``window_s``
   before: then it is a store whose password was changed, or the like, and what other views show must
   not depend on that. It is started again every ``refused_s``, as long as another one runs.
@@ -61,11 +62,13 @@ class ProcessSpec(NamedTuple):
         name: For logs; unique.
         target: Works until SIGTERM. Importable and picklable.
         args: Its arguments, picklable.
+        vital: Whether all are stopped if it keeps dying.
     """
 
     name: str
     target: Callable[..., object]
     args: tuple[Any, ...] = ()
+    vital: bool = True
 
 
 class _Child:
@@ -88,7 +91,7 @@ class Supervisor:
         grace_s: How long a child may take to finish.
         crashes: How many ends within the window are too many.
         window_s: Length of the window, seconds; who runs for so long has worked.
-        refused_s: Pause before one is started again whose settings were right once.
+        refused_s: Pause before one is started again whose settings were right once, or that is not vital and keeps dying.
         clock: Seconds, monotonic.
     """
 
@@ -181,13 +184,16 @@ class Supervisor:
             child.start_at = now + self._refused_s
             return 0
         child.ends = [end for end in child.ends if now - end < self._window_s] + [now]
+        delay = backoff_s(len(child.ends), random.random)
         if len(child.ends) >= self._crashes:
             logger.error(
-                "%s: ended %s, %d times within %g s; giving up and stopping everything",
+                "%s: ended %s, %d times within %g s; %s",
                 name, how, len(child.ends), self._window_s,
+                "giving up and stopping everything" if child.spec.vital else "the others go on without it",
             )  # fmt: skip
-            return GAVE_UP
-        delay = backoff_s(len(child.ends), random.random)
+            if child.spec.vital:
+                return GAVE_UP
+            delay = self._refused_s
         child.start_at = now + delay
         logger.warning("%s: ended %s; starting it again in %.1f s", name, how, delay)
         return 0

@@ -111,7 +111,7 @@ def processes_for(
         specs.append(ProcessSpec(CHORDS, hosting.decide_chords, (loglevel, pipeline.reference)))
     if insight:
         given = (loglevel, pipeline.settings, insight, pipeline.options(insight))
-        specs.append(ProcessSpec(INSIGHT, hosting.keep_insight, given))
+        specs.append(ProcessSpec(INSIGHT, hosting.keep_insight, given, vital=False))
     check_picklable(specs)
     return specs
 

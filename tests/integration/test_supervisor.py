@@ -134,6 +134,21 @@ def test_what_keeps_dying_is_given_up_and_the_others_are_stopped(tmp_path: Path)
     assert lines(good)[-1] == "told 1"
 
 
+def test_what_keeps_dying_and_is_not_vital_stops_no_other(tmp_path: Path) -> None:
+    """Insight while Kafka is away: results do not depend on it."""
+    well, ill = tmp_path / "well", tmp_path / "ill"
+    specs = [ProcessSpec("well", until_told, (str(well),)), ProcessSpec("ill", crash_at_once, (str(ill),), vital=False)]
+    supervisor = Supervisor(specs, crashes=2, refused_s=0.1)
+
+    def watch() -> None:
+        until(lambda: len(pids(ill)) >= 4 and pids(well))
+        supervisor.stop()
+
+    threading.Thread(target=watch).start()
+    assert supervisor.run() == STOPPED
+    assert len(pids(well)) == 1
+
+
 def test_a_wrong_setting_is_not_tried_again(tmp_path: Path) -> None:
     path = tmp_path / "said"
     assert Supervisor([ProcessSpec("one", misconfigured, (str(path),))]).run() == MISCONFIGURED
