@@ -1,19 +1,11 @@
-"""A client that lives through a cut-over: it reads all the time, and every answer must be right and never go back.
-
-``python cutover_client.py JOURNAL SEED``: a line of JSON per answer, with the view that gave it, until SIGTERM; then it
-ends what is open.
-"""
+"""A client that lives through a cut-over: it reads all the time, and every answer must be right and never go back."""
 
 from __future__ import annotations
 
-import json
-import random
-import signal
-import sys
 import threading
 import time
-from pathlib import Path
 
+import client_threads
 from celery import chord, group
 from fleet_app import add, app, ask, fail, nap, progress, total
 
@@ -112,36 +104,14 @@ WAYS = (
 )  # fmt: skip
 
 
-def client(seed, write, stopping):
-    dice = random.Random(seed)
-    while not stopping.is_set():
-        way = dice.choice(WAYS)
-        began = time.monotonic()
-        try:
-            problem = way(dice)
-        except Exception as exc:  # noqa: BLE001 - an answer, too
-            problem = repr(exc)
-        view = app.backend.reader.view.url.partition("://")[0]
-        write({"way": way.__name__, "wrong": problem, "view": view, "s": round(time.monotonic() - began, 2)})
-
-
-def main():
-    journal, seed = Path(sys.argv[1]), int(sys.argv[2])
-    stopping, lock = threading.Event(), threading.Lock()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    with journal.open("a", buffering=1) as lines:
-
-        def write(line):
-            with lock:
-                lines.write(json.dumps(line) + "\n")
-
-        running = [threading.Thread(target=client, args=(seed + n, write, stopping)) for n in range(6)]
-        for one in running:
-            one.start()
-        print("sending", flush=True)
-        for one in running:
-            one.join()
+def told(way, dice):
+    """What is wrong with the answer, and which view gave it."""
+    try:
+        problem = way(dice)
+    except Exception as exc:  # noqa: BLE001 - an answer, too
+        problem = repr(exc)
+    return {"wrong": problem, "view": app.backend.reader.view.url.partition("://")[0]}
 
 
 if __name__ == "__main__":
-    main()
+    client_threads.run(WAYS, told)

@@ -1,18 +1,8 @@
-"""A client under load while the fleet is switched: sends canvases of every shape, waits for each, compares the answer.
-
-``python switching_client.py JOURNAL SEED THREADS``: a line of JSON per canvas, until SIGTERM; then it ends what is open.
-"""
+"""A client under load while the fleet is switched: sends canvases of every shape, waits for each, compares the answer."""
 
 from __future__ import annotations
 
-import json
-import random
-import signal
-import sys
-import threading
-import time
-from pathlib import Path
-
+import client_threads
 import fleet_app
 from celery import VERSION, chain, chord, group
 from celery.exceptions import ChordError
@@ -93,36 +83,15 @@ def answer(shape, canvas):
     return fleet_app.app.AsyncResult(found).get(timeout=LOST_S) if shape is begun_in_a_task else found
 
 
-def client(seed, write, stopping):
-    dice = random.Random(seed)
-    while not stopping.is_set():
-        shape = dice.choice(SHAPES)
-        canvas, expected = shape(dice)
-        began = time.monotonic()
-        try:
-            found = answer(shape, canvas)
-        except Exception as exc:  # noqa: BLE001 - an answer, too
-            found = repr(exc)
-        write({"shape": shape.__name__, "expected": expected, "found": found, "s": round(time.monotonic() - began, 2)})
-
-
-def main():
-    journal, seed, threads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    stopping, lock = threading.Event(), threading.Lock()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    with journal.open("a", buffering=1) as lines:
-
-        def write(line):
-            with lock:
-                lines.write(json.dumps(line) + "\n")
-
-        running = [threading.Thread(target=client, args=(seed + n, write, stopping)) for n in range(threads)]
-        for one in running:
-            one.start()
-        print("sending", flush=True)
-        for one in running:
-            one.join()
+def told(shape, dice):
+    """What came out, and what should have."""
+    canvas, expected = shape(dice)
+    try:
+        found = answer(shape, canvas)
+    except Exception as exc:  # noqa: BLE001 - an answer, too
+        found = repr(exc)
+    return {"expected": expected, "found": found}
 
 
 if __name__ == "__main__":
-    main()
+    client_threads.run(SHAPES, told)

@@ -32,6 +32,7 @@ ROUNDS = int(os.environ.get("CUT_OVER_ROUNDS", "1"))
 RUNBOOK = Path(__file__).parents[2] / "docs" / "cut-over.md"
 CLIENT = Path(__file__).with_name("cutover_client.py")
 FEED_OLD = "celery -A proj pipeline run --view $OLD --no-chords"
+THREADS = 6
 SOON = 60
 
 
@@ -72,7 +73,7 @@ class Moving:
     def clients(self) -> list[str]:
         names = ["client-1", "client-2"]
         for seed, name in enumerate(names):
-            command = [sys.executable, str(CLIENT), str(self.journal), str(1000 * seed)]
+            command = [sys.executable, str(CLIENT), str(self.journal), str(1000 * seed), str(THREADS)]
             with (self.fleet.folder / f"{name}.log").open("wb") as output:
                 self.fleet.processes[name] = native.popen(command, output=output, env=self.fleet.environment)
             self.fleet.until(name, "sending")

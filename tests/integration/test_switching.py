@@ -144,6 +144,6 @@ def test_a_switch_there_and_back_under_load_loses_nothing(switching):
     answers = [json.loads(line) for line in switching.journal.read_text().splitlines()]
     wrong = [one for one in answers if one["found"] != one["expected"]]
     assert not wrong, f"{len(wrong)} of {len(answers)}: {wrong[:5]}"
-    shapes = Counter(one["shape"] for one in answers)
+    shapes = Counter(one["way"] for one in answers)
     print(f"{len(answers)} answers, slowest {max(one['s'] for one in answers)} s; {dict(shapes)}")
     assert len(shapes) == (11 if VERSION[:2] >= (5, 7) else 10), shapes
