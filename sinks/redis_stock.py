@@ -10,7 +10,7 @@ import redis
 
 from celery_kafka_backend.changes import GROUP, TASK
 from celery_kafka_backend.sinks.contract import Page, Stock
-from celery_kafka_backend.sinks.redis_wire import NATIVE, translated, unpack
+from celery_kafka_backend.sinks.redis_wire import NATIVE, tells_expiry, translated, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,7 @@ def stock(url: str, client: redis.Redis, key_prefix: bytes, after: str) -> Itera
     prefixes = {subject: key_prefix + NATIVE[subject] for subject in (TASK, GROUP)}
     pattern = re.sub(rb"([\\*?\[\]])", rb"\\\1", key_prefix) + b"celery-task*meta-*"
     with translated(url):
-        absolute = int(str(client.info("server")["redis_version"]).partition(".")[0]) >= 7
+        absolute = tells_expiry(client)
         cursor = int(after or 0)
         while True:
             cursor, names = client.scan(cursor, match=pattern, count=COUNT)

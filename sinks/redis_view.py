@@ -20,6 +20,7 @@ from celery_kafka_backend.sinks.redis_wire import (
     NATIVE,
     connect,
     connection,
+    tells_expiry,
     translated,
     unpack,
 )
@@ -203,7 +204,7 @@ class RedisView(DriverView["redis.Redis"]):
     def rows(self) -> Iterator[Row]:
         """Scan the whole database; a key that moves while Redis resizes may come twice."""
         with translated(self.url):
-            absolute = int(str(self._client.info("server")["redis_version"]).partition(".")[0]) >= 7
+            absolute = tells_expiry(self._client)
             cursor = -1
             while cursor:
                 cursor, keys = self._client.scan(max(cursor, 0), match=b"*celery-*", count=CHUNK)
@@ -243,14 +244,18 @@ class RedisView(DriverView["redis.Redis"]):
     def _place(self, key: bytes) -> tuple[str, str, str] | None:
         """Return subject, kind of key and id, or None if it is not ours or only bookkeeping."""
         if key.startswith(self._chord_prefix):
-            return GROUP, "chord", key[len(self._chord_prefix) :].decode()
+            return GROUP, "chord", _text(key[len(self._chord_prefix) :])
         for subject, prefix in self._prefixes.items():
             if key.startswith(prefix):
-                return subject, "document", key[len(prefix) :].decode()
+                return subject, "document", _text(key[len(prefix) :])
             if key.startswith(b"{" + prefix) and key.endswith((b"}:k", b"}:h")):
                 kind = "side" if key.endswith(b"k") else "history"
-                return subject, kind, key[len(prefix) + 1 : -3].decode()
+                return subject, kind, _text(key[len(prefix) + 1 : -3])
         return None
+
+
+def _text(subject_id: bytes) -> str:
+    return subject_id.decode(errors="backslashreplace")  # a foreign one may be anything
 
 
 def _disconnect(client: redis.Redis) -> None:

@@ -40,6 +40,8 @@ DENIED: Final = re.compile(
     r"\b(NOAUTH|WRONGPASS|NOPERM)\b|invalid (username-)?password|no password is set"
     r"|ACL failure in script|user executing the script can't"  # of what a script calls
 )
+_OF_A_PIPELINE: Final = " of pipeline caused error: "
+"""As redis-py tells which command of a pipeline was refused."""
 
 # -- the packed side record --------------------------------------------------------------------
 
@@ -188,6 +190,12 @@ def connection(client: redis.Redis) -> Any:
         raise SettingsError("view", f"redis-py does not take the view's options: {exc}") from exc
 
 
+def tells_expiry(client: redis.Redis) -> bool:
+    """Return whether the server says when a key expires (PEXPIRETIME, 7.0); an older one only how long that is from now."""
+    info: Any = client.info("server")
+    return int(str(info["redis_version"]).partition(".")[0]) >= 7
+
+
 @contextmanager
 def translated(url: str) -> Iterator[None]:
     """Turn redis-py's errors into ours."""
@@ -198,11 +206,12 @@ def translated(url: str) -> Iterator[None]:
     except (redis.ConnectionError, redis.TimeoutError, OSError) as exc:
         raise Unavailable(f"{url}: {exc}") from exc
     except redis.ResponseError as exc:
-        if DENIED.search(str(exc)):
+        said = str(exc).rpartition(_OF_A_PIPELINE)[2]  # what comes before it repeats the command, with words of others
+        if DENIED.search(said):
             raise SettingsError("view", f"{url} refuses us: {exc}", "check user, password and ACL") from exc
-        if AWAY.search(str(exc)):
+        if AWAY.search(said):
             raise Unavailable(f"{url}: {exc}") from exc
-        if str(exc).startswith("WRONGTYPE"):
+        if said.startswith("WRONGTYPE"):
             remedy = "delete it, or take another database or topic_prefix"
             raise SettingsError(
                 "view", f"{url}: somebody keeps something else under a key of ours: {exc}", remedy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -242,6 +243,18 @@ def test_all_keys_of_a_task_share_a_slot(redis_url: str) -> None:
     assert len({key_slot(key) for key in keys}) == 1
     assert {row.table for row in view.rows()} == {"document", "side", "history"}
     sink.close()
+    view.close()
+
+
+@pytest.mark.parametrize("key", ["celery-task-meta-READONLY", "{celery-task-meta-t}:h", "celery-kafka-chord-g"])
+def test_a_key_of_another_type_is_named_to_who_reads_all(redis_url: str, key: str) -> None:
+    view = registry.open_view(redis_url, StoreOptions())
+    with redis.Redis.from_url(redis_url) as client:
+        client.set(b"celery-task-meta-\xff", b"of somebody who does not write Unicode")
+        assert [row.table for row in view.rows()] == ["document"]
+        client.rpush(key, "somebody's")
+        with pytest.raises(SettingsError, match=re.escape(key)):
+            list(view.rows())
     view.close()
 
 
