@@ -5,16 +5,15 @@ Guarantee: as in Redis. Rows are deleted some hours after their minute, by the w
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
-from pathlib import Path
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Final
 
-from celery_kafka_backend.errors import SettingsError, Unavailable
 from celery_kafka_backend.sinks.insight import KEPT_S, InsightStore, MinuteRow
+from celery_kafka_backend.sinks.sqlite_wire import connect, path_of, translated
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    import sqlite3
+    from collections.abc import Iterable, Iterator, Sequence
 
     from celery_kafka_backend.sinks.contract import StoreOptions
 
@@ -33,10 +32,7 @@ class SqliteInsight(InsightStore):
     """Insight in a file. A connection per call: a few calls per second, and none is left open across a fork."""
 
     def __init__(self, url: str, options: StoreOptions) -> None:
-        rest = url.partition("://")[2]
-        if not rest.startswith("/") or len(rest) < 2:
-            raise SettingsError("view", f"{url!r} names no file", "sqlite:///relative.db or sqlite:////absolute.db")
-        self._path = Path(rest[1:])
+        self._path = path_of(url)
         self._timeout_s = float(options.options.get("timeout", 10.0))
 
     def open(self) -> None:
@@ -64,29 +60,13 @@ class SqliteInsight(InsightStore):
         with self._connected("rw") as db:
             return int((db.execute("SELECT at FROM ckb_insight_written").fetchone() or (0,))[0])
 
-    def _connected(self, mode: str) -> closing[sqlite3.Connection]:
-        try:
-            uri = f"{self._path.absolute().as_uri()}?mode={mode}"
-            return _Closing(sqlite3.connect(uri, self._timeout_s, uri=True, isolation_level=None), self._path)
-        except sqlite3.OperationalError as exc:
-            raise Unavailable(f"{self._path}: {exc}") from exc
+    @contextmanager
+    def _connected(self, mode: str) -> Iterator[sqlite3.Connection]:
+        with translated(self._path), closing(connect(self._path, mode, self._timeout_s)) as db:
+            yield db
 
     def close(self) -> None:
         """Nothing is open."""
-
-
-class _Closing(closing[sqlite3.Connection]):
-    """Closes, and turns sqlite3's errors into ours."""
-
-    def __init__(self, db: sqlite3.Connection, path: Path) -> None:
-        super().__init__(db)
-        self._path = path
-
-    def __exit__(self, *exc_info: object) -> None:
-        super().__exit__(*exc_info)
-        exc = exc_info[1]
-        if isinstance(exc, sqlite3.OperationalError):
-            raise Unavailable(f"{self._path}: {exc}") from exc
 
 
 def store(url: str, options: StoreOptions) -> InsightStore:

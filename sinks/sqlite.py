@@ -18,23 +18,23 @@ duplicated or reordered. The file must be on a local disk: SQLite's locks fail o
 from __future__ import annotations
 
 import os
-import sqlite3
 import threading
 import time
 import weakref
 from contextlib import contextmanager
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
-from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
+from celery_kafka_backend.errors import Rejected, SettingsError
 from celery_kafka_backend.sinks import sqlite_statements as statements
 from celery_kafka_backend.sinks.contract import Row, Shown, Sink, StoreOptions, View, document_row, side_row
 from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, task_row
 from celery_kafka_backend.sinks.sqlite_search import search_condition
+from celery_kafka_backend.sinks.sqlite_wire import connect, path_of, translated
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Iterable, Iterator, Sequence
 
     from celery_kafka_backend.changes import Batch, Change
@@ -58,36 +58,8 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _path(url: str) -> Path:
-    scheme, _, rest = url.partition("://")
-    if not rest.startswith("/") or len(rest) < 2 or "?" in rest:
-        raise SettingsError("view", f"{url!r} names no file", f"{scheme}:///relative.db or {scheme}:////absolute.db")
-    return Path(rest[1:])
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """Turn sqlite3's errors into ours."""
-    try:
-        yield
-    except (sqlite3.OperationalError, sqlite3.InterfaceError) as exc:  # locked, disk full, read-only, no table yet
-        raise Unavailable(f"{path}: {exc}") from exc
-    except sqlite3.DatabaseError as exc:
-        if type(exc) is not sqlite3.DatabaseError:
-            raise  # a constraint or a wrong number of parameters: a bug of ours
-        remedy = "move the file away; the processor makes a new one, and a replay fills it"
-        raise SettingsError("view", f"{path} is damaged or no SQLite file ({exc})", remedy) from exc
-
-
 def _union(a: str, b: str) -> str:
     return "\n".join(sorted({*a.split("\n"), *b.split("\n")} - {""}))
-
-
-def _connect(path: Path, mode: str, timeout_s: float) -> sqlite3.Connection:
-    uri = f"{path.absolute().as_uri()}?mode={mode}"
-    connection = sqlite3.connect(uri, timeout_s, uri=True, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA synchronous = FULL")
-    return connection
 
 
 class SqliteSink(Sink):
@@ -95,7 +67,7 @@ class SqliteSink(Sink):
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         self.url = url
-        self._path = _path(url)
+        self._path = path_of(url)
         self._timeout_s = float(options.options.get("timeout", 10.0))
         self._history = options.history is not False
         self._limit = MAX_BLOB
@@ -106,8 +78,8 @@ class SqliteSink(Sink):
         self.close()
         if not self._path.absolute().parent.is_dir():
             raise SettingsError("view", f"the folder of {self._path} does not exist", "make it")
-        with _translated(self._path):
-            db = _connect(self._path, "rwc", self._timeout_s)
+        with translated(self._path):
+            db = connect(self._path, "rwc", self._timeout_s)
             try:
                 self._prepare(db)
             except BaseException:
@@ -151,7 +123,7 @@ class SqliteSink(Sink):
         for change in batch.changes:
             reason = _refusal(change, self._limit)
             (refused.append((change.id, reason)) if reason else accepted.append(change))
-        with _translated(self._path):
+        with translated(self._path):
             try:
                 db.execute("BEGIN IMMEDIATE")
                 self._apply(db, accepted, batch, _now_ms())
@@ -297,7 +269,7 @@ class SqliteView(View):
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         self.url = url
-        self._path = _path(url)
+        self._path = path_of(url)
         self._timeout_s = float(options.options.get("timeout", 10.0))
         self._json = options.serializer == "json"
         self.after_fork()
@@ -317,10 +289,10 @@ class SqliteView(View):
     def _reading(self) -> Iterator[sqlite3.Connection]:
         if self._pid != os.getpid():
             self.after_fork()
-        with _translated(self._path):
+        with translated(self._path):
             mine: _Mine | None = getattr(self._local, "mine", None)
             if mine is None:
-                mine = self._local.mine = _Mine(_connect(self._path, "rw", self._timeout_s))
+                mine = self._local.mine = _Mine(connect(self._path, "rw", self._timeout_s))
                 self._all.add(mine)
             yield mine.connection
 

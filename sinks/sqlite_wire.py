@@ -1,0 +1,43 @@
+"""How the SQLite store talks: its file, connections, and errors."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from celery_kafka_backend.errors import SettingsError, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def path_of(url: str) -> Path:
+    """Return the file that a view's URL names."""
+    scheme, _, rest = url.partition("://")
+    if not rest.startswith("/") or len(rest) < 2 or "?" in rest:
+        raise SettingsError("view", f"{url!r} names no file", f"{scheme}:///relative.db or {scheme}:////absolute.db")
+    return Path(rest[1:])
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn sqlite3's errors into ours."""
+    try:
+        yield
+    except (sqlite3.OperationalError, sqlite3.InterfaceError) as exc:  # locked, disk full, read-only, no table yet
+        raise Unavailable(f"{path}: {exc}") from exc
+    except sqlite3.DatabaseError as exc:
+        if type(exc) is not sqlite3.DatabaseError:
+            raise  # a constraint or a wrong number of parameters: a bug of ours
+        remedy = "move the file away; the processor makes a new one, and a replay fills it"
+        raise SettingsError("view", f"{path} is damaged or no SQLite file ({exc})", remedy) from exc
+
+
+def connect(path: Path, mode: str, timeout_s: float) -> sqlite3.Connection:
+    """Open the file: ``mode`` is ``rw``, or ``rwc`` to make it. Whoever uses it sees to it that one thread does at a time."""
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    connection = sqlite3.connect(uri, timeout_s, uri=True, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
