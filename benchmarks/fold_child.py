@@ -5,7 +5,6 @@ Prints one JSON object. Seconds run from the assignment of the partitions to the
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from celery_kafka_backend.kafka import consumer_config
 from celery_kafka_backend.processors import consumers
 from celery_kafka_backend.processors import materializer as materializer_module
 from celery_kafka_backend.processors.fold import fold
+from celery_kafka_backend.processors.hosting import calm
 from celery_kafka_backend.processors.metering import TEXT_BYTES, VIEW, Place
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions
 from celery_kafka_backend.sinks.registry import open_sink
@@ -42,8 +42,7 @@ def main() -> None:
         given["mode"]
     ]
     if given["mode"] not in ("materializer", "metered"):  # which does this itself
-        gc.freeze()
-        gc.set_threshold(100_000, 50, 100)
+        calm()
     print(json.dumps(measure(settings, given["events"])))
 
 

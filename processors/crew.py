@@ -6,7 +6,6 @@ none is started again: what fails is told, and the replay can be taken up where 
 
 from __future__ import annotations
 
-import gc
 import logging
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from celery_kafka_backend.errors import Crashed, PipelineError
 from celery_kafka_backend.processors import supervisor
-from celery_kafka_backend.processors.hosting import log_to_stderr
+from celery_kafka_backend.processors.hosting import calm, log_to_stderr
 from celery_kafka_backend.processors.replay import Replayed, feed
 
 if TYPE_CHECKING:
@@ -105,9 +104,3 @@ def _work(settings: Settings, target: Target, job: Job, tell: Connection) -> Non
     except PipelineError as exc:
         logging.getLogger(__name__).debug("ended by", exc_info=True)
         tell.send(exc)
-
-
-def calm() -> None:
-    """Have Python look for cycles less often: a batch is thousands of tuples and messages without any (see `materializer`)."""
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)

@@ -7,6 +7,7 @@ the user's code; the chord processor needs both, because sending a body runs use
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 from typing import TYPE_CHECKING, Final
@@ -24,6 +25,15 @@ LOG_FORMAT: Final = "%(asctime)s %(levelname)-7s %(process)d %(message)s"
 def log_to_stderr(level: str) -> None:
     """Set up logging for one process of the pipeline."""
     logging.basicConfig(level=level.upper(), format=LOG_FORMAT)
+
+
+def calm() -> None:
+    """Have Python look for cycles less often: a batch is thousands of tuples and messages without a cycle among them.
+
+    Python's default, a collection every 700, took a fifth of the time (measured: fold 103 k/s, with this 180 k/s).
+    """
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 def fold_view(level: str, settings: Settings, url: str, options: StoreOptions, place: Place | None = None) -> None:

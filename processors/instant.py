@@ -22,8 +22,7 @@ from celery_kafka_backend.kafka import translate
 from celery_kafka_backend.order import run_start_ms, system_wall_ms
 from celery_kafka_backend.processors import marks
 from celery_kafka_backend.processors.extent import batches, extent, reader
-from celery_kafka_backend.processors.plan import Target, begin, prepare
-from celery_kafka_backend.processors.replay import feed
+from celery_kafka_backend.processors.replay import replay
 from celery_kafka_backend.processors.verify import CHORD, Comparison, Key, compare, subject_of
 from celery_kafka_backend.sinks.registry import open_view
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
     from confluent_kafka import Consumer, Message
 
+    from celery_kafka_backend.processors.plan import Target
     from celery_kafka_backend.settings import Settings
     from celery_kafka_backend.sinks.contract import Row, View
 
@@ -128,13 +128,13 @@ class LogSide(ViewSide):
         ahead = {at: offset for at, offset in to.items() if offset > self._there.get(at, 0)}
         if ahead or not self._there:
             until = {**to, **self._there, **ahead}
-            prepared = prepare(self._settings, self._target, from_=self._there, until=until, partitions=list(until))
-            begin(self._target, prepared)
-            feed(
+            replay(
                 self._settings,
                 self._target,
-                prepared.job,
-                lambda done: self._say(f"folding the log: {done.read} of {done.total}"),
+                from_=self._there,
+                until=until,
+                partitions=list(until),
+                on_progress=lambda done: self._say(f"folding the log: {done.read} of {done.total}"),
             )
             self._there = until
         return 0
@@ -300,14 +300,13 @@ def _leave_out_older(
 
 def _begins(settings: Settings, kept: Mapping[Partition, tuple[int, int]]) -> dict[Partition, int]:
     """Return when the first record was written of each partition of which Kafka has deleted some."""
-    found = {}
-    for at, (low, high) in kept.items():
-        if not low:
-            continue
-        found[at] = system_wall_ms()
+    spans = {at: (low, min(low + 1, high)) for at, (low, high) in kept.items() if low}
+    found = dict.fromkeys(spans, system_wall_ms())
+    if spans:
         with _log(settings, "asking when the log begins") as consumer:
-            for messages, _ in batches(consumer, {at: (low, min(low + 1, high))}):
-                found[at] = min((message.timestamp()[1] for message in messages), default=found[at])
+            for messages, _ in batches(consumer, spans):
+                for message in messages:
+                    found[Partition(message.topic() or "", message.partition() or 0)] = message.timestamp()[1]
     return found
 
 

@@ -156,19 +156,17 @@ def prepare(
         whole = {at: (start, before.ends[at]) for at, start in before.starts.items()}
         begun = before
     else:
-        whole = spans
-        starts = {at: start for at, (start, _) in found.bounds.items()}
-        ends = {at: end for at, (_, end) in found.bounds.items()}
-        # Which tasks are wanted depends on where it ends: one that had failed may have been tried again.
-        begun = Marks(
-            before.number + 1,
-            wanted.digest,
-            next=starts,
-            ends=ends if until is not None or wanted else {},
-            starts=starts if wanted else {},
-        )
+        whole, begun = spans, _begun(before.number + 1, found, wanted, ends=until is not None)
     job = Job(spans=spans, promised=promised, number=begun.number, fresh=not positions, dry=dry)
     return Prepared(job, found, whole, begun, before)
+
+
+def _begun(number: int, found: Extent, wanted: Wanted, *, ends: bool) -> Marks:
+    """Return the marks of a new replay; ``ends``: it does not go on to wherever the log ends when it is taken up."""
+    starts = {at: start for at, (start, _) in found.bounds.items()}
+    # Which tasks are wanted depends on where it ends: one that had failed may have been tried again.
+    until = {at: end for at, (_, end) in found.bounds.items()} if ends or wanted else {}
+    return Marks(number, wanted.digest, next=starts, ends=until, starts=starts if wanted else {})
 
 
 def _positions(target: Target, patience_s: float, *, dry: bool) -> dict[Partition, int]:

@@ -21,7 +21,8 @@ from celery_kafka_backend.cli.output import duration, progress, when
 from celery_kafka_backend.cli.records import first_at
 from celery_kafka_backend.cli.run import check_picklable, check_topics
 from celery_kafka_backend.errors import PipelineError
-from celery_kafka_backend.processors.crew import calm, feed_all
+from celery_kafka_backend.processors.crew import feed_all
+from celery_kafka_backend.processors.hosting import calm
 from celery_kafka_backend.processors.plan import Target, begin, prepare, survey
 from celery_kafka_backend.processors.replay import feed
 from celery_kafka_backend.processors.selection import Wanted
