@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
 from confluent_kafka import KafkaException
@@ -27,6 +27,7 @@ from celery_kafka_backend.errors import Rejected, Unavailable
 from celery_kafka_backend.kafka import translate
 from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.processors import intake, marks
+from celery_kafka_backend.processors.ahead import ahead
 from celery_kafka_backend.processors.backoff import PATIENCE_S, insist
 from celery_kafka_backend.processors.bygone import Bygone
 from celery_kafka_backend.processors.extent import BATCH, batches, reader
@@ -35,7 +36,7 @@ from celery_kafka_backend.processors.selection import Chosen
 from celery_kafka_backend.sinks.registry import open_sink, open_view
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 
     from confluent_kafka import Message
 
@@ -134,19 +135,17 @@ def feed(
     if not job.spans:
         return done
     pen: _Pen = _DryPen(target) if job.dry else _SinkPen(target, patience_s)
-    consumer = reader(settings)
-    part = _Part(settings, job, wall_ms)
     pace = _Pace(job.per_s)
+    # While the store works on a batch the next one is read and folded.
+    coming = ahead(_read(settings, job, pace.batch, wall_ms))
     # Into an empty store, until something lives there, what has expired cannot matter.
     settled = not job.fresh
     try:
         pen.open()
-        for messages, moved in batches(consumer, job.spans, pace.batch):
-            batch, over = part.batch(messages, moved, done)
+        for batch, over, read in coming:
+            done += read
             settled = settled or bool(batch.changes)
             late = pen.living(over) if settled and over else []
-            done.changes += len(batch.changes)
-            done.expired += len(over)
             if late:  # by itself: of some of these tasks the batch has a change, too
                 pen.write(Batch(late, (), {}), done)
             pen.write(batch, done)
@@ -156,10 +155,35 @@ def feed(
     except KafkaException as exc:
         raise translate(exc, "replay") from exc
     finally:
-        consumer.close()
-        part.close()
+        coming.close()
         pen.close()
     return done
+
+
+class _Read(NamedTuple):
+    """What a batch of messages means to the store.
+
+    Attributes:
+        batch: What to write.
+        over: What is over.
+        done: What was read.
+    """
+
+    batch: Batch
+    over: list[Life]
+    done: Replayed
+
+
+def _read(settings: Settings, job: Job, count: int, wall_ms: Callable[[], int]) -> Generator[_Read, None, None]:
+    """Read what a job asks for, so many records at a time."""
+    consumer = reader(settings)
+    part = _Part(settings, job, wall_ms)
+    try:
+        for messages, moved in batches(consumer, job.spans, count):
+            yield part.read(messages, moved)
+    finally:
+        consumer.close()
+        part.close()
 
 
 class _Part:
@@ -178,21 +202,16 @@ class _Part:
         # What is kept of expired things is gone with this process: until when it is needed, and where it was read.
         self._needed: deque[tuple[int, dict[Partition, int]]] = deque()
 
-    def batch(
-        self, messages: list[Message], moved: Mapping[Partition, int], done: Replayed
-    ) -> tuple[Batch, list[Life]]:
-        """Return what to write, and what is over; count what was read."""
-        before = dict(self._at)
-        done.records += len(messages)
+    def read(self, messages: list[Message], moved: Mapping[Partition, int]) -> _Read:
+        """Take in a batch of messages."""
+        before, records, unwanted = dict(self._at), len(messages), 0
+        self._at |= moved
         for at, position in moved.items():
-            done.read += position - self._at[at]
-            self._at[at] = position
             if position >= self._job.spans[at][1]:
                 self._times.pop(at, None)
         if self._chosen is not None:
-            wanted = self._chosen.among(messages)
-            done.unwanted += len(messages) - len(wanted)
-            messages = wanted
+            messages = self._chosen.among(messages)
+            unwanted = records - len(messages)
         found = intake.read(messages, self._chords, self._retention_ms)
         for message, reason in found.poison:
             logger.warning("unreadable: %s/%s@%s: %s", message.topic(), message.partition(), message.offset(), reason)
@@ -200,11 +219,17 @@ class _Part:
         changes, over = self._bygone.settle(found.logged, lambda: self._came(messages, found.poison), now_ms)
         self._note_needed(before, messages)
         facts = [fact for fact in found.facts if not 0 < fact.expires_at <= now_ms]
-        done.events += len(found.logged)
-        done.facts += len(facts)
-        done.expired += len(found.facts) - len(facts)
-        done.poison += len(found.poison)
-        return Batch(changes, facts, self._positions(moved)), over
+        done = Replayed(
+            records=records,
+            read=sum(position - before[at] for at, position in moved.items()),
+            events=len(found.logged),
+            facts=len(facts),
+            changes=len(changes),
+            expired=len(over) + len(found.facts) - len(facts),
+            unwanted=unwanted,
+            poison=len(found.poison),
+        )
+        return _Read(Batch(changes, facts, self._positions(moved)), over, done)
 
     def _note_needed(self, before: dict[Partition, int], messages: Sequence[Message]) -> None:
         if self._bygone.kept_until_ms:
