@@ -26,20 +26,21 @@ def fold(batch: Iterable[Logged]) -> list[Change]:
     for logged in batch:
         event = logged.event
         is_group = event.kind in events.GROUP_KINDS
-        found = (groups if is_group else tasks).get(event.task)
+        changes = groups if is_group else tasks
+        side = None if is_group else side_of(event)
+        found = changes.get(event.task)
         if found is None:
-            change = Change(
+            changes[event.task] = Change(
                 subject=GROUP if is_group else TASK,
                 id=event.task,
                 winner=event if event.key else None,
-                side=None if is_group else side_of(event),
+                side=side,
                 history=[logged],
             )
-            (groups if is_group else tasks)[event.task] = change
             continue
         found.history.append(logged)
         if event.key and (found.winner is None or beats(event, found.winner)):
             found.winner = event
-        if found.side is not None:
-            found.side = merge_sides(found.side, side_of(event))
+        if side is not None and found.side is not None:
+            found.side = merge_sides(found.side, side)
     return [*tasks.values(), *groups.values()]
