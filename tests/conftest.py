@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tests.services.redis import RedisServer
 
 MARK = "CKB_TEST_SESSION"
-GRACE_S = 5.0  # a process that has just been told to end may need a moment
+GRACE_S = 60.0  # a process that has just been told to end may need a moment
 
 
 def pytest_configure() -> None:

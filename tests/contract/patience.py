@@ -6,12 +6,12 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 from celery_kafka_backend.errors import Unavailable
+from tests.patience import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
-PATIENCE_S = 30.0
 
 
 def again(ask: Callable[[], T]) -> T:

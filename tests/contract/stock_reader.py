@@ -48,7 +48,7 @@ def main() -> None:
             app.backend.port = job["conf"]["cassandra_port"]  # Celery 5.4 has the setting and does not look at it
         if job.get("get"):
             print("ready", flush=True)
-            answers.append(AsyncResult(job["get"], app=app).get(timeout=20))
+            answers.append(AsyncResult(job["get"], app=app).get(timeout=180))
             continue
         tasks = {task: _described(AsyncResult(task, app=app)) for task in job["tasks"]}
         groups = {}

@@ -21,6 +21,7 @@ from celery_kafka_backend.sinks.contract import StoreOptions
 from tests.contract.factories import FAR, RUN, R, batch, forgotten, group_saved, json_document, sent, stated
 from tests.contract.patience import again
 from tests.contract.test_native import SERIALIZERS, read
+from tests.patience import PATIENCE_S
 from tests.services import cassandra as service
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def admin(server: service.CassandraServer, *statements: str) -> None:
     from cassandra.auth import PlainTextAuthProvider  # noqa: PLC0415
     from cassandra.cluster import NoHostAvailable  # noqa: PLC0415
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             with server.session(auth_provider=PlainTextAuthProvider("cassandra", "cassandra")) as session:
@@ -484,7 +485,7 @@ def test_a_session_is_one_per_process_and_leaves_nothing_behind(cassandra: servi
     before = used()
     for n in range(3):
         once(f"{n}")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while any(now > then for now, then in zip(used(), before, strict=True)):
         assert time.monotonic() < deadline, (used(), before)
         time.sleep(0.05)
@@ -508,7 +509,7 @@ view.close()
 def test_a_child_that_exits_as_usual_leaves_its_parent_its_session(place: _Cassandra) -> None:
     """The driver has every cluster shut down at exit, also one that a child inherited."""
     place.sink().write(batch(stated("SUCCESS", 10)))
-    subprocess.run([sys.executable, "-c", FORKING, place.url], timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", FORKING, place.url], timeout=PATIENCE_S, check=True)
 
 
 def test_events_without_a_document_leave_celery_s_table_alone(place: _Cassandra) -> None:

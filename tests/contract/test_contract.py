@@ -37,6 +37,7 @@ from tests.contract.factories import (
 )
 from tests.contract.order_cases import CASES, Case
 from tests.examples import tried_on
+from tests.patience import PATIENCE_S
 
 if TYPE_CHECKING:
     from celery_kafka_backend.events import Event
@@ -518,7 +519,7 @@ def test_nothing_is_left_open(place: Place) -> None:
     for _ in range(5):
         once()
     # A driver's threads that were told to end may take a moment.
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while any(now > then for now, then in zip(used(), before, strict=True)):
         assert time.monotonic() < deadline, (used(), before)
         time.sleep(0.05)
@@ -584,7 +585,7 @@ def test_a_zombie_that_writes_at_the_same_time_changes_nothing(place: Place) -> 
         subprocess.Popen([*command, json.dumps([url, state, at, rounds])])
         for state, at in (("STARTED", 10), ("SUCCESS", 20), ("FAILURE", 30))
     ]
-    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    assert [writer.wait(PATIENCE_S) for writer in writers] == [0, 0, 0]
     ids = [f"t{n}" for n in range(100)]
     view = place.view()
     assert view.documents(ids) == {task: stated("SUCCESS", 20, task=task).document for task in ids}
@@ -600,14 +601,14 @@ def test_a_registered_client_hears_of_changes_and_of_nothing_else(push_place: Pl
     ear = view.subscribe("me")
     view.register("me", ["t", "u"], 60)
     sink.write(batch(stated("STARTED", 10), stated("STARTED", 10, task="other")))
-    assert list(ear.wait(2)) == ["t"]
+    assert list(ear.wait(PATIENCE_S)) == ["t"]
     sink.write(batch(sent(0)))
     sink.write(batch(stated("STARTED", 10)))
     assert ear.wait(0.05) == {}, "no change, no noise"
     sink.write(batch(stated("SUCCESS", 20), stated("SUCCESS", 20, task="u")))
-    heard = ear.wait(2)
+    heard = ear.wait(PATIENCE_S)
     while len(heard) < 2:
-        heard |= ear.wait(2)
+        heard |= ear.wait(PATIENCE_S)
     assert sorted(heard) == ["t", "u"]
     for task, document in heard.items():
         assert document in (b"", view.documents([task])[task])
@@ -636,6 +637,6 @@ def test_two_clients_both_hear(push_place: Place) -> None:
     for name in ("one", "two"):
         view.register(name, ["t"], 60)
     sink.write(batch(forgotten(10)))
-    assert [list(ear.wait(2)) for ear in ears] == [["t"], ["t"]]
+    assert [list(ear.wait(PATIENCE_S)) for ear in ears] == [["t"], ["t"]]
     for ear in ears:
         ear.close()

@@ -11,13 +11,12 @@ import pytest
 from celery_kafka_backend.reader import Ear, Reader
 from celery_kafka_backend.sinks.contract import StoreOptions
 from tests.contract.factories import batch, json_document, stated
+from tests.patience import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.contract.conftest import Place
-
-PATIENCE_S = 20.0
 
 
 @pytest.fixture

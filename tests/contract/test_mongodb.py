@@ -18,6 +18,7 @@ from celery_kafka_backend.sinks.contract import StoreOptions
 from tests.contract.factories import FAR, RUN, batch, forgotten, group_deleted, group_saved, json_document, sent, stated
 from tests.contract.patience import again
 from tests.contract.test_native import SERIALIZERS, read
+from tests.patience import PATIENCE_S
 from tests.services import mongodb as service
 
 if TYPE_CHECKING:
@@ -324,7 +325,7 @@ def test_the_server_removes_what_has_expired(sink: Any, database: Any) -> None:
         batch(stated("SUCCESS", 10, expires_at=at), group_saved("g", expires_at=at), stated("SUCCESS", task="u"))
     )
     names = ("celery_taskmeta", "celery_groupmeta", "celery_kafka_side", "celery_kafka_history")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while [database[name].count_documents({}) for name in names] != [1, 0, 1, 1]:
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -336,7 +337,7 @@ def test_a_document_that_expires_before_its_key_is_hidden_from_stock_clients_too
     at = time.time_ns() // 1_000_000 + 300
     sink.write(batch(stated("STARTED", 10)))
     sink.write(batch(stated("FAILURE", 20, expires_at=at)))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while view.documents(["t"]):
         assert time.monotonic() < deadline
         time.sleep(0.05)

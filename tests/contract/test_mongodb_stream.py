@@ -21,6 +21,7 @@ from celery_kafka_backend.sinks import registry
 from celery_kafka_backend.sinks.contract import StoreOptions
 from tests.contract.factories import batch, json_document, stated
 from tests.contract.test_ear import heard
+from tests.patience import PATIENCE_S
 from tests.services import mongodb as service
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ monitoring = pytest.importorskip("pymongo.monitoring")
 pytestmark = pytest.mark.mongodb
 
 MANY = 1_000
-PATIENCE_S = 30.0
 THAW_S = 12.0
 UNAUTHORIZED = {"failCommands": ["aggregate"], "errorCode": 13}
 

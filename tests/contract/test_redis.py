@@ -101,7 +101,7 @@ def test_a_frozen_server_is_unavailable_within_the_timeout(own: service.RedisSer
     started = time.monotonic()
     with pytest.raises(Unavailable):
         sink.write(batch(stated("SUCCESS", 10)))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 20, "not the thirty seconds of whoever says nothing"
     own.thaw()
     sink.write(batch(stated("SUCCESS", 10)))
     sink.close()

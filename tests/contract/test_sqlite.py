@@ -184,7 +184,7 @@ def test_tables_that_celery_made_without_extended_results_get_the_columns(path: 
 
 def test_expired_rows_are_swept_in_bounded_steps(path: Path, opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "SWEEP_ROWS", 30)
-    soon = time.time_ns() // 1_000_000 + 500
+    soon = time.time_ns() // 1_000_000 + 1_000
     opened.write(
         batch(
             *(stated("SUCCESS", 10, task=f"t{n}", expires_at=soon) for n in range(50)),
@@ -193,7 +193,7 @@ def test_expired_rows_are_swept_in_bounded_steps(path: Path, opened: Any, monkey
             chords=[ChordFact(f"g{n}", "sized", 1, b"1", soon) for n in range(50)],
         )
     )
-    time.sleep(0.6)
+    time.sleep(max(0.0, soon / 1000 - time.time()) + 0.1)
 
     def counts() -> list[int]:
         tables = ("ckb_task", "celery_taskmeta", "ckb_group", "celery_tasksetmeta", "ckb_history", "ckb_chord")

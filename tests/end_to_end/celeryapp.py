@@ -40,7 +40,7 @@ def unserializable():
 @app.task(bind=True, max_retries=5)
 def third_time_lucky(self):
     if self.request.retries < 2:
-        raise self.retry(exc=Unlucky("not yet"), countdown=0.2)
+        raise self.retry(exc=Unlucky("not yet"), countdown=0.6)
     return self.request.retries
 
 
@@ -55,7 +55,7 @@ def quiet():
 
 
 @app.task(bind=True, track_started=True)
-def wait_for(self, path, seconds=20.0):
+def wait_for(self, path, seconds=180.0):
     """Until somebody makes the file."""
     self.update_state(state="WAITING", meta={"for": path})
     end = time.monotonic() + seconds
@@ -65,7 +65,7 @@ def wait_for(self, path, seconds=20.0):
 
 
 @app.task(track_started=True)
-def started_until(path, seconds=20.0):
+def started_until(path, seconds=180.0):
     """As `wait_for`, without a state of its own."""
     end = time.monotonic() + seconds
     while not os.path.exists(path) and time.monotonic() < end:  # noqa: PTH110

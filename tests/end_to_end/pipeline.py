@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +16,16 @@ from celery_kafka_backend import codec
 from celery_kafka_backend.configure import settings_of, store_options
 from celery_kafka_backend.embedded import EmbeddedStack, Leashed
 from celery_kafka_backend.reader import Reader
+from tests.patience import PATIENCE_S, until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from celery.result import AsyncResult
 
     from celery_kafka_backend.events import Event
 
 HERE = Path(__file__).parent
-PATIENCE_S = 30.0
 
 
 class Pipeline:
@@ -90,19 +89,9 @@ class Pipeline:
         return [event.kind for event in self.history(task_id)]
 
 
-def until(condition: Callable[[], Any], what: str = "", timeout_s: float = PATIENCE_S) -> Any:
-    """Return a condition's value once it is true; fail if it is not in time."""
-    end = time.monotonic() + timeout_s
-    while not (found := condition()):
-        if time.monotonic() > end:
-            pytest.fail(f"not within {timeout_s:g} s: {what or condition}")
-        time.sleep(0.01)
-    return found
-
-
 def until_state(result: AsyncResult[Any], state: str) -> None:
     """Wait until a client sees a state."""
-    until(lambda: result.state == state, f"{result.id} to be {state}, it is {result.state}")
+    until(lambda: result.state == state, lambda: f"{result.id} is {state}: it is {result.state}", every_s=0.01)
 
 
 @contextlib.contextmanager

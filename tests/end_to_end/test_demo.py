@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.services import processes
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 RUN = Path(__file__).parents[2] / "examples" / "demo" / "run.py"
 MARK = "CKB_DEMO_TEST"
-PATIENCE_S = 120
 
 
 class Demo:
@@ -130,4 +130,4 @@ def test_not_even_kill_9_leaves_something_running(demo: Demo) -> None:
     assert demo.left()
     demo.process.kill()
     demo.process.wait()
-    nothing_is_left(demo, 10)
+    nothing_is_left(demo, PATIENCE_S)

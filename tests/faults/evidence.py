@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EVENTS: Final = f"{TOPIC_PREFIX}.task-events"
 DEAD_LETTERS: Final = f"{TOPIC_PREFIX}.dead-letters"
 CHORDS: Final = f"{TOPIC_PREFIX}.chords"
-READ_S: Final = 60.0
+READ_S: Final = 180.0
 
 
 def collect(world: World, *, exits: list[Exit], stuck: list[str], calm: bool) -> Evidence:

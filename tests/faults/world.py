@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tests.faults.schedule import Fault
 
 ROOT = Path(__file__).parents[2]
-READY_S = 60.0
+READY_S = 180.0
 EXIT_S = 90.0
 """What a process may take to end when asked: a worker finishes its tasks, a processor its batch."""
 PATIENCE_S = 40.0

@@ -17,6 +17,8 @@ from celery_kafka_backend.kafka import producer_config
 from celery_kafka_backend.sinks.registry import open_view
 from tests.contract.factories import sent, stated
 from tests.integration import materializing
+from tests.integration.kafka_topics import create, must_arrive
+from tests.patience import PATIENCE_S
 from tests.services import native
 
 if TYPE_CHECKING:
@@ -25,27 +27,25 @@ if TYPE_CHECKING:
     from tests.integration.conftest import Fleet
     from tests.services.server import OneServer
 
-SOON = 40
-
 
 def results_groups_and_a_chord(fleet: Fleet) -> None:
     """Get a result, an error, a saved group and a chord; forget the group."""
     tasks: Any = fleet.app
-    assert tasks.add.delay(2, 3).get(timeout=SOON) == 5
+    assert tasks.add.delay(2, 3).get(timeout=PATIENCE_S) == 5
     failed = tasks.fail.delay("broken")
     with pytest.raises(ValueError, match="broken"):
-        failed.get(timeout=SOON)
+        failed.get(timeout=PATIENCE_S)
     assert AsyncResult(failed.id, app=tasks.app).args == ["broken"]
     many = group(tasks.add.s(n, n) for n in range(20)).apply_async()
     many.save()
-    assert many.get(timeout=SOON) == [2 * n for n in range(20)]
-    deadline = time.monotonic() + SOON
+    assert many.get(timeout=PATIENCE_S) == [2 * n for n in range(20)]
+    deadline = time.monotonic() + PATIENCE_S
     while (restored := GroupResult.restore(many.id, app=tasks.app)) is None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert [each.id for each in restored.results] == [each.id for each in many.results]
     body = chord([tasks.add.s(n, 0) for n in range(20)])(tasks.total.s())
-    assert body.get(timeout=SOON) == 190
+    assert body.get(timeout=PATIENCE_S) == 190
     many.forget()
     while many.results[0].state != "PENDING":
         assert time.monotonic() < deadline
@@ -58,12 +58,10 @@ def killed_and_frozen_during_a_load(server: OneServer, url: str, bootstrap: str,
     from confluent_kafka.admin import AdminClient, NewTopic  # noqa: PLC0415
 
     topic = topics.task_events(prefix)
-    admin = AdminClient({"bootstrap.servers": bootstrap})
     wanted = {topic: 2, topics.chords(prefix): 2, topics.dead_letters(prefix): 1}
-    for created in admin.create_topics([NewTopic(name, count, 1) for name, count in wanted.items()]).values():
-        created.result(30)
+    create(AdminClient({"bootstrap.servers": bootstrap}), *(NewTopic(name, count, 1) for name, count in wanted.items()))
     tasks = {uuid.uuid4().hex: number for number in range(6_000)}
-    producer = Producer(producer_config(materializing.settings(bootstrap, prefix)))
+    producer = Producer({**producer_config(materializing.settings(bootstrap, prefix)), "on_delivery": must_arrive})
     view = open_view(url, materializing.options(prefix))
     log = folder / "log"
     with log.open("wb") as output:
@@ -73,7 +71,7 @@ def killed_and_frozen_during_a_load(server: OneServer, url: str, bootstrap: str,
         for task, number in tasks.items():
             for event in (sent(0, task=task), stated("SUCCESS", 10, task=task, value=number)):
                 producer.produce(topic, codec.encode(event), task, headers=codec.headers(event))
-        assert producer.flush(30) == 0
+        assert producer.flush(PATIENCE_S) == 0
 
         def folded() -> int:
             try:
@@ -83,14 +81,14 @@ def killed_and_frozen_during_a_load(server: OneServer, url: str, bootstrap: str,
 
         for hurt, heal in ((server.kill, server.restart), (server.freeze, server.thaw)):
             before = folded()
-            deadline = time.monotonic() + SOON
+            deadline = time.monotonic() + PATIENCE_S
             while folded() <= before < 2 * len(tasks):
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.01)
             hurt()
             time.sleep(0.7)
             heal()
-        deadline = time.monotonic() + 2 * SOON
+        deadline = time.monotonic() + 2 * PATIENCE_S
         while folded() < 2 * len(tasks):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)

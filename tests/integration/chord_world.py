@@ -17,6 +17,8 @@ from kombu.utils.encoding import ensure_bytes
 from celery_kafka_backend import chord_records as records
 from celery_kafka_backend import kafka, settings, topics
 from celery_kafka_backend.producer import headers
+from tests.integration.kafka_topics import create, must_arrive
+from tests.patience import PATIENCE_S
 
 
 def make_settings(servers, prefix, **more):
@@ -73,10 +75,8 @@ def sent_bodies(folder):
 
 def create_topics(config):
     """Create what `init` would; the embedded broker has no controller, and needs none."""
-    admin = AdminClient({"bootstrap.servers": config.bootstrap_servers})
     wanted = [NewTopic(t.name, t.partitions, t.replication, config=t.config) for t in topics.wanted(config)]
-    for future in admin.create_topics(wanted).values():
-        future.result(20)
+    create(AdminClient({"bootstrap.servers": config.bootstrap_servers}), *wanted)
 
 
 class ChordsTopic:
@@ -85,8 +85,8 @@ class ChordsTopic:
     def __init__(self, config):
         self.config = config
         self.topic = topics.chords(config.topic_prefix)
-        self.producer = Producer(kafka.producer_config(config))
-        found = self.producer.list_topics(self.topic, timeout=20).topics[self.topic]
+        self.producer = Producer({**kafka.producer_config(config), "on_delivery": must_arrive})
+        found = self.producer.list_topics(self.topic, timeout=PATIENCE_S).topics[self.topic]
         self.partitions = len(found.partitions) or 4
 
     def append(self, *appended):
@@ -94,11 +94,11 @@ class ChordsTopic:
             key, value = records.encode(record)
             partition = topics.chord_partition(record.group, self.partitions)
             self.producer.produce(self.topic, value, key, partition=partition)
-        assert self.producer.flush(20) == 0
+        assert self.producer.flush(PATIENCE_S) == 0
 
     def append_raw(self, group, key, value):
         self.producer.produce(self.topic, value, key, partition=topics.chord_partition(group, self.partitions))
-        assert self.producer.flush(20) == 0
+        assert self.producer.flush(PATIENCE_S) == 0
 
     def left(self, group):
         """Return the records of a group as compaction would leave them."""
@@ -120,9 +120,9 @@ def read_all(config, topic, partition):
     """Return every key and value of a partition."""
     consumer = Consumer(kafka.consumer_config(config, None))
     try:
-        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=20)
+        low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=PATIENCE_S)
         consumer.assign([TopicPartition(topic, partition, low)])
-        found, at, deadline = [], low, time.monotonic() + 60
+        found, at, deadline = [], low, time.monotonic() + PATIENCE_S
         while at < high and time.monotonic() < deadline:
             message = consumer.poll(0.1)
             if message is not None and message.error() is None:

@@ -18,7 +18,7 @@ from celery.exceptions import TimeoutError as NotInTime
 from celery.result import AsyncResult, GroupResult, ResultSet, result_from_tuple
 from fleet_app import add, app, fail, nap, quiet, spawn, total
 
-SOON = 60
+SOON = 180
 
 
 def get():

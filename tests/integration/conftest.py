@@ -9,13 +9,13 @@ import secrets
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.integration import locked_kafka
+from tests.patience import PATIENCE_S, until
 from tests.services import native
 from tests.services.errors import ServiceError
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from tests.integration.locked_kafka import LockedKafka
 
 HERE = Path(__file__).parent
-READY_S = 60.0
 
 
 class Fleet:
@@ -49,6 +48,7 @@ class Fleet:
                     "partitions": 4,
                     "chord_partitions": 4,
                     "history": {"redis": True},
+                    "publish_timeout_s": 60,
                     **settings,
                 }
             ),
@@ -80,21 +80,27 @@ class Fleet:
         output.close()
         self.until(name, ready)
 
-    def until(self, name: str, text: str, timeout_s: float = READY_S) -> None:
+    def until(self, name: str, text: str) -> None:
         """Wait for a text in a process's log."""
-        deadline = time.monotonic() + timeout_s
-        while text not in self.log(name):
-            dead = self.processes[name].poll()
-            if dead is not None or time.monotonic() > deadline:
-                pytest.fail(
-                    f"{name} {'ended with ' + str(dead) if dead is not None else 'never said ' + text}:\n{self.log(name)[-3000:]}"
-                )
-            time.sleep(0.05)
+
+        def said() -> bool:
+            ended = self.processes[name].poll()
+            if found := text in self.log(name):
+                return found
+            assert ended is None, f"{name} ended with {ended}:\n{self.log(name)[-3000:]}"
+            return False
+
+        until(said, lambda: f"{name} says {text!r}:\n{self.log(name)[-3000:]}")
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `celery -A fleet_app …` to its end; it may fail, but not with a traceback."""
         done = subprocess.run(
-            self.celery(*arguments), env=self.environment, capture_output=True, text=True, timeout=READY_S, check=False
+            self.celery(*arguments),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
         )
         assert "Traceback" not in done.stderr, done.stderr
         return done

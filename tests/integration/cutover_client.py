@@ -9,7 +9,7 @@ import client_threads
 from celery import chord, group
 from fleet_app import add, app, ask, fail, nap, progress, total
 
-LOST_S = 60
+LOST_S = 180
 STATES = ("PENDING", "STARTED", "PROGRESS", "SUCCESS")
 done: list[tuple[str, int]] = []
 """Ids and results of tasks that this process has seen end."""

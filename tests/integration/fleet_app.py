@@ -70,6 +70,13 @@ def nap(seconds):
     return seconds
 
 
+@app.task
+def until_there(path):
+    """Busy until somebody makes the file."""
+    while not Path(path).exists():
+        time.sleep(0.01)
+
+
 @app.task(ignore_result=True)
 def quiet():
     return "not stored"
@@ -153,14 +160,14 @@ def note_error(failed_id):
 def ask(numbers):
     """A client inside a task: what it asks for runs in another worker."""
     with allow_join_result():
-        return group(add.s(i, i) for i in numbers).apply_async().get(timeout=60)
+        return group(add.s(i, i) for i in numbers).apply_async().get(timeout=180)
 
 
 @app.task
 def ask_beside_others(numbers):
     """Likewise; where tasks share a process they also share what `allow_join_result` switches."""
     asked = group(add.s(i, i) for i in numbers).apply_async()
-    return asked.get(timeout=60, disable_sync_subtasks=False)
+    return asked.get(timeout=180, disable_sync_subtasks=False)
 
 
 @app.task

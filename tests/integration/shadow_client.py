@@ -7,7 +7,7 @@ import sys
 from celery import chord, group
 from fleet_app import add, app, fail, flaky, progress, replaced, total
 
-SOON = 60
+SOON = 180
 
 
 def everything():

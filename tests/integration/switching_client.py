@@ -8,7 +8,7 @@ from celery import VERSION, chain, chord, group
 from celery.exceptions import ChordError
 from fleet_app import add, adds_to_chord, fail, fan_in, flaky, listed, nap, replaced, total
 
-LOST_S = 60
+LOST_S = 180
 
 
 def task(dice):

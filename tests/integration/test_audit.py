@@ -25,6 +25,8 @@ from celery_kafka_backend.cli.exits import Exit
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.result import KafkaResult
 from tests.integration.conftest import Fleet
+from tests.integration.kafka_topics import must_arrive
+from tests.patience import PATIENCE_S, until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
@@ -64,9 +66,9 @@ def audit(kafka, redis_server, tmp_path_factory):
         task = app.send_task("shop.pay", ("order-1717",))
         root = app.send_task("shop.begin", (3,))
         for one in (task, root):
-            one.get(timeout=60, propagate=False)
+            one.get(timeout=PATIENCE_S, propagate=False)
         forgotten = app.send_task("fleet_app.add", (1, 1))
-        forgotten.get(timeout=60)
+        forgotten.get(timeout=PATIENCE_S)
         world = {"FORGET": forgotten.id, "TASK": task.id, "ROOT": root.id, "GROUP": "", "app": app}
 
         def settled():
@@ -74,19 +76,12 @@ def audit(kafka, redis_server, tmp_path_factory):
             world["tree"] = json.loads(found.stdout or "[]")
             return [node["state"] for node in world["tree"]] == ["success"] * 5
 
-        until(settled, lambda: world)
+        until(settled, lambda: world["tree"])
         until(lambda: timeline.ended(KafkaResult.of(task).history()))
         members = [node["task"] for node in world["tree"] if node["name"] == "fleet_app.add"]
         world["GROUP"] = KafkaResult.of(app.AsyncResult(members[0])).history()[0].group
         fleet.world = world
         yield fleet
-
-
-def until(holds, say=lambda: ""):
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline, say()
-        time.sleep(0.2)
 
 
 def told(fleet, *arguments):
@@ -151,7 +146,9 @@ def broken(kafka, topic_prefix, tmp_path):
     app.conf.kafka_backend_settings = {"topic_prefix": topic_prefix, **small}
     made = SimpleNamespace(app=SimpleNamespace(app=app))
     assert told(made, "init").exit_code == 0
-    producer = Producer({"bootstrap.servers": kafka.bootstrap, "partitioner": "murmur2_random"})
+    producer = Producer(
+        {"bootstrap.servers": kafka.bootstrap, "partitioner": "murmur2_random", "on_delivery": must_arrive}
+    )
     for event in faults(topic_prefix):
         producer.produce(
             topics.task_events(topic_prefix), codec.encode(event), event.task, headers=codec.headers(event)
@@ -161,7 +158,7 @@ def broken(kafka, topic_prefix, tmp_path):
     )
     key, value = chord_records.encode(declared)
     producer.produce(topics.chords(topic_prefix), value, key, topics.chord_partition("g", 2))
-    assert producer.flush(10) == 0
+    assert producer.flush(PATIENCE_S) == 0
     return made
 
 
@@ -193,7 +190,7 @@ def test_a_fleet_that_does_its_work_has_no_findings(audit):
 def test_what_is_forgotten_is_gone_from_the_view_and_the_report_says_what_remains(audit):
     app = audit.world["app"]
     task = app.send_task("fleet_app.add", (1, 2))
-    assert task.get(timeout=60) == 3
+    assert task.get(timeout=PATIENCE_S) == 3
     found = json.loads(told(audit, "forget", task.id, "--json").stdout)
     (view,) = found["views"]
     assert (view["document"], app.AsyncResult(task.id).state) == ("gone", "PENDING")
@@ -355,7 +352,7 @@ def test_following_a_task_shows_what_comes_until_it_has_ended(audit):
         audit.celery("pipeline", "history", napping.id, "--follow", "--json"),
         env=audit.environment, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    said, _ = follower.communicate(timeout=60)
+    said, _ = follower.communicate(timeout=PATIENCE_S)
     assert follower.returncode == 0
     kinds = [json.loads(line)["kind"] for line in said.splitlines()]
     assert (kinds[0], kinds[-1], len(kinds)) == (events.SENT, events.SUCCESS, 4)

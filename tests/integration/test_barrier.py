@@ -32,6 +32,8 @@ from celery_kafka_backend.pointer import Pointer, position
 from celery_kafka_backend.producer.publisher import Publisher, Record
 from celery_kafka_backend.sinks.contract import StoreOptions
 from celery_kafka_backend.sinks.registry import open_sink
+from tests.integration.kafka_topics import create
+from tests.patience import PATIENCE_S
 from tests.services import ports
 from tests.services.errors import ServiceError
 
@@ -39,7 +41,6 @@ from . import locked_kafka
 
 pytestmark = pytest.mark.kafka
 
-PATIENT_S = 30.0
 PARTITIONS = 6
 
 
@@ -58,14 +59,13 @@ class Log:
         )
         self.topic = topics.task_events(prefix)
         self.admin = AdminClient({"bootstrap.servers": address})
-        for made in self.admin.create_topics([NewTopic(self.topic, PARTITIONS, 1)]).values():
-            made.result(20)
+        create(self.admin, NewTopic(self.topic, PARTITIONS, 1))
         self.publisher = Publisher(self.settings)
 
     def append(self, event, value=None):
         record = Record(self.topic, event.task.encode(), value or codec.encode(event))
-        delivery = self.publisher.publish(record, wait_s=PATIENT_S)
-        delivery.wait(PATIENT_S)
+        delivery = self.publisher.publish(record, wait_s=PATIENCE_S)
+        delivery.wait(PATIENCE_S)
         return delivery.stored
 
     def close(self):
@@ -99,20 +99,20 @@ def test_what_the_view_has_not_folded_is_read_from_the_log_and_nothing_else(log,
     log.append(an_event("a", 9, event_id="best"))
     log.append(an_event("a", 5))
     log.append(an_event("b", 99))
-    found = barrier.beyond(TASK, "a", nowhere, PATIENT_S)
+    found = barrier.beyond(TASK, "a", nowhere, PATIENCE_S)
     assert (found.id, found.key) == ("best", 9)
     # Folded up to and with the best one: what is left counts alone.
     behind = {first.partition: first.offset + 2}
-    assert barrier.beyond(TASK, "a", lambda: behind, PATIENT_S).key == 5
-    assert barrier.beyond(TASK, "a", lambda: {first.partition: first.offset + 3}, PATIENT_S) is None
-    assert barrier.beyond(TASK, "never seen", nowhere, PATIENT_S) is None
+    assert barrier.beyond(TASK, "a", lambda: behind, PATIENCE_S).key == 5
+    assert barrier.beyond(TASK, "a", lambda: {first.partition: first.offset + 3}, PATIENCE_S) is None
+    assert barrier.beyond(TASK, "never seen", nowhere, PATIENCE_S) is None
 
 
 def test_a_task_and_a_group_of_one_id_are_two(log, barrier):
     log.append(an_event("one", 3))
     log.append(an_event("one", 4, events.GROUP_SAVED))
-    assert barrier.beyond(TASK, "one", nowhere, PATIENT_S).key == 3
-    assert barrier.beyond(GROUP, "one", nowhere, PATIENT_S).key == 4
+    assert barrier.beyond(TASK, "one", nowhere, PATIENCE_S).key == 3
+    assert barrier.beyond(GROUP, "one", nowhere, PATIENCE_S).key == 4
 
 
 def test_it_waits_for_a_view_that_moves_and_reads_nothing_then(log, barrier):
@@ -123,7 +123,7 @@ def test_it_waits_for_a_view_that_moves_and_reads_nothing_then(log, barrier):
         asked.append(1)
         return {stored.partition: stored.offset + (len(asked) > 5)}
 
-    assert barrier.beyond(TASK, "a", moving, PATIENT_S) is None
+    assert barrier.beyond(TASK, "a", moving, PATIENCE_S) is None
     assert len(asked) == 6
 
 
@@ -166,10 +166,10 @@ def test_a_process_moves_to_another_view_when_that_shows_all_that_the_log_holds(
 def test_a_record_that_is_no_event_is_passed_over_and_one_of_newer_software_is_not(log, barrier):
     log.append(an_event("a", 1), b"rubbish")
     log.append(an_event("a", 2))
-    assert barrier.beyond(TASK, "a", nowhere, PATIENT_S).key == 2
+    assert barrier.beyond(TASK, "a", nowhere, PATIENCE_S).key == 2
     log.append(an_event("a", 3), codec.encode(msgspec.structs.replace(an_event("a", 3), v=codec.VERSION + 1)))
     with pytest.raises(Unsure, match="schema version"):
-        barrier.beyond(TASK, "a", nowhere, PATIENT_S)
+        barrier.beyond(TASK, "a", nowhere, PATIENCE_S)
 
 
 def test_what_retention_deleted_is_not_waited_for(log, barrier):
@@ -177,9 +177,9 @@ def test_what_retention_deleted_is_not_waited_for(log, barrier):
     end = TopicPartition(*stored.partition, stored.offset + 1)
     for deleted in log.admin.delete_records([end]).values():
         deleted.result(20)
-    assert barrier.beyond(TASK, "a", nowhere, PATIENT_S) is None
+    assert barrier.beyond(TASK, "a", nowhere, PATIENCE_S) is None
     log.append(an_event("a", 2))
-    assert barrier.beyond(TASK, "a", nowhere, PATIENT_S).key == 2
+    assert barrier.beyond(TASK, "a", nowhere, PATIENCE_S).key == 2
 
 
 def test_after_partitions_were_added_both_places_of_an_id_are_looked_at(log, barrier):
@@ -192,15 +192,15 @@ def test_after_partitions_were_added_both_places_of_an_id_are_looked_at(log, bar
         done.result(20)
     late = Publisher(log.settings)  # knows the new count at once; the old one's producer does not yet
     try:
-        deadline = time.monotonic() + PATIENT_S
+        deadline = time.monotonic() + PATIENCE_S
         while len(barrier._log._partitions(barrier._log._handle(), deadline)) < grown:
             time.sleep(0.05)
-        assert barrier.beyond(TASK, task, nowhere, PATIENT_S).key == 5
-        delivery = late.publish(Record(log.topic, task.encode(), codec.encode(an_event(task, 6))), wait_s=PATIENT_S)
-        delivery.wait(PATIENT_S)
+        assert barrier.beyond(TASK, task, nowhere, PATIENCE_S).key == 5
+        delivery = late.publish(Record(log.topic, task.encode(), codec.encode(an_event(task, 6))), wait_s=PATIENCE_S)
+        delivery.wait(PATIENCE_S)
         assert delivery.stored.partition != before.partition
-        assert barrier.beyond(TASK, task, nowhere, PATIENT_S).key == 6
-        assert barrier.beyond(TASK, task, lambda: {delivery.stored.partition: 99}, PATIENT_S).key == 5
+        assert barrier.beyond(TASK, task, nowhere, PATIENCE_S).key == 6
+        assert barrier.beyond(TASK, task, lambda: {delivery.stored.partition: 99}, PATIENCE_S).key == 5
     finally:
         late.close()
 
@@ -208,7 +208,7 @@ def test_after_partitions_were_added_both_places_of_an_id_are_looked_at(log, bar
 def test_catching_up_waits_and_says_whether_it_did(log, barrier):
     stored = log.append(an_event("a"))
     assert not barrier.caught_up(["a"], nowhere, 0.3)
-    assert barrier.caught_up(["a", "b"], lambda: {stored.partition: stored.offset + 1}, PATIENT_S)
+    assert barrier.caught_up(["a", "b"], lambda: {stored.partition: stored.offset + 1}, PATIENCE_S)
 
 
 def test_threads_share_one_barrier(log, barrier):
@@ -217,18 +217,18 @@ def test_threads_share_one_barrier(log, barrier):
     found = {}
 
     def read(number):
-        found[number] = barrier.beyond(TASK, f"t{number}", nowhere, PATIENT_S).key
+        found[number] = barrier.beyond(TASK, f"t{number}", nowhere, PATIENCE_S).key
 
     threads = [threading.Thread(target=read, args=(number,)) for number in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE_S)
     assert found == {number: number + 1 for number in range(20)}
 
 
 def _read_in_child(barrier, answers):
-    answers.put(barrier.beyond(TASK, "a", nowhere, PATIENT_S).key)
+    answers.put(barrier.beyond(TASK, "a", nowhere, PATIENCE_S).key)
     answers.close()
     answers.join_thread()
     os._exit(0)  # as a worker's children leave
@@ -236,15 +236,15 @@ def _read_in_child(barrier, answers):
 
 def test_a_fork_reads_through_a_handle_of_its_own(log, barrier):
     log.append(an_event("a", 8))
-    assert barrier.beyond(TASK, "a", nowhere, PATIENT_S).key == 8
+    assert barrier.beyond(TASK, "a", nowhere, PATIENCE_S).key == 8
     fork = multiprocessing.get_context("fork")
     answers = fork.Queue()
     child = fork.Process(target=_read_in_child, args=(barrier, answers))
     child.start()
-    assert answers.get(timeout=30) == 8
-    child.join(30)
+    assert answers.get(timeout=PATIENCE_S) == 8
+    child.join(PATIENCE_S)
     assert child.exitcode == 0
-    assert barrier.beyond(TASK, "a", nowhere, PATIENT_S).key == 8
+    assert barrier.beyond(TASK, "a", nowhere, PATIENCE_S).key == 8
 
 
 def test_a_kafka_that_is_away_is_asked_once(topic_prefix):
@@ -255,7 +255,7 @@ def test_a_kafka_that_is_away_is_asked_once(topic_prefix):
     with pytest.raises(Unsure, match=r"reading .*task-events") as first:
         barrier.beyond(TASK, "a", nowhere, 0.5)
     with pytest.raises(Unsure) as second:
-        barrier.beyond(TASK, "b", nowhere, PATIENT_S)
+        barrier.beyond(TASK, "b", nowhere, PATIENCE_S)
     assert str(second.value) == str(first.value)
 
 
@@ -289,14 +289,14 @@ def test_missing_rights_are_named_and_no_group_is_needed(locked, topic_prefix):
                 done.result(10)
 
         with pytest.raises(Unsure, match=rf"reading {log.topic} .*right Describe.*init --print"):
-            Barrier(settings).beyond(TASK, "a", nowhere, PATIENT_S)
+            Barrier(settings).beyond(TASK, "a", nowhere, PATIENCE_S)
         grant(AclOperation.DESCRIBE)  # what a client has that may write only
         with pytest.raises(Unsure, match=rf"reading {log.topic} .*right Read.*authorization failed.*init --print"):
-            Barrier(settings).beyond(TASK, "a", nowhere, PATIENT_S)
+            Barrier(settings).beyond(TASK, "a", nowhere, PATIENCE_S)
         assert not Barrier(settings).caught_up(["a"], nowhere, 0.3)
-        assert Barrier(settings).caught_up(["a"], lambda: dict.fromkeys(_all(log.topic), 9), PATIENT_S)
+        assert Barrier(settings).caught_up(["a"], lambda: dict.fromkeys(_all(log.topic), 9), PATIENCE_S)
         grant(AclOperation.READ)
-        assert Barrier(settings).beyond(TASK, "a", nowhere, PATIENT_S).key == 4
+        assert Barrier(settings).beyond(TASK, "a", nowhere, PATIENCE_S).key == 4
     finally:
         log.close()
 

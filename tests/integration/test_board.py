@@ -12,6 +12,7 @@ import pytest
 
 from celery_kafka_backend.board import Board
 from celery_kafka_backend.metrics import Layout, Metric
+from tests.patience import PATIENCE_S
 
 BUCKETS = (1.0, 2.0)
 
@@ -31,7 +32,9 @@ def in_a_fork(work) -> int:
 
 def test_a_thousand_killed_processes_are_counted_and_leave_nothing_behind():
     """One after another they need one seat, no descriptor and no memory. In a process of its own: forks of this are slow."""
-    done = subprocess.run([sys.executable, "-c", A_THOUSAND], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", A_THOUSAND], capture_output=True, text=True, timeout=2 * PATIENCE_S, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -82,19 +85,19 @@ def test_processes_that_live_at_once_sit_apart_and_one_more_gets_no_seat():
         if seat is not None:
             seat.add(0)
         seated.put(None if seat is None else seat.number)
-        leave.wait(30)
+        leave.wait(PATIENCE_S)
 
     others = [context.Process(target=sit) for _ in range(3)]
     for other in others:
         other.start()
-    numbers = [seated.get(timeout=30) for _ in others]
+    numbers = [seated.get(timeout=PATIENCE_S) for _ in others]
     assert sorted(n for n in numbers if n is not None) == [1, 2]
     assert numbers.count(None) == 1
     for _ in range(2):  # a look takes nobody's seat, not even the reader's
         assert [(one.number, one.alive) for one in board.read()] == [(0, True), (1, True), (2, True)]
     leave.set()
     for other in others:
-        other.join(30)
+        other.join(PATIENCE_S)
     assert [one.alive for one in board.read()] == [True, False, False]
     assert sum(one.cells[0] for one in board.read()) == 2
 
@@ -141,7 +144,7 @@ def test_a_spawned_process_writes_on_the_board_that_it_is_given():
     board = Board(seats=2, cells=1, text_bytes=0)
     process = multiprocessing.get_context("spawn").Process(target=_count, args=(board,))
     process.start()
-    process.join(60)
+    process.join(PATIENCE_S)
     assert process.exitcode == 0
     assert [(one.number, one.cells) for one in board.read()] == [(1, (3.0,))]
 

@@ -6,6 +6,7 @@ The broker of the bodies is a folder, so that a process can be killed and the qu
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import signal
@@ -35,9 +36,12 @@ from tests.integration.chord_world import (
     read_all,
     sent_bodies,
 )
+from tests.patience import PATIENCE_S, until
 from tests.services import mock_kafka
 
 ROOT = Path(__file__).parents[2]
+
+logger = logging.getLogger(__name__)
 
 
 KAFKA = pytest.param("kafka", marks=pytest.mark.kafka)
@@ -71,8 +75,9 @@ def fleet(config):
 
 
 @pytest.fixture
-def start(app, config):
-    """Start processors in threads; stop them in the end, and show their errors."""
+def start(app, config, caplog):
+    """Start processors in threads; stop them in the end, and show their errors. A test that fails shows what they logged."""
+    caplog.set_level(logging.INFO, "celery_kafka_backend")
     running = []
 
     def start(cls=ChordProcessor, *, settings=config, use=app, slice_size=None):
@@ -84,12 +89,13 @@ def start(app, config):
         def run():
             try:
                 processor.run()
-            except BaseException as exc:  # noqa: BLE001 - shown in the end
+            except BaseException as exc:
+                logger.exception("a chord processor died")  # whoever waits for it hears why
                 errors.append(exc)
 
         thread = threading.Thread(target=run)
         thread.start()
-        processor.finish = lambda: (processor.stop(), thread.join(30))
+        processor.finish = lambda: (processor.stop(), thread.join(PATIENCE_S))
         running.append((processor, thread, errors))
         return processor
 
@@ -97,24 +103,17 @@ def start(app, config):
     for processor, _, _ in running:
         processor.stop()
     for _, thread, errors in running:
-        thread.join(30)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
         assert not errors
 
 
-def until(check, what, timeout_s=40.0):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        found = check()
-        if found:
-            return found
-        time.sleep(0.05)
-    pytest.fail(f"not within {timeout_s:g} s: {what}")
-    return None
-
-
 def fired(fleet, group_id):
     return [record for record in fleet.left(group_id) if isinstance(record, Fired)]
+
+
+def kinds(fleet, chord):
+    return sorted(type(record).__name__ for record in fleet.left(chord.group))
 
 
 def decided(fleet, group_id):
@@ -133,7 +132,7 @@ def test_a_chord_fires_once_in_whatever_order_its_records_came(app, fleet, start
             key, value = records.encode(facts[round_])
             partition = topics.chord_partition(facts[round_].group, fleet.partitions)
             fleet.producer.produce(fleet.topic, value, key, partition=partition)
-    fleet.producer.flush(20)
+    fleet.producer.flush(PATIENCE_S)
     until(lambda: all(fired(fleet, chord.group) for chord, _ in chords[::40]), "fired")
     bodies = until(lambda: len(found := sent_bodies(tmp_path)) >= len(chords) and found, "all bodies")
     assert sorted(body["headers"]["id"] for body in bodies) == sorted(chord.body_id for chord, _ in chords)
@@ -170,13 +169,12 @@ def test_a_finished_chord_leaves_no_part_and_a_late_one_goes_at_once(app, fleet,
     start()
     fleet.append(chord.declared, chord.sized, *chord.parts())
 
-    def kinds():
-        return sorted(type(record).__name__ for record in fleet.left(chord.group))
-
-    until(lambda: kinds() == ["Decided", "Declared", "Fired"], "clean")
+    until(lambda: kinds(fleet, chord) == ["Decided", "Declared", "Fired"], lambda: f"clean: {kinds(fleet, chord)}")
     fleet.append(chord.part(1, 7, event="late"), chord.declared, chord.sized)
-    assert len(kinds()) >= 3
-    until(lambda: kinds() == ["Decided", "Declared", "Fired"], "clean again")
+    assert len(kinds(fleet, chord)) >= 3
+    until(
+        lambda: kinds(fleet, chord) == ["Decided", "Declared", "Fired"], lambda: f"clean again: {kinds(fleet, chord)}"
+    )
 
 
 def test_a_failed_member_fails_the_body_as_celery_does_when_all_are_in(app, fleet, start, tmp_path):
@@ -490,29 +488,28 @@ class Process:
                 stderr=log,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
             )
-        self.lines = queue.Queue()
         self.said = []
-        threading.Thread(target=self._listen, daemon=True).start()
+        """All that it said up to what was waited for last."""
+        self._lines = queue.Queue()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def _listen(self):
         for line in self.popen.stdout:
-            self.lines.put(json.loads(line))
+            self._lines.put(json.loads(line)["what"])
 
-    def wait_for(self, what, timeout_s=120.0):
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            try:
-                line = self.lines.get(timeout=0.1)
-            except queue.Empty:
-                assert self.popen.poll() is None, (
-                    f"ended instead of saying {what!r}: {self.said}, {self.log.read_text()}"
-                )
-                continue
-            self.said.append(line["what"])
-            if line["what"] == what:
-                return line
-        pytest.fail(f"did not say {what!r}, but {self.said}, {self.log.read_text()}")
-        return None
+    def wait_for(self, what):
+        def heard():
+            if ended := self.popen.poll() is not None:
+                self._listener.join()
+            while not self._lines.empty():
+                self.said.append(self._lines.get())
+                if self.said[-1] == what:
+                    return True
+            assert not ended, f"ended instead of saying {what!r}: {self.said}\n{self.log.read_text()}"
+            return False
+
+        until(heard, lambda: f"{what!r}, but {self.said}\n{self.log.read_text()}")
 
     def signal(self, number):
         self.popen.send_signal(number)
@@ -521,7 +518,7 @@ class Process:
         if self.popen.poll() is None:
             self.popen.send_signal(signal.SIGCONT)
             self.popen.kill()
-        self.popen.wait(10)
+        self.popen.wait(PATIENCE_S)
         self.popen.stdout.close()
 
 
@@ -576,7 +573,7 @@ def test_an_owner_killed_between_sending_and_fired(app, fleet, process, tmp_path
     said = Event(id="e", kind="received", task=chord.body_id, at=1, hlc=1, run=run if seen else run - 1)
     partition = topics.chord_partition(chord.body_id, 4)
     fleet.producer.produce(log, codec.encode(said), chord.body_id.encode(), partition=partition)
-    assert fleet.producer.flush(20) == 0
+    assert fleet.producer.flush(PATIENCE_S) == 0
     second = process("second")
     second.wait_for("not sent: its events are in the log" if seen else "after sending")
     (mark,) = until(lambda: fired(fleet, chord.group), "fired")
@@ -629,7 +626,7 @@ def events_of_members(fleet, chord, count):
         )
         partition = topics.chord_partition(part.task, 4)
         fleet.producer.produce(log, codec.encode(said), part.task.encode(), partition=partition)
-    assert fleet.producer.flush(20) == 0
+    assert fleet.producer.flush(PATIENCE_S) == 0
 
 
 @on_kafka_alone
@@ -668,7 +665,7 @@ def test_a_zombie_that_wakes_up(app, fleet, process, tmp_path, point, sent):
     bodies = sent_bodies(tmp_path)
     assert len(bodies) == sent
     assert len({str((b["headers"]["id"], b["headers"][headers.RUN], b["args"])) for b in bodies}) == 1
-    assert sorted(type(r).__name__ for r in fleet.left(chord.group)) == ["Decided", "Declared", "Fired"]
+    until(lambda: kinds(fleet, chord) == ["Decided", "Declared", "Fired"], "clean")
 
 
 def test_kafkas_own_partitioner_puts_an_event_where_we_look_for_it(config):
@@ -680,5 +677,5 @@ def test_kafkas_own_partitioner_puts_an_event_where_we_look_for_it(config):
         producer.produce(
             log, b"{}", f"task-{n}".encode(), on_delivery=lambda _, m: seen.update({m.key(): m.partition()})
         )
-    producer.flush(20)
+    producer.flush(PATIENCE_S)
     assert seen == {f"task-{n}".encode(): topics.chord_partition(f"task-{n}", 4) for n in range(50)}

@@ -14,6 +14,7 @@ from kombu.exceptions import DecodeError, EncodeError
 
 from celery_kafka_backend.errors import ClaimLost
 from tests.integration.conftest import Fleet
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
@@ -38,13 +39,13 @@ def objects(fleet):
 def test_a_result_over_the_limit_fails_the_task_and_says_so(fleet):
     result = fleet.app.big.delay(2_000_000)
     with pytest.raises(EncodeError, match="over max_message_bytes = 1048576"):
-        result.get(timeout=30)
+        result.get(timeout=PATIENCE_S)
     assert result.state == "FAILURE"
 
 
 def test_twenty_megabytes_arrive_whole(claimed):
     result = claimed.app.big.delay(LARGE)
-    assert result.get(timeout=60) == "x" * LARGE
+    assert result.get(timeout=PATIENCE_S) == "x" * LARGE
     assert result.state == "SUCCESS"
     document = claimed.app.app.backend.reader.documents([result.id])[result.id]
     assert len(document) < 2_000
@@ -57,14 +58,14 @@ def test_twenty_megabytes_arrive_whole(claimed):
 
 def test_small_results_stay_where_they_were(claimed):
     before = objects(claimed)
-    assert claimed.app.add.delay(1, 2).get(timeout=30) == 3
+    assert claimed.app.add.delay(1, 2).get(timeout=PATIENCE_S) == 3
     assert objects(claimed) == before
 
 
 def test_a_large_failure_keeps_its_exception(claimed):
     result = claimed.app.fail.delay("n" * 200_000)
     with pytest.raises(ValueError, match=r"^n{200000}$"):
-        result.get(timeout=30)
+        result.get(timeout=PATIENCE_S)
     assert "ValueError" in result.traceback
 
 
@@ -77,7 +78,7 @@ def test_a_state_is_known_without_the_object_and_a_lost_one_is_a_clear_error(cla
     assert fresh.state == "SUCCESS"
     assert fresh.ready()
     with pytest.raises(ClaimLost, match="is not there: removed or expired"):
-        fresh.get(timeout=30)
+        fresh.get(timeout=PATIENCE_S)
 
 
 def test_a_damaged_object_is_a_clear_error(claimed):
@@ -86,12 +87,12 @@ def test_a_damaged_object_is_a_clear_error(claimed):
     for one in objects(claimed):
         one.write_bytes(one.read_bytes()[:-1] + b"!")
     with pytest.raises(ClaimLost, match="damaged"):
-        claimed.app.app.AsyncResult(result.id).get(timeout=30)
+        claimed.app.app.AsyncResult(result.id).get(timeout=PATIENCE_S)
 
 
 def test_a_stock_client_raises_instead_of_returning_the_reference(claimed):
     result = claimed.app.big.delay(300_000)
-    assert result.get(timeout=30) == "x" * 300_000
+    assert result.get(timeout=PATIENCE_S) == "x" * 300_000
     stock = Celery("stock", broker="memory://", backend=claimed.view)
     with pytest.raises(DecodeError, match=r"Unsupported type.*celery-kafka-backend\.claim"):
         stock.AsyncResult(result.id).get(timeout=10)
@@ -99,7 +100,7 @@ def test_a_stock_client_raises_instead_of_returning_the_reference(claimed):
 
 def test_history_shows_the_reference(claimed):
     result = claimed.app.big.delay(300_000)
-    result.get(timeout=30)
+    result.get(timeout=PATIENCE_S)
     done = claimed.run("pipeline", "history", result.id, "--json")
     assert done.returncode == 0, done.stderr
     (ending,) = [one for one in json.loads(done.stdout) if one["kind"] == "success"]
@@ -110,7 +111,7 @@ def test_history_shows_the_reference(claimed):
 def test_what_has_passed_its_day_is_removed_and_nothing_else(claimed):
     base = claimed.folder / "objects"
     result = claimed.app.big.delay(300_000)
-    result.get(timeout=30)
+    result.get(timeout=PATIENCE_S)
     for day in ("2026-01-01", "2026-01-02", "never", "not-ours"):
         (base / day).mkdir(parents=True)
         (base / day / ("0" * 32)).write_bytes(b"old")
@@ -121,7 +122,7 @@ def test_what_has_passed_its_day_is_removed_and_nothing_else(claimed):
     assert "2026-01-01: 1 object removed" in done.stdout
     assert {one.name for one in base.iterdir()} >= {"never", "not-ours"}
     assert not (base / "2026-01-01").exists()
-    assert claimed.app.app.AsyncResult(result.id).get(timeout=30) == "x" * 300_000
+    assert claimed.app.app.AsyncResult(result.id).get(timeout=PATIENCE_S) == "x" * 300_000
 
 
 def test_doctor_looks_whether_the_store_can_be_written(claimed):
@@ -136,14 +137,14 @@ def test_a_store_that_is_away_is_as_kafka_away(claimed):
     result = claimed.app.big.delay(300_000)
     claimed.until("worker", "the claim check store")
     assert "did not take" in claimed.log("worker")
-    assert claimed.app.add.delay(1, 2).get(timeout=30) == 3
+    assert claimed.app.add.delay(1, 2).get(timeout=PATIENCE_S) == 3
     assert not Path(base).is_dir()
     assert result.id
 
 
 def ended(fleet, task_id):
     """Wait without asking for the result."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while fleet.app.app.AsyncResult(task_id).state != "SUCCESS":
         assert time.monotonic() < deadline
         time.sleep(0.05)

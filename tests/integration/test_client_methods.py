@@ -12,6 +12,7 @@ import pytest
 from kombu import VERSION as KOMBU
 
 from tests.integration.conftest import Fleet
+from tests.patience import PATIENCE_S
 from tests.services import kafka as kafka_service
 from tests.services import native
 from tests.services import redis as redis_service
@@ -20,7 +21,6 @@ from tests.services.required import absent
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
-SOON = 100
 ALL = 19
 """As many functions as `client_methods` has; a failing one raises."""
 WORKER = ("-P", "threads", "-c", "16")
@@ -97,7 +97,7 @@ def client(fleet, kind, text, **more):
 def test_every_method(fleet, kind):
     with client(fleet, kind, KINDS[kind]) as process:
         try:
-            said, complaints = process.communicate(timeout=SOON)
+            said, complaints = process.communicate(timeout=3 * PATIENCE_S)
         finally:
             process.kill()
     assert process.returncode == 0, complaints[-3000:]
@@ -126,7 +126,7 @@ LASTING = """
 
         def get(number):
             try:
-                found[number] = naps[number].get(timeout=60, on_interval=lambda *_: inside[number].set())
+                found[number] = naps[number].get(timeout=180, on_interval=lambda *_: inside[number].set())
             except Exception as exc:
                 found[number] = traceback.format_exc()[-2000:]
 
@@ -134,7 +134,7 @@ LASTING = """
         for one in threads:
             one.start()
         for one in inside:
-            one.wait(60)
+            one.wait(180)
         print(json.dumps("waiting"), flush=True)
         for one in threads:
             one.join()

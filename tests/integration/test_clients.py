@@ -17,15 +17,14 @@ from pathlib import Path
 import pytest
 
 from celery_kafka_backend import codec, events
+from tests.patience import PATIENCE_S
 from tests.services import native, ports
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
-SOON = 60
-
 
 def history(fleet, task_id, *wanted):
-    deadline = time.monotonic() + SOON
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         found = [codec.decode(value) for value in fleet.app.app.backend.reader.history(task_id)]
         if set(wanted) <= {event.kind for event in found}:
@@ -41,7 +40,7 @@ def script(fleet, text, *, patch=""):
         env=fleet.environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=2 * PATIENCE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -76,7 +75,7 @@ def test_a_script_s_forks_each_tell_what_they_sent(fleet):
 
         def send(number):
             result = fleet_app.add.delay(number, 1)
-            assert result.get(timeout=40) == number + 1
+            assert result.get(timeout=180) == number + 1
             return result.id
 
         first = send(0)
@@ -112,17 +111,17 @@ def test_many_waiters_of_one_process_all_hear(fleet, kind):
 
         def ask(number):
             result = fleet_app.add.delay(number, number)
-            heard.append(result.get(timeout=40) == 2 * number)
+            heard.append(result.get(timeout=180) == 2 * number)
             ids.append(result.id)
 
         def ask_groups(number):
             members = [fleet_app.add.s(i, number) for i in range(5)]
-            heard.append(group(members).apply_async().get(timeout=40) == [i + number for i in range(5)])
-            heard.append(chord(members)(fleet_app.total.s()).get(timeout=40) == 10 + 5 * number)
+            heard.append(group(members).apply_async().get(timeout=180) == [i + number for i in range(5)])
+            heard.append(chord(members)(fleet_app.total.s()).get(timeout=180) == 10 + 5 * number)
 
         def fail(number):
             try:
-                fleet_app.fail.delay(str(number)).get(timeout=40)
+                fleet_app.fail.delay(str(number)).get(timeout=180)
             except ValueError as exc:
                 heard.append(str(exc) == str(number))
 
@@ -164,12 +163,12 @@ UWSGI = "import sys, pyuwsgi; sys.argv[0] = 'uwsgi'; pyuwsgi.run()"
 
 
 def get(port, path):
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=SOON) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE_S) as answer:
         return json.loads(answer.read())
 
 
 def until_it_answers(port, process, log):
-    deadline = time.monotonic() + SOON
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             return get(port, "/before")
@@ -200,7 +199,7 @@ def test_a_server_that_forked_after_it_had_sent_a_task(fleet, tmp_path, server):
             said = history(fleet, one["id"], events.SENT, events.SUCCESS)
             assert one["pid"] in [event.pid for event in said if event.kind == events.SENT]
         process.send_signal(signal.SIGTERM)
-        process.wait(SOON)
+        process.wait(PATIENCE_S)
     finally:
         native.end(process)
     assert "Traceback" not in log.read_text()
@@ -218,7 +217,7 @@ SITE = """
 
     def run(request):
         result = fleet_app.add.delay(1, 2)
-        return JsonResponse({{"id": result.id, "result": result.get(timeout=40), "pid": os.getpid(), "version": {version}}})
+        return JsonResponse({{"id": result.id, "result": result.get(timeout=180), "pid": os.getpid(), "version": {version}}})
 
     urlpatterns = [path("before", run)]
     settings.configure(DEBUG=True, ROOT_URLCONF=__name__, SECRET_KEY="-", ALLOWED_HOSTS=["*"])
@@ -247,7 +246,7 @@ def test_django_s_autoreloader(fleet, tmp_path):
         assert first["result"] == 3
         os.utime(site, (time.time() - 60, time.time() - 60))
         write(2)
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + PATIENCE_S
         while (again := until_it_answers(port, process, log))["version"] != 2:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
@@ -256,7 +255,7 @@ def test_django_s_autoreloader(fleet, tmp_path):
         for one in (first, again):
             history(fleet, one["id"], events.SENT, events.SUCCESS)
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(SOON)
+        process.wait(PATIENCE_S)
     finally:
         native.end(process)
     assert "Traceback" not in log.read_text()

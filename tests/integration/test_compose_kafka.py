@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
+from tests.patience import PATIENCE_S
 from tests.services import docker, kafka_wire, native, node, ports
 from tests.services.kafka import jars
 
@@ -42,7 +43,7 @@ def test_the_settings_in_the_compose_file_start_a_broker(kafka: KafkaCluster, tm
             *("--final-configs-dir", str(tmp_path / "final")),
         ],
         env={**os.environ, **settings, "CLUSTER_ID": CLUSTER_ID},
-        timeout=60,
+        timeout=PATIENCE_S,
         check=True,
     )
     with (tmp_path / "broker.log").open("wb") as log:
@@ -51,7 +52,7 @@ def test_the_settings_in_the_compose_file_start_a_broker(kafka: KafkaCluster, tm
         )
     try:
         node.wait_until_ready(
-            "Kafka", lambda: kafka_wire.live_brokers(port) == {1}, lambda: broker.poll() is None, timeout_s=60
+            "Kafka", lambda: kafka_wire.live_brokers(port) == {1}, lambda: broker.poll() is None, timeout_s=PATIENCE_S
         )
     finally:
         native.end(broker)

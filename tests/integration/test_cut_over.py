@@ -20,6 +20,7 @@ import pytest
 
 from celery_kafka_backend.topics import view_name
 from tests.integration.conftest import Fleet
+from tests.patience import PATIENCE_S
 from tests.services import native
 from tests.services import redis as service
 
@@ -33,7 +34,6 @@ RUNBOOK = Path(__file__).parents[2] / "docs" / "cut-over.md"
 CLIENT = Path(__file__).with_name("cutover_client.py")
 FEED_OLD = "celery -A proj pipeline run --view $OLD --no-chords"
 THREADS = 6
-SOON = 60
 
 
 def step(name: str) -> list[str]:
@@ -65,7 +65,7 @@ class Moving:
 
     def until_succeeds(self, line: str) -> None:
         """A refusal changes nothing: it may be repeated."""
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + PATIENCE_S
         while (done := self.run(line)).returncode:
             assert done.returncode in (10, 13), done.stdout + done.stderr
             assert time.monotonic() < deadline, done.stdout + done.stderr
@@ -84,7 +84,7 @@ class Moving:
 
     def until_read_from(self, scheme: str, count: int = 40) -> None:
         """All that clients are told comes from one view."""
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + PATIENCE_S
         while len(last := self.answers()[-count:]) < count or {one["view"] for one in last} != {scheme}:
             assert time.monotonic() < deadline, Counter(one["view"] for one in last)
             time.sleep(0.1)
@@ -92,7 +92,7 @@ class Moving:
     def end(self, name: str) -> None:
         process = self.fleet.processes.pop(name)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(SOON) == 0, self.fleet.log(name)[-3000:]
+        assert process.wait(PATIENCE_S) == 0, self.fleet.log(name)[-3000:]
 
 
 @pytest.fixture
@@ -108,11 +108,11 @@ def test_readers_go_to_another_view_and_back_under_load(moving):
     fleet.start("chords", "pipeline", "run", "--chords-only", ready="assigned")
     moving.follow("old", FEED_OLD)
     fleet.worker("-c", "3")
-    fleet.app.add.delay(1, 1).get(timeout=SOON)
+    fleet.app.add.delay(1, 1).get(timeout=PATIENCE_S)
     (cut_over, *_), (compare,), (feed,) = step("Cut over"), step("Compare"), step("Feed the new view")
     moving.follow("new", feed)
     moving.end("new")
-    fleet.app.add.delay(1, 1).get(timeout=SOON)
+    fleet.app.add.delay(1, 1).get(timeout=PATIENCE_S)
     refused = moving.run(f"{cut_over} --lag 0.1")
     assert refused.returncode == 13, refused.stdout + refused.stderr
     assert re.search(rf"{moving.names['NEW']} lags: after .* it is \d+ events behind", refused.stderr), refused.stderr
@@ -149,17 +149,17 @@ def test_the_old_view_is_lost_and_who_waits_is_answered_by_the_new_one(kafka, re
         with Fleet(kafka.bootstrap, redis_server.clean_database(), f"{old}&view={new}", tmp_path, {}, {}) as fleet:
             fleet.serve()
             app = fleet.app
-            assert app.add.delay(1, 1).get(timeout=SOON) == 2
+            assert app.add.delay(1, 1).get(timeout=PATIENCE_S) == 2
             with ThreadPoolExecutor(1) as pool:
-                waiting = pool.submit(app.nap.delay(3).get, timeout=SOON)
+                waiting = pool.submit(app.nap.delay(3).get, timeout=PATIENCE_S)
                 lost.kill()
                 refused = fleet.run("pipeline", "cutover", "--to", name)
                 assert refused.returncode == 7, refused.stdout + refused.stderr
                 assert "--force" in refused.stderr
                 forced = fleet.run("pipeline", "cutover", "--to", name, "--force")
                 assert forced.returncode == 13, forced.stdout + forced.stderr
-                assert waiting.result(SOON) == 3
-            assert app.add.delay(2, 2).get(timeout=SOON) == 4
+                assert waiting.result(PATIENCE_S) == 3
+            assert app.add.delay(2, 2).get(timeout=PATIENCE_S) == 4
             lost.restart()
             assert "does not say so" in fleet.run("pipeline", "status").stdout
             again = fleet.run("pipeline", "cutover", "--to", name)

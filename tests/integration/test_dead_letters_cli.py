@@ -20,11 +20,10 @@ from celery_kafka_backend.configure import settings_of
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.kafka import consumer_config, producer_config
 from celery_kafka_backend.processors.deadletters import DeadLetters
+from tests.patience import PATIENCE_S
 from tests.services import native
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
-
-SOON = 40
 
 
 class Desk:
@@ -48,7 +47,10 @@ class Desk:
         """Every record of a topic that a transaction has not hidden."""
         consumer = Consumer({**consumer_config(self.settings, None), "enable.partition.eof": True})
         try:
-            at = [TopicPartition(topic, n, 0) for n in consumer.list_topics(topic, timeout=20).topics[topic].partitions]
+            at = [
+                TopicPartition(topic, n, 0)
+                for n in consumer.list_topics(topic, timeout=PATIENCE_S).topics[topic].partitions
+            ]
             consumer.assign(at)
             left, found = {one.partition for one in at}, []
             while left:
@@ -66,18 +68,18 @@ class Desk:
         sender = DeadLetters(producer_config(self.settings), topics.dead_letters(self.settings.topic_prefix), by="test")
         for topic, partition, offset, key, value, headers in messages:
             sender.put(topic, partition, offset, key, value, headers, reason)
-        sender.flush(20)
+        sender.flush(PATIENCE_S)
 
     def append(self, key, value):
         """Append a record to the log; return where it stands."""
         stands = []
         producer = Producer(producer_config(self.settings))
         producer.produce(self.log, key=key, value=value, on_delivery=lambda error, message: stands.append(message))
-        assert producer.flush(20) == 0
+        assert producer.flush(PATIENCE_S) == 0
         return f"{self.log}/{stands[0].partition()}@{stands[0].offset()}"
 
     def until_given_up(self, place):
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             _, found, _ = self("list", place, "--json")
             if found:
@@ -92,7 +94,7 @@ def desk(fleet):
 
 def until(ask, holds):
     """What a question is answered with once the answer is right: a transaction's end takes a moment to reach its partitions."""
-    deadline = time.monotonic() + SOON
+    deadline = time.monotonic() + PATIENCE_S
     while not holds(found := ask()):
         assert time.monotonic() < deadline, found
     return found
@@ -133,7 +135,7 @@ def test_what_nobody_can_read_is_listed_shown_refused_and_dropped(desk):
 def test_a_requeued_result_is_in_the_view_and_its_record_is_the_same(desk):
     """As after a view that refused a document, and was put right."""
     result = desk.fleet.app.add.delay(20, 22)
-    assert result.get(timeout=SOON) == 42
+    assert result.get(timeout=PATIENCE_S) == 42
     (success,) = successes(desk, result.id)
     store = redis.Redis.from_url(desk.fleet.view)
     assert store.delete(*store.keys(f"*{result.id}*")) >= 2  # the document, and what guards it
@@ -147,7 +149,7 @@ def test_a_requeued_result_is_in_the_view_and_its_record_is_the_same(desk):
     first, second = until(lambda: successes(desk, result.id), lambda found: len(found) > 1)
     assert parts(first)[3:] == parts(second)[3:]
     assert done["to"] == f"{desk.log}/{second.partition()}@{second.offset()}"
-    assert desk.fleet.app.app.AsyncResult(result.id).get(timeout=SOON) == 42
+    assert desk.fleet.app.app.AsyncResult(result.id).get(timeout=PATIENCE_S) == 42
     (case,) = desk("list", place, "--json")[1]
     assert (case["state"], case["done"]["reason"], case["done"]["to"]) == ("requeued", "disk added", done["to"])
     assert len(case["given_up"]) == 2
@@ -178,7 +180,7 @@ def test_whoever_is_killed_or_shut_out_and_begins_again_appends_none_twice(desk)
         for n in range(2):
             with (desk.fleet.folder / f"operator-{n}.log").open("wb") as output:
                 operators.append(native.popen(command, output=output, env=desk.fleet.environment))
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + PATIENCE_S
         before = len(moved(desk))
         while len(moved(desk)) == before and any(each.poll() is None for each in operators):
             assert time.monotonic() < deadline
@@ -204,7 +206,7 @@ def moved(desk):
 def test_a_chords_record_goes_back_to_the_partition_in_which_its_chord_lives(desk):
     tasks = desk.fleet.app
     result = chord([tasks.add.si(1, 1), tasks.add.si(2, 2)])(tasks.total.s())
-    assert result.get(timeout=SOON) == 6
+    assert result.get(timeout=PATIENCE_S) == 6
     decided = [m for m in desk.records(desk.chords) if b"|decided" in m.key() and m.value() is not None]
     desk.give_up("Rejected: chord", *map(parts, decided[-1:]))
     code, found, _ = desk("requeue", "--topic", "*.chords", "--all", "--reason", "put right", "--yes", "--json")

@@ -10,6 +10,7 @@ from confluent_kafka import Consumer, Producer
 
 from celery_kafka_backend.errors import NotAcknowledged, PublishError
 from celery_kafka_backend.processors.deadletters import CUT_BYTES, REASON_LIMIT, DeadLetters
+from tests.patience import PATIENCE_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +21,7 @@ TOPIC = "p.dead-letters"
 @pytest.fixture(scope="module")
 def bootstrap() -> Iterator[str]:
     handle = Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "unused", "log_level": 3})
-    (broker,) = handle.list_topics(TOPIC, timeout=10).brokers.values()
+    (broker,) = handle.list_topics(TOPIC, timeout=PATIENCE_S).brokers.values()
     yield f"{broker.host}:{broker.port}"
     del handle
 

@@ -16,13 +16,12 @@ from celery.exceptions import ChordError, TaskRevokedError, WorkerLostError
 from celery.result import AsyncResult, GroupResult
 
 from celery_kafka_backend import codec, events, order
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
-SOON = 30
 
-
-def history(fleet, task_id, until=None, sent=1, received=0, retried=0, timeout_s=20.0):
+def history(fleet, task_id, until=None, sent=1, received=0, retried=0, timeout_s=PATIENCE_S):
     """Events of a task in order; waits for ``until`` and so many others: each process appends for itself."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -42,11 +41,11 @@ def kinds(found):
 
 def test_results_and_exceptions_come_back_as_they_were_raised(fleet):
     tasks = fleet.app
-    assert tasks.add.delay(2, 3).get(timeout=SOON) == 5
+    assert tasks.add.delay(2, 3).get(timeout=PATIENCE_S) == 5
     with pytest.raises(ValueError, match="broken"):
-        tasks.fail.delay("broken").get(timeout=SOON)
+        tasks.fail.delay("broken").get(timeout=PATIENCE_S)
     failed = tasks.fail.delay("seen")
-    failed.get(timeout=SOON, propagate=False)
+    failed.get(timeout=PATIENCE_S, propagate=False)
     assert failed.state == "FAILURE"
     assert "ValueError" in failed.traceback
     assert failed.args == ["seen"]
@@ -54,8 +53,9 @@ def test_results_and_exceptions_come_back_as_they_were_raised(fleet):
 
 
 def test_a_task_leaves_its_whole_life_in_the_log(fleet):
+    began = time.monotonic()
     result = fleet.app.add.delay(1, 1)
-    result.get(timeout=SOON)
+    result.get(timeout=PATIENCE_S)
     life = history(fleet, result.id, events.SUCCESS, received=1)
     assert kinds(life) == [events.SENT, events.RECEIVED, events.STARTED, events.SUCCESS]
     sent, received, started, success = life
@@ -66,14 +66,14 @@ def test_a_task_leaves_its_whole_life_in_the_log(fleet):
     assert success.worker.startswith("worker@")
     assert len({event.run for event in life}) == 1
     assert success.sent_at <= success.received_at <= success.started_at <= success.at
-    assert 0 <= success.runtime_s < 5
+    assert 0 <= success.runtime_s <= time.monotonic() - began
     assert sent.args == "(1, 1)"
     assert success.queue == "celery"
 
 
 def test_a_retry_keeps_the_run_and_says_when_the_next_attempt_is_due(fleet):
     result = fleet.app.flaky.delay(2)
-    assert result.get(timeout=SOON) == 2
+    assert result.get(timeout=PATIENCE_S) == 2
     life = history(fleet, result.id, events.SUCCESS, sent=3, received=3, retried=2)
     assert len({event.run for event in life}) == 1
     retries = [event for event in life if event.kind == events.RETRY]
@@ -87,7 +87,7 @@ def test_a_retry_keeps_the_run_and_says_when_the_next_attempt_is_due(fleet):
 
 def test_custom_states_and_their_meta(fleet):
     result = fleet.app.progress.delay(3)
-    assert result.get(timeout=SOON) == 3
+    assert result.get(timeout=PATIENCE_S) == 3
     steps = [event for event in history(fleet, result.id, events.SUCCESS) if event.kind == events.STATE]
     assert [event.state for event in steps] == ["PROGRESS"] * 3
     assert b'"step": 2' in steps[-1].document
@@ -103,7 +103,7 @@ def test_an_ignored_result_leaves_no_document_but_its_life(fleet):
 
 def test_a_replacement_inherits_the_run(fleet):
     result = fleet.app.replaced.delay(4, 5)
-    assert result.get(timeout=SOON) == 9
+    assert result.get(timeout=PATIENCE_S) == 9
     life = history(fleet, result.id, events.SUCCESS, sent=2)
     assert len({event.run for event in life}) == 1
     assert [event.name for event in life if event.kind == events.SENT] == ["fleet_app.replaced", "fleet_app.add"]
@@ -112,10 +112,10 @@ def test_a_replacement_inherits_the_run(fleet):
 def test_a_chain_s_successor_inherits_the_run_and_a_child_starts_its_own(fleet):
     tasks = fleet.app
     last = chain(tasks.identity.s(), tasks.identity_after.s())()
-    last.get(timeout=SOON)
-    assert last.result["run"] == last.parent.get(timeout=SOON)["run"]
+    last.get(timeout=PATIENCE_S)
+    assert last.result["run"] == last.parent.get(timeout=PATIENCE_S)["run"]
     parent = tasks.spawn.delay(2)
-    children = parent.get(timeout=SOON)
+    children = parent.get(timeout=PATIENCE_S)
     for child in children:
         first = history(fleet, child, events.SUCCESS)[0]
         assert first.parent == parent.id
@@ -125,7 +125,7 @@ def test_a_chain_s_successor_inherits_the_run_and_a_child_starts_its_own(fleet):
 def test_a_killed_child_is_a_lost_worker_told_by_the_parent(fleet):
     result = fleet.app.die.delay()
     with pytest.raises(WorkerLostError):
-        result.get(timeout=SOON)
+        result.get(timeout=PATIENCE_S)
     lost = history(fleet, result.id, events.WORKER_LOST)[-1]
     assert lost.role == events.PARENT
     assert lost.state == "FAILURE"
@@ -133,23 +133,24 @@ def test_a_killed_child_is_a_lost_worker_told_by_the_parent(fleet):
 
 def test_a_requeued_task_of_a_killed_child_succeeds_in_its_second_life(fleet, tmp_path):
     result = fleet.app.die_once.delay(str(tmp_path / "died"))
-    assert result.get(timeout=SOON) == "second life"
+    assert result.get(timeout=PATIENCE_S) == "second life"
     life = history(fleet, result.id, events.SUCCESS, received=2)
     # Its first "started" may have died with it; what the parent saw did not.
     assert kinds(life).count(events.RECEIVED) == 2
     assert len({event.run for event in life}) == 1
 
 
-def test_revoked_before_it_starts(fleet):
-    tasks = fleet.app
-    busy = [tasks.nap.delay(1.5) for _ in range(2)]
+def test_revoked_before_it_starts(fleet, tmp_path):
+    tasks, go = fleet.app, tmp_path / "go"
+    busy = [tasks.until_there.delay(str(go)) for _ in range(2)]
     waiting = tasks.add.delay(1, 1)
-    time.sleep(0.3)
-    waiting.revoke()
+    history(fleet, waiting.id, events.RECEIVED)
+    tasks.app.control.revoke(waiting.id, reply=True, timeout=PATIENCE_S, destination=[fleet.node("worker")])
+    go.touch()
     with pytest.raises(TaskRevokedError):
-        waiting.get(timeout=SOON)
+        waiting.get(timeout=PATIENCE_S)
     assert history(fleet, waiting.id, events.REVOKED)[-1].by.startswith("worker@")
-    assert [one.get(timeout=SOON) for one in busy] == [1.5, 1.5]
+    assert [one.get(timeout=PATIENCE_S) for one in busy] == [None, None]
     assert waiting.state == "REVOKED"
 
 
@@ -158,26 +159,30 @@ def test_revoked_while_it_runs(fleet):
     history(fleet, running.id, events.STARTED)
     running.revoke(terminate=True, signal="SIGKILL")
     with pytest.raises(TaskRevokedError):
-        running.get(timeout=SOON)
+        running.get(timeout=PATIENCE_S)
     said = history(fleet, running.id, events.REVOKED)[-1]
     assert said.message == "terminated"
     assert said.by.startswith("worker@")
 
 
-def test_expired_before_a_worker_was_free(fleet):
-    tasks = fleet.app
-    busy = [tasks.nap.delay(1.5) for _ in range(2)]
+def test_expired_before_a_worker_was_free(fleet, tmp_path):
+    tasks, go = fleet.app, tmp_path / "go"
+    busy = [tasks.until_there.delay(str(go)) for _ in range(2)]
+    for one in busy:
+        history(fleet, one.id, events.STARTED)
     late = tasks.add.apply_async((1, 1), expires=0.5)
+    time.sleep(0.6)
+    go.touch()
     with pytest.raises(TaskRevokedError):
-        late.get(timeout=SOON)
+        late.get(timeout=PATIENCE_S)
     assert history(fleet, late.id, events.EXPIRED)[-1].state == "REVOKED"
     for one in busy:
-        one.get(timeout=SOON)
+        one.get(timeout=PATIENCE_S)
 
 
 def test_a_result_over_the_limit_fails_the_task_and_says_so(fleet):
     result = fleet.app.big.delay(2_000_000)
-    result.get(timeout=SOON, propagate=False)
+    result.get(timeout=PATIENCE_S, propagate=False)
     assert result.state == "FAILURE"
     assert "max_message_bytes" in str(result.result)
 
@@ -185,11 +190,11 @@ def test_a_result_over_the_limit_fails_the_task_and_says_so(fleet):
 def test_groups_are_saved_restored_and_deleted(fleet):
     tasks = fleet.app
     made = group(tasks.add.s(i, i) for i in range(4)).apply_async()
-    assert made.join_native(timeout=SOON) == [0, 2, 4, 6]
+    assert made.join_native(timeout=PATIENCE_S) == [0, 2, 4, 6]
     made.save()
     again = GroupResult.restore(made.id, app=tasks.app)
     assert again == made
-    assert again.get(timeout=SOON) == [0, 2, 4, 6]
+    assert again.get(timeout=PATIENCE_S) == [0, 2, 4, 6]
     made.delete()
     tasks.app.backend._cache.clear()
     assert GroupResult.restore(made.id, app=tasks.app) is None
@@ -200,32 +205,32 @@ def test_groups_are_saved_restored_and_deleted(fleet):
 def test_forgotten_is_gone_and_may_run_again(fleet):
     tasks = fleet.app
     task_id = str(uuid.uuid4())
-    tasks.add.apply_async((1, 1), task_id=task_id).get(timeout=SOON)
+    tasks.add.apply_async((1, 1), task_id=task_id).get(timeout=PATIENCE_S)
     AsyncResult(task_id, app=tasks.app).forget()
     assert AsyncResult(task_id, app=tasks.app).state == "PENDING"
     again = tasks.add.apply_async((2, 2), task_id=task_id)
-    assert again.get(timeout=SOON) == 4
+    assert again.get(timeout=PATIENCE_S) == 4
 
 
 def test_a_chord_s_body_gets_the_results_in_header_order(fleet):
     tasks = fleet.app
-    assert chord([tasks.add.s(i, 0) for i in range(8)])(tasks.total.s()).get(timeout=SOON) == 28
-    inner = tasks.fan_in.delay(4).get(timeout=SOON)
-    assert AsyncResult(inner, app=tasks.app).get(timeout=SOON) == 12
+    assert chord([tasks.add.s(i, 0) for i in range(8)])(tasks.total.s()).get(timeout=PATIENCE_S) == 28
+    inner = tasks.fan_in.delay(4).get(timeout=PATIENCE_S)
+    assert AsyncResult(inner, app=tasks.app).get(timeout=PATIENCE_S) == 12
 
 
 def test_a_chord_with_a_failing_member_fails_as_in_celery(fleet):
     tasks = fleet.app
     body = chord([tasks.add.s(1, 1), tasks.fail.s("member")])(tasks.total.s())
     with pytest.raises(ChordError, match="member"):
-        AsyncResult(body.id, app=tasks.app).get(timeout=SOON)
+        AsyncResult(body.id, app=tasks.app).get(timeout=PATIENCE_S)
     with pytest.raises(ValueError, match="member"):  # a body with its parent at hand: as on Redis
-        body.get(timeout=SOON)
+        body.get(timeout=PATIENCE_S)
 
 
 def test_a_result_expires_when_its_task_says(fleet):
     result = fleet.app.short_lived.delay()
-    result.get(timeout=SOON)
+    result.get(timeout=PATIENCE_S)
     import redis  # noqa: PLC0415
 
     with redis.Redis.from_url(fleet.view) as store:
@@ -244,7 +249,7 @@ STOCK = """
     app = Celery(backend=sys.argv[1])
     result = app.AsyncResult(sys.argv[2])
     print("waiting", result.state, flush=True)
-    print(result.get(timeout=20), flush=True)
+    print(result.get(timeout=180), flush=True)
 """
 
 
@@ -262,7 +267,7 @@ def test_a_stock_client_that_was_already_waiting_hears_the_result(fleet):
         time.sleep(0.3)
         tasks.add.apply_async((20, 22), task_id=task_id)
         assert stock.stdout.readline() == "42\n"
-        assert stock.wait(10) == 0
+        assert stock.wait(PATIENCE_S) == 0
 
 
 def test_what_a_task_refuses_or_ignores_is_in_its_history(fleet):
@@ -278,7 +283,7 @@ def test_an_errback_sees_the_failure_that_it_hears_of(fleet, tmp_path):
     tasks, states = fleet.app, tmp_path / "states"
     for number in range(50):
         tasks.fail.apply_async((str(number),), link_error=tasks.note_state.s(path=str(states)))
-    deadline = time.monotonic() + SOON
+    deadline = time.monotonic() + PATIENCE_S
     while not states.exists() or len(states.read_text().split()) < 50:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -291,7 +296,7 @@ def test_a_state_that_is_set_from_outside_is_in_the_log_when_that_returns(fleet)
     for number in range(20):
         task_id = str(uuid.uuid4())
         backend.store_result(task_id, {"done": number}, "PROGRESS")
-        event = backend.barrier.beyond("task", task_id, dict, 10)
+        event = backend.barrier.beyond("task", task_id, dict, PATIENCE_S)
         assert event is not None
         assert event.state == "PROGRESS"
 
@@ -307,7 +312,7 @@ def test_recycled_children_lose_nothing(fleet):
     fleet.worker("--max-tasks-per-child=1", "-Q", "recycled", name="recycler")
     tasks = fleet.app
     sent = [tasks.add.apply_async((i, i), queue="recycled") for i in range(20)]
-    assert [one.get(timeout=60) for one in sent] == [2 * i for i in range(20)]
+    assert [one.get(timeout=PATIENCE_S) for one in sent] == [2 * i for i in range(20)]
     process = fleet.processes.pop("recycler")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(PATIENCE_S) == 0

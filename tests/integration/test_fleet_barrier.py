@@ -16,11 +16,11 @@ from celery.result import AsyncResult, GroupResult
 
 from celery_kafka_backend import codec, events
 from tests.integration.conftest import Fleet
+from tests.patience import PATIENCE_S, until
 from tests.services import kafka as kafka_service
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
-SOON = 120
 VISIBLE_S = 2
 REVOKE_READS = VERSION[:2] >= (5, 7)
 """Whether a worker that is asked to revoke reads what became of the tasks."""
@@ -42,15 +42,6 @@ def paused(fleet):
     finally:
         for process in tree:
             process.send_signal(signal.SIGCONT)
-
-
-def until(fact, what):
-    """Wait for a fact; ``what`` failed is a text, or gives one then."""
-    deadline = time.monotonic() + SOON
-    while not (found := fact()):
-        assert time.monotonic() < deadline, what() if callable(what) else what
-        time.sleep(0.05)
-    return found
 
 
 def kinds(fleet, task_id):
@@ -86,8 +77,8 @@ def test_a_child_killed_after_its_success_has_succeeded(fleet, tmp_path, acknowl
         until_found_succeeded(fleet, first.id, runs, runs_again=REQUEUES_UNREAD and acknowledged == "late")
         barriered(fleet, tmp_path / "after")
         assert shown(fleet, first.id) is None or shown(fleet, first.id).document is None
-    assert last.get(timeout=SOON) == "stored"
-    assert first.get(timeout=SOON) == "stored"
+    assert last.get(timeout=PATIENCE_S) == "stored"
+    assert first.get(timeout=PATIENCE_S) == "stored"
     assert f"errback of {first.id}" not in fleet.log("worker")
     assert not {events.WORKER_LOST, events.FAILURE} & {*kinds(fleet, first.id), *kinds(fleet, last.id)}
 
@@ -98,7 +89,7 @@ def test_a_child_killed_before_its_success_is_lost(fleet):
         died = fleet.app.die.delay()
         until(lambda: f"[{died.id}]" in fleet.log("worker") and "WorkerLostError" in fleet.log("worker"), "not lost")
     with pytest.raises(Exception, match="SIGKILL"):
-        died.get(timeout=SOON)
+        died.get(timeout=PATIENCE_S)
 
 
 def test_a_revoke_of_what_has_succeeded_is_not_even_written(fleet, tmp_path):
@@ -108,7 +99,7 @@ def test_a_revoke_of_what_has_succeeded_is_not_even_written(fleet, tmp_path):
         until(lambda: f"[{done.id}] succeeded" in fleet.log("worker"), "not done")
         waiting = tasks.add.apply_async((1, 1), countdown=3600 if REVOKED_AT_ONCE else 20)
         until(lambda: f"[{waiting.id}] received" in fleet.log("worker"), "not received")
-        said = control.revoke([done.id, waiting.id], reply=True, timeout=SOON, destination=[_node(fleet)])
+        said = control.revoke([done.id, waiting.id], reply=True, timeout=PATIENCE_S, destination=[_node(fleet)])
         assert said, "no answer to the revoke"
     until(lambda: waiting.state == "REVOKED", "the other one is revoked")
     until(lambda: done.state == "SUCCESS", "the view shows it")
@@ -134,7 +125,7 @@ def test_a_saved_group_is_restored_by_whoever_saved_it_and_by_a_worker(fleet, tm
         saved.delete()
         assert GroupResult.restore(saved.id, app=tasks.app) is None
         assert _group_in_worker(fleet, tmp_path / "deleted", saved.id) is None
-    assert tasks.app.backend.catch_up(saved.id, timeout_s=SOON)
+    assert tasks.app.backend.catch_up(saved.id, timeout_s=PATIENCE_S)
     assert not tasks.app.backend.reader.groups([saved.id])
     assert GroupResult.restore(saved.id, app=tasks.app) is None
 
@@ -142,7 +133,7 @@ def test_a_saved_group_is_restored_by_whoever_saved_it_and_by_a_worker(fleet, tm
 def test_a_forget_holds_at_once_for_its_process_and_later_for_all(fleet):
     tasks = fleet.app
     result = tasks.add.delay(3, 4)
-    assert result.get(timeout=SOON) == 7
+    assert result.get(timeout=PATIENCE_S) == 7
     with paused(fleet):
         result.forget()
         assert AsyncResult(result.id, app=tasks.app).state == "PENDING"
@@ -158,7 +149,7 @@ def test_a_forget_holds_for_what_the_view_has_not_even_seen(fleet, tmp_path):
         until(lambda: f"[{done.id}] succeeded" in fleet.log("worker"), "not done")
         done.forget()
         assert AsyncResult(done.id, app=tasks.app).state == "PENDING"
-    assert tasks.app.backend.catch_up(done.id, timeout_s=SOON)
+    assert tasks.app.backend.catch_up(done.id, timeout_s=PATIENCE_S)
     assert shown(fleet, done.id).document is None
     assert kinds(fleet, done.id).count(events.SUCCESS) == 1
 
@@ -171,7 +162,7 @@ def test_a_client_can_wait_for_the_view_to_catch_up(fleet, tmp_path):
         until(lambda: f"[{told.id}] succeeded" in fleet.log("worker"), "not done")
         assert told.state == "PENDING"
         assert not backend.catch_up(told.id, timeout_s=0.3)
-    assert backend.catch_up(told.id, timeout_s=SOON)
+    assert backend.catch_up(told.id, timeout_s=PATIENCE_S)
     assert told.state == "SUCCESS"
 
 
@@ -180,7 +171,7 @@ def test_what_follows_a_failed_task_is_failed_without_reading_the_view(fleet, tm
     tasks = fleet.app
     backend = tasks.app.backend
     failed = tasks.fail.delay("earlier")
-    failed.get(timeout=SOON, propagate=False)
+    failed.get(timeout=PATIENCE_S, propagate=False)
     parts = []
     told = {"task": "t", "args": [], "kwargs": {}, "options": {"task_id": failed.id, "chord": {"task": "body"}}}
     original = backend.on_chord_part_return
@@ -193,7 +184,7 @@ def test_what_follows_a_failed_task_is_failed_without_reading_the_view(fleet, tm
 
 
 def _node(fleet):
-    return next(iter(fleet.app.app.control.inspect(timeout=SOON, limit=1).ping()))
+    return next(iter(fleet.app.app.control.inspect(timeout=PATIENCE_S, limit=1).ping()))
 
 
 def _group_in_worker(fleet, path, group_id):
@@ -220,10 +211,10 @@ def test_a_redelivered_task_that_has_succeeded_does_not_run_again(kafka, redis_s
         "broker_transport_options": {"visibility_timeout": VISIBLE_S, "polling_interval": 0.01},
     }
     runs = tmp_path / "runs"
-    with a_fleet(kafka.bootstrap, redis_server, tmp_path, **conf) as fleet:
+    with a_fleet(kafka.bootstrap, redis_server, tmp_path, {"barrier_timeout_s": 60}, **conf) as fleet:
         fleet.worker(name="doomed")
         result = fleet.app.stored_and_killed.delay(str(runs), parent=True)
-        fleet.processes.pop("doomed").wait(SOON)
+        fleet.processes.pop("doomed").wait(PATIENCE_S)
         # kombu looks for what a dead worker had when a worker starts, and then not for a long time.
         broker = redis.Redis.from_url(fleet.environment["FLEET_BROKER"])
         ((_, taken),) = broker.zrange("unacked_index", 0, -1, withscores=True)
@@ -232,7 +223,7 @@ def test_a_redelivered_task_that_has_succeeded_does_not_run_again(kafka, redis_s
         until(lambda: f"{result.id}] Task already completed" in fleet.log("worker"), lambda: fleet.log("worker"))
         assert runs.read_text() == "ran\n"
         fleet.pipeline()
-        assert result.get(timeout=SOON) == "stored"
+        assert result.get(timeout=PATIENCE_S) == "stored"
         assert runs.read_text() == "ran\n"
 
 
@@ -247,7 +238,7 @@ def test_a_worker_whose_kafka_is_frozen_answers_and_reads_are_bounded(redis_serv
             broker.brokers[0].freeze()
             # Twenty reads: without a memory of the first one's silence, 40 s.
             fleet.app.app.control.revoke([f"unknown-{number}" for number in range(20)])
-            assert fleet.app.app.control.inspect([node], timeout=15).ping() == {node: {"ok": "pong"}}
+            assert fleet.app.app.control.inspect([node], timeout=30).ping() == {node: {"ok": "pong"}}
             reads = 20 if REVOKE_READS else 0
             until(lambda: fleet.log("worker").count("cannot tell whether task") >= reads, lambda: fleet.log("worker"))
             # A success that is in this host's spool is one, whatever Kafka would say.
@@ -257,7 +248,7 @@ def test_a_worker_whose_kafka_is_frozen_answers_and_reads_are_bounded(redis_serv
             until_found_succeeded(fleet, spooled.id, runs, runs_again=False)
             broker.brokers[0].thaw()
             fleet.pipeline()
-            assert spooled.get(timeout=SOON) == "stored"
+            assert spooled.get(timeout=PATIENCE_S) == "stored"
             assert runs.read_text() == "ran\n"
     finally:
         broker.stop()

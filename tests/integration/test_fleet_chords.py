@@ -11,6 +11,7 @@ from celery.exceptions import ChordError
 from celery.result import AsyncResult
 
 from celery_kafka_backend import codec, events
+from tests.patience import PATIENCE_S
 
 pytestmark = [
     pytest.mark.kafka,
@@ -19,8 +20,6 @@ pytestmark = [
         "fleet", [{"settings": {"chord_key": "a secret", "history": {"redis": True}}}], indirect=True
     ),
 ]
-
-SOON = 40
 
 
 def body_runs(fleet, body_id):
@@ -32,43 +31,43 @@ def body_runs(fleet, body_id):
 def test_two_hundred_members_in_header_order_and_the_body_once(fleet):
     tasks = fleet.app
     body = chord([tasks.add.s(i, 0) for i in range(200)])(tasks.listed.s())
-    assert body.get(timeout=SOON) == list(range(200))
+    assert body.get(timeout=PATIENCE_S) == list(range(200))
     time.sleep(0.5)
     assert body_runs(fleet, body.id) == 1
 
 
 def test_a_member_that_retries_counts_once_it_ends(fleet):
     tasks = fleet.app
-    assert chord([tasks.flaky.s(2), tasks.add.s(1, 1)])(tasks.listed.s()).get(timeout=SOON) == [2, 2]
+    assert chord([tasks.flaky.s(2), tasks.add.s(1, 1)])(tasks.listed.s()).get(timeout=PATIENCE_S) == [2, 2]
 
 
 def test_an_ignored_member_counts_and_gives_nothing(fleet):
     tasks = fleet.app
-    assert chord([tasks.quiet.s(), tasks.add.s(1, 1)])(tasks.listed.s()).get(timeout=SOON) == [None, 2]
+    assert chord([tasks.quiet.s(), tasks.add.s(1, 1)])(tasks.listed.s()).get(timeout=PATIENCE_S) == [None, 2]
 
 
 def test_an_immutable_body_gets_no_results(fleet):
     tasks = fleet.app
-    assert chord([tasks.big.s(100_000) for _ in range(20)])(tasks.add.si(20, 22)).get(timeout=SOON) == 42
+    assert chord([tasks.big.s(100_000) for _ in range(20)])(tasks.add.si(20, 22)).get(timeout=PATIENCE_S) == 42
 
 
 def test_a_killed_member_fails_the_chord(fleet):
     tasks = fleet.app
     body = chord([tasks.die.s(), tasks.add.s(1, 1)])(tasks.listed.s())
     with pytest.raises(ChordError, match="WorkerLostError"):
-        AsyncResult(body.id, app=tasks.app).get(timeout=SOON)
+        AsyncResult(body.id, app=tasks.app).get(timeout=PATIENCE_S)
 
 
 def test_an_errback_of_the_body_hears_of_a_failed_member(fleet):
     tasks = fleet.app
     result = chord([tasks.fail.s("member"), tasks.add.s(1, 1)])(tasks.listed.s().on_error(tasks.note_error.s()))
-    fleet.until("worker", f"errback of {result.id}", SOON)
+    fleet.until("worker", f"errback of {result.id}")
 
 
 def test_the_view_shows_the_chord_s_progress(fleet):
     tasks = fleet.app
     result = chord([tasks.add.s(1, 1), tasks.nap.s(1)])(tasks.listed.s())
-    result.get(timeout=SOON)
+    result.get(timeout=PATIENCE_S)
     facts = tasks.app.backend.reader.chord(result.parent.id)
     kinds = {name.split("|")[1] for name in facts}
     assert {"declared", "sized", "part", "decided"} <= kinds
@@ -82,10 +81,10 @@ def test_a_chord_survives_the_death_of_every_processor(fleet):
     pipeline.wait()
     time.sleep(2)
     fleet.pipeline()
-    assert body.get(timeout=SOON) == [1, 1.2]
+    assert body.get(timeout=PATIENCE_S) == [1, 1.2]
 
 
 def test_a_chord_of_one_and_of_none(fleet):
     tasks = fleet.app
-    assert chord([tasks.add.s(3, 4)])(tasks.listed.s()).get(timeout=SOON) in ([7], 7)
-    assert chord([])(tasks.listed.s()).get(timeout=SOON) == []
+    assert chord([tasks.add.s(3, 4)])(tasks.listed.s()).get(timeout=PATIENCE_S) in ([7], 7)
+    assert chord([])(tasks.listed.s()).get(timeout=PATIENCE_S) == []

@@ -14,6 +14,7 @@ from celery.result import AsyncResult
 
 from celery_kafka_backend.cli.exits import Exit
 from celery_kafka_backend.result import KafkaResult
+from tests.patience import PATIENCE_S, until
 
 SECRET = "a secret"
 
@@ -22,8 +23,6 @@ pytestmark = [
     pytest.mark.redis,
     pytest.mark.parametrize("fleet", [{"settings": {"chord_key": SECRET}}], indirect=True),
 ]
-
-SOON = 120
 
 
 def pipeline_chord(fleet, *arguments, settings=None):
@@ -36,7 +35,7 @@ def pipeline_chord(fleet, *arguments, settings=None):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=PATIENCE_S,
         check=False,
     )
     said = done.stdout + done.stderr
@@ -53,18 +52,15 @@ def waiting_chord(tasks, body, *present):
 
 
 def until_in(fleet, group, count):
-    deadline = time.monotonic() + SOON
-    while time.monotonic() < deadline:
-        facts = fleet.app.app.backend.reader.chord(group)
-        if sum("|part|" in name for name in facts) >= count:
-            return
-        time.sleep(0.05)
-    pytest.fail(f"not within {SOON} s: {count} parts of {group}")
+    until(
+        lambda: sum("|part|" in name for name in fleet.app.app.backend.reader.chord(group)) >= count,
+        f"{count} parts of {group}",
+    )
 
 
 def until_sent(fleet, result):
     """Wait for what nobody waits for when a task is sent: that the log has it."""
-    deadline = time.monotonic() + SOON
+    deadline = time.monotonic() + PATIENCE_S
     while KafkaResult.of(result).describe() != "sent":
         assert time.monotonic() < deadline, fleet.log("pipeline")[-3000:]
         time.sleep(0.05)
@@ -72,12 +68,12 @@ def until_sent(fleet, result):
 
 def body_error(result):
     with pytest.raises(ChordError) as caught:
-        AsyncResult(result.id, app=result.app).get(timeout=SOON)
+        AsyncResult(result.id, app=result.app).get(timeout=PATIENCE_S)
     return str(caught.value)
 
 
 def noted(fleet, text, times):
-    deadline = time.monotonic() + SOON
+    deadline = time.monotonic() + PATIENCE_S
     while fleet.log("worker").count(f"noted {text}") < times and time.monotonic() < deadline:
         time.sleep(0.05)
     assert fleet.log("worker").count(f"noted {text}") == times
@@ -103,7 +99,7 @@ def test_a_stuck_chord_is_explained_then_failed(fleet):
     assert shown["state"] == "failed"
     assert [(one["what"], one["by"], one["reason"]) for one in shown["requests"]] == [("fail", "ann", "it is stuck")]
     assert body_error(result) == f"Chord {group} was cancelled by ann with 1 of 2 members in: it is stuck"
-    fleet.until("worker", f"errback of {result.id}", SOON)
+    fleet.until("worker", f"errback of {result.id}")
     code, _, said = pipeline_chord(fleet, group, "--fail", "--reason", "again")
     assert code is Exit.NOT_DONE
     assert "nothing to fail: the chord has failed at" in said
@@ -131,17 +127,17 @@ def test_a_chord_is_fired_with_what_is_there_and_its_body_sent_again(fleet):
     assert code is Exit.OK, said
     assert [(one["what"], one["by"], one["outcome"]) for one in shown["requests"][1:]] == [("resend", "bob", "success")]
     noted(fleet, text, 2)
-    assert result.get(timeout=SOON) == text
+    assert result.get(timeout=PATIENCE_S) == text
 
 
 def test_a_body_that_is_sent_again_gets_the_same_results(fleet):
     tasks = fleet.app
     result = chord([tasks.add.s(1, 1), tasks.quiet.s(), tasks.big.s(3)])(tasks.listed.s())
-    assert result.get(timeout=SOON) == [2, None, "xxx"]
+    assert result.get(timeout=PATIENCE_S) == [2, None, "xxx"]
     result.forget()
     code, _, said = pipeline_chord(fleet, result.parent.id, "--resend", "--reason", "forgotten by mistake")
     assert code is Exit.OK, said
-    assert AsyncResult(result.id, app=tasks.app).get(timeout=SOON) == [2, None, "xxx"]
+    assert AsyncResult(result.id, app=tasks.app).get(timeout=PATIENCE_S) == [2, None, "xxx"]
     code, _, said = pipeline_chord(fleet, result.parent.id, "--fire", "--reason", "it has")
     assert (code, "nothing to fire: the chord has fired at" in said) == (Exit.NOT_DONE, True)
 
@@ -159,7 +155,7 @@ def test_who_has_another_key_repairs_nothing(fleet):
     arguments = (result.parent.id, "--fail", "--reason", "mine", "--timeout", "3")
     code, _, said = pipeline_chord(fleet, *arguments, settings={"chord_key": "another"})
     assert (code, "chord_key differs" in said) == (Exit.NOBODY_FOLDS, True)
-    fleet.until("pipeline", "cancelled without our chord_key", SOON)
+    fleet.until("pipeline", "cancelled without our chord_key")
     assert result.state == "PENDING"
 
 
@@ -169,8 +165,8 @@ def test_a_deadline_fails_a_chord_and_calls_its_errbacks(fleet):
     canvas = chord(header, tasks.listed.s().on_error(tasks.note_error.s()))
     result = canvas.apply_async(chord_deadline_s=2)
     assert "was ended by its deadline with 1 of 2 members in" in body_error(result)
-    fleet.until("worker", f"errback of {result.id}", SOON)
-    assert chord([tasks.add.s(1, 1)], tasks.listed.s()).apply_async(chord_deadline_s=60).get(timeout=SOON) == [2]
+    fleet.until("worker", f"errback of {result.id}")
+    assert chord([tasks.add.s(1, 1)], tasks.listed.s()).apply_async(chord_deadline_s=60).get(timeout=PATIENCE_S) == [2]
     with pytest.raises(ValueError, match="chord_deadline_s='soon'"):
         chord(header, tasks.listed.s()).apply_async(chord_deadline_s="soon")
 
@@ -185,4 +181,4 @@ def test_what_was_asked_while_no_processor_ran_is_done_when_one_does(fleet):
     code, _, said = pipeline_chord(fleet, result.parent.id, "--fire", "--reason", "enough", "--timeout", "3")
     assert (code, "recorded, but not carried out" in said) == (Exit.NOBODY_FOLDS, True)
     fleet.pipeline()
-    assert result.get(timeout=SOON) == [2]
+    assert result.get(timeout=PATIENCE_S) == [2]

@@ -9,6 +9,8 @@ import textwrap
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 PATCH = {
     "gevent": "from gevent import monkey; monkey.patch_all()",
     "eventlet": "import eventlet; eventlet.monkey_patch()",
@@ -72,7 +74,7 @@ def running():
 
 @pytest.mark.parametrize("library", sorted(PATCH))
 def test_what_waits_for_kafka_stops_no_greenlet(running, library):
-    said, complaints = running[library].communicate(timeout=60)
+    said, complaints = running[library].communicate(timeout=PATIENCE_S)
     assert running[library].returncode == 0, complaints
     found = json.loads(said)
     assert {name: outcome for name, (outcome, _) in found.items()} == {

@@ -29,6 +29,7 @@ from celery_kafka_backend.processors.fold import fold
 from celery_kafka_backend.sinks.contract import StoreOptions
 from celery_kafka_backend.sinks.registry import open_sink, open_view
 from celery_kafka_backend.topics import view_name
+from tests.patience import PATIENCE_S
 from tests.services import native
 
 pytestmark = pytest.mark.kafka
@@ -262,18 +263,18 @@ def test_a_killed_import_goes_on_and_has_all(move, tmp_path):
         "--from",
         move.old,
         "--rate",
-        "1000",
+        "300",
     ]
     with (tmp_path / "log").open("wb") as output:
         process = native.popen(command, output=output, cwd=tmp_path)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not marked(move):
         assert time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = subprocess.run(
-        [*command[:-2], "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+        [*command[:-2], "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S, check=True
     )
     assert "going on with the import that" in done.stderr
     assert 0 < json.loads(done.stdout)["tasks"] < 3_000

@@ -15,10 +15,10 @@ from celery.result import AsyncResult
 
 from celery_kafka_backend import events
 from celery_kafka_backend.result import KafkaResult
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
-SOON = 40
 HISTORY = pytest.param({}, id="history")
 NO_HISTORY = pytest.param({"settings": {"history": {"redis": False}}}, id="no history")
 both = pytest.mark.parametrize("fleet", [HISTORY, NO_HISTORY], indirect=True)
@@ -26,7 +26,7 @@ with_history = pytest.mark.parametrize("fleet", [HISTORY], indirect=True)
 
 
 def until(result, word):
-    deadline = time.monotonic() + SOON
+    deadline = time.monotonic() + PATIENCE_S
     while (said := KafkaResult.of(result).describe()) != word:
         assert time.monotonic() < deadline, f"{said}, never {word}"
         time.sleep(0.05)
@@ -50,20 +50,24 @@ def test_queued_is_not_unknown(fleet):
 
 
 @both
-def test_from_received_to_the_end(fleet):
-    naps = [fleet.app.nap.delay(2) for _ in range(2)]
-    for one in naps:
+def test_from_received_to_the_end(fleet, tmp_path):
+    go = tmp_path / "go"
+    busy = [fleet.app.until_there.delay(str(go)) for _ in range(2)]
+    for one in busy:
         until(one, "started")
         assert one.state == "PENDING"
+    began = time.monotonic()
     waiting = fleet.app.nap.delay(0.3)
     until(waiting, "received")
     assert waiting.state == "PENDING"
     assert facts(KafkaResult.of(waiting))[:3] == (None, None, None)
-    assert waiting.get(timeout=SOON) == 0.3
+    time.sleep(0.2)
+    go.touch()
+    assert waiting.get(timeout=PATIENCE_S) == 0.3
     found = until(waiting, "success")
-    assert abs((datetime.now(timezone.utc) - found.started_at).total_seconds()) < SOON
+    assert abs((datetime.now(timezone.utc) - found.started_at).total_seconds()) < PATIENCE_S
     assert found.queue_wait_s > 0.1
-    assert 0.3 <= found.runtime_s < 2
+    assert 0.3 <= found.runtime_s <= time.monotonic() - began
     assert found.worker == fleet.node("worker")
 
 
@@ -79,7 +83,7 @@ def test_how_a_task_ended(fleet):
     revoked.revoke()
     until(revoked, "revoked")
     forgotten = tasks.add.delay(1, 1)
-    forgotten.get(timeout=SOON)
+    forgotten.get(timeout=PATIENCE_S)
     forgotten.forget()
     assert KafkaResult.of(forgotten).describe() == "forgotten"
 
@@ -90,21 +94,22 @@ def test_what_only_a_history_tells(fleet):
     until(tasks.quiet.delay(), "success")
     until(tasks.app.send_task("no.such.task"), "failure")
     until(tasks.die.delay(), "failure")
+    began = time.monotonic()
     late = tasks.add.apply_async((1, 1), countdown=2)
-    late.get(timeout=SOON)
+    late.get(timeout=PATIENCE_S)
     found = until(late, "success")
-    assert found.queue_wait_s < 2
+    assert found.queue_wait_s <= time.monotonic() - began - 2, "the countdown is none of it"
     kinds = [event.kind for event in found.history()]
     assert kinds == [events.SENT, events.RECEIVED, events.STARTED, events.SUCCESS]
     flaky = tasks.flaky.delay(1)
-    flaky.get(timeout=SOON)
+    flaky.get(timeout=PATIENCE_S)
     assert until(flaky, "success").runtime_s < 1
 
 
 @pytest.mark.parametrize("fleet", [NO_HISTORY], indirect=True)
 def test_what_it_does_not_claim_without_one(fleet):
     flaky = fleet.app.flaky.delay(1)
-    flaky.get(timeout=SOON)
+    flaky.get(timeout=PATIENCE_S)
     assert until(flaky, "success").runtime_s is None
     assert KafkaResult.of(flaky).history() == []
     until(fleet.app.quiet.delay(), "started")
@@ -147,7 +152,7 @@ def test_await_in_several_threads_and_forks(fleet):
     asyncio.run(awaited(fleet.app))
     fork = multiprocessing.get_context("fork").Process(target=lambda: asyncio.run(awaited(fleet.app)))
     fork.start()
-    fork.join(SOON)
+    fork.join(PATIENCE_S)
     assert fork.exitcode == 0
 
 
@@ -166,8 +171,8 @@ def test_the_loop_runs_on_and_a_wait_can_be_given_up(fleet):
         assert await waiting == 1
         return ticks
 
-    assert asyncio.run(main()) > 30
+    assert asyncio.run(main()) > 5  # of a loop that stands still while it waits, 1
     hearing = [one for one in threading.enumerate() if one.name == "celery-kafka-hear"]
     for one in hearing:  # it ends when nobody waits
-        one.join(SOON)
+        one.join(PATIENCE_S)
         assert not one.is_alive()

@@ -31,7 +31,9 @@ from celery_kafka_backend.processors.replay import replay
 from celery_kafka_backend.processors.verify import compare
 from celery_kafka_backend.sinks.contract import Sink, View
 from celery_kafka_backend.sinks.registry import open_sink, open_view
+from tests.integration.kafka_topics import create, must_arrive
 from tests.integration.materializing import POINTS, options, settings
+from tests.patience import PATIENCE_S, until
 from tests.services import mock_kafka, native
 from tests.services import redis as redis_service
 
@@ -42,15 +44,7 @@ if TYPE_CHECKING:
     from tests.services.kafka import KafkaCluster
 
 PARTITIONS = 4
-PATIENCE_S = 90.0
 ROOT = Path(__file__).parents[2]
-
-
-def until(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 # -- a log --------------------------------------------------------------------------------------------
@@ -64,23 +58,23 @@ class Log:
         self.prefix = prefix
         self.topic = topics.task_events(prefix)
         self.events: list[Event] = []
-        self._producer = Producer({"bootstrap.servers": bootstrap, "acks": "all", "linger.ms": 5, "log_level": 3})
+        self._producer = Producer(
+            {"bootstrap.servers": bootstrap, "acks": "all", "linger.ms": 5, "log_level": 3, "on_delivery": must_arrive}
+        )
         self._clock = order.Clock()
 
     def create(self) -> None:
-        admin = AdminClient({"bootstrap.servers": self.bootstrap})
-        wanted = [
+        create(
+            AdminClient({"bootstrap.servers": self.bootstrap}),
             NewTopic(self.topic, PARTITIONS, 1),
             NewTopic(topics.chords(self.prefix), PARTITIONS, 1, config={"cleanup.policy": "compact"}),
             NewTopic(topics.dead_letters(self.prefix), 1, 1),
-        ]
-        for created in admin.create_topics(wanted).values():
-            created.result()
+        )
 
     def appear(self) -> None:
         """On the mock broker a topic appears when somebody asks for it."""
         for name in (self.topic, topics.chords(self.prefix), topics.dead_letters(self.prefix)):
-            self._producer.list_topics(name, timeout=10)
+            self._producer.list_topics(name, timeout=PATIENCE_S)
 
     def run_tasks(self, count: int, size: int = 0, expires_in_ms: int = 86_400_000) -> list[Event]:
         """Tasks that were sent, started and succeeded; returns their events."""
@@ -122,11 +116,11 @@ class Log:
         for event in made:
             self.events.append(event)
             self._produce(self.topic, event.task.encode(), codec.encode(event), headers=codec.headers(event))
-        assert self._producer.flush(30) == 0
+        assert self._producer.flush(PATIENCE_S) == 0
 
     def put_raw(self, value: bytes | None, partition: int, key: bytes = b"?", topic: str = "") -> None:
         self._produce(topic or self.topic, key, value, partition=partition)
-        assert self._producer.flush(30) == 0
+        assert self._producer.flush(PATIENCE_S) == 0
 
     def _produce(self, topic: str, key: bytes, value: bytes | None, **more: Any) -> None:
         while True:
@@ -144,10 +138,10 @@ class Log:
     def _ends(self, topic: str) -> Iterator[tuple[Partition, int]]:
 
         consumer = Consumer({"bootstrap.servers": self.bootstrap, "group.id": "ends", "log_level": 3})
-        for number in consumer.list_topics(topic, timeout=10).topics[topic].partitions:
+        for number in consumer.list_topics(topic, timeout=PATIENCE_S).topics[topic].partitions:
             yield (
                 Partition(topic, number),
-                consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10)[1],
+                consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=PATIENCE_S)[1],
             )
         consumer.close()
 
@@ -246,12 +240,14 @@ class Process:
     def said(self) -> str:
         return self._out.read_text(errors="replace")
 
-    def until(self, text: str, timeout_s: float = PATIENCE_S) -> None:
-        deadline = time.monotonic() + timeout_s
-        while text not in self.said:
-            assert self.process.poll() is None, self.said[-3000:]
-            assert time.monotonic() < deadline, f"never said {text}:\n{self.said[-3000:]}"
-            time.sleep(0.02)
+    def until(self, text: str) -> None:
+        def heard() -> bool:
+            ended = self.process.poll()
+            found = text in self.said
+            assert found or ended is None, f"it ended with {ended}:\n{self.said[-3000:]}"
+            return found
+
+        until(heard, lambda: f"it says {text!r}:\n{self.said[-3000:]}")
 
     def wrote(self) -> list[str]:
         return [word for line in self.said.splitlines() if line.startswith("wrote ") for word in line.split()[1:]]
@@ -343,15 +339,17 @@ def test_a_lone_event_does_not_wait_for_company(mock_log: Log) -> None:
     with running(mock_log, Wrapped(url, mock_log.prefix, lambda _: None)):
         mock_log.run_tasks(1)
         until(lambda: caught_up(view, mock_log))
-        took = []
-        for _ in range(10):
+        took: list[float] = []
+
+        def one_is_quick() -> bool:
             (_, _, success) = mock_log.run_tasks(1)
             put_at = time.monotonic()
-            while not view.documents([success.task]):
-                assert time.monotonic() < put_at + 5
-                time.sleep(0.001)
+            until(lambda: view.documents([success.task]), every_s=0.001)
             took.append(time.monotonic() - put_at)
-    assert sorted(took)[5] < 0.25, took
+            return took[-1] < 0.25
+
+        # Of a materializer that waits for company none is; on a busy machine some are not.
+        until(one_is_quick, lambda: took)
 
 
 def test_poison_goes_to_the_dead_letters_and_blocks_nothing(mock_log: Log) -> None:
@@ -597,7 +595,7 @@ def test_a_stop_repeats_nothing_and_loses_nothing(log: Log, process: Callable[..
 
 @pytest.mark.kafka
 @pytest.mark.redis
-def test_two_share_the_work_and_the_partitions_of_a_dead_one_are_taken_within_ten_seconds(
+def test_two_share_the_work_and_the_partitions_of_a_dead_one_are_taken(
     log: Log, process: Callable[..., Process], redis_url: str
 ) -> None:
     view = open_view(redis_url, options(log.prefix))
@@ -617,7 +615,8 @@ def test_two_share_the_work_and_the_partitions_of_a_dead_one_are_taken_within_te
     until(lambda: caught_up(view, log))
     took = time.monotonic() - died
     print(f"taken over after {took:.1f} s")
-    assert took < 12  # session timeout 8 s, from the last heartbeat; the survivor's own heartbeat every 2 s
+    # Ten seconds of a machine that is not busy; with librdkafka's own session timeout of 45 s it would be more.
+    assert took < 40
     assert first.stop() == 0
     assert_same(view, log.expected())
 
@@ -649,7 +648,7 @@ def test_a_store_that_is_away_is_waited_for_in_bounded_memory(
         assert "lost " not in one.said
         (server.restart if how == "kill" else server.thaw)()
         one.until("resumed")
-        until(lambda: caught_up(view, log), 60)
+        until(lambda: caught_up(view, log))
         assert one.stop() == 0
         assert_same(view, log.expected())
     finally:
@@ -717,14 +716,13 @@ def test_positions_pass_control_records(log: Log) -> None:
 def test_a_missing_dead_letter_topic_is_waited_for(kafka: KafkaCluster, topic_prefix: str) -> None:
     log = Log(kafka.bootstrap, topic_prefix)
     admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
-    for created in admin.create_topics([NewTopic(log.topic, 1, 1), NewTopic(topics.chords(log.prefix), 1, 1)]).values():
-        created.result()
+    create(admin, NewTopic(log.topic, 1, 1), NewTopic(topics.chords(log.prefix), 1, 1))
     log.put_raw(b"poison", 0)
     log.run_tasks(5)
     url = memory()
     with running(log, Wrapped(url, log.prefix, lambda _: None)) as work:
         until(lambda: work.statistics.retries >= 2)
         assert work.statistics.batches == 0
-        admin.create_topics([NewTopic(topics.dead_letters(log.prefix), 1, 1)])[topics.dead_letters(log.prefix)].result()
-        until(lambda: work.statistics.events == 15, 60)
+        create(admin, NewTopic(topics.dead_letters(log.prefix), 1, 1))
+        until(lambda: work.statistics.events == 15)
     assert log.letters(1)[0].value() == b"poison"

@@ -18,6 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from celery_kafka_backend import codec, events, topics
 from tests.integration.conftest import Fleet
+from tests.integration.kafka_topics import must_arrive
+from tests.patience import PATIENCE_S, until
 from tests.services import kafka as kafka_service
 from tests.services import ports
 from tests.services import redis as redis_service
@@ -25,8 +27,7 @@ from tests.services.proxy import Proxy
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
-SOON = 40
-HEALTH_S = 4.0
+HEALTH_S = 8.0
 CHILD_TASKS = 5
 
 
@@ -85,7 +86,7 @@ def watched(redis_server, tmp_path_factory):
 
 def get(url):
     try:
-        with urllib.request.urlopen(url, timeout=20) as answer:
+        with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -109,22 +110,13 @@ def total(found, name):
     return sum(value for (one, *_), value in found.items() if one == name)
 
 
-def until(condition, timeout_s=SOON):
-    """Wait for a fact; return what shows it."""
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
-    return found
-
-
 def records(watched, topic):
     """Return every record of a topic, as (key, value)."""
     consumer = Consumer({"bootstrap.servers": watched.kafka, "group.id": "test", "enable.auto.commit": False})
     try:
         found, missing = [], 0
-        for partition in consumer.list_topics(topic, timeout=20).topics[topic].partitions:
-            low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=20)
+        for partition in consumer.list_topics(topic, timeout=PATIENCE_S).topics[topic].partitions:
+            low, high = consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=PATIENCE_S)
             missing += high - low
             consumer.incremental_assign([TopicPartition(topic, partition, low)])
         while missing:
@@ -140,8 +132,8 @@ def records(watched, topic):
 def test_the_figures_agree_with_the_log_however_many_children_there_were(watched):
     tasks = watched.fleet.app
     sent = [tasks.add.delay(i, i) for i in range(6 * CHILD_TASKS)]
-    assert [one.get(timeout=SOON) for one in sent] == [2 * i for i in range(6 * CHILD_TASKS)]
-    assert chord([tasks.add.s(i, i) for i in range(4)])(tasks.total.s()).get(timeout=SOON) == 12
+    assert [one.get(timeout=PATIENCE_S) for one in sent] == [2 * i for i in range(6 * CHILD_TASKS)]
+    assert chord([tasks.add.s(i, i) for i in range(4)])(tasks.total.s()).get(timeout=PATIENCE_S) == 12
     last = len(sent) + 4 + 1
     log = until(
         lambda: len(found := records(watched, topics.task_events(watched.settings.topic_prefix))) == 4 * last and found
@@ -176,9 +168,9 @@ def test_the_figures_agree_with_the_log_however_many_children_there_were(watched
 
 
 def test_what_nobody_can_read_is_counted_as_a_dead_letter(watched):
-    producer = Producer({"bootstrap.servers": watched.kafka})
+    producer = Producer({"bootstrap.servers": watched.kafka, "on_delivery": must_arrive})
     producer.produce(topics.task_events(watched.settings.topic_prefix), value=b"rubbish", key=b"k")
-    assert producer.flush(20) == 0
+    assert producer.flush(PATIENCE_S) == 0
     until(lambda: total(scrape(watched.pipeline), "view_dead_letters_total") == 1)
 
 
@@ -203,7 +195,7 @@ def test_a_killed_processor_is_counted_on_and_its_counters_do_not_go_back(watche
     )
     assert total(scrape(watched.pipeline), "view_events_total") >= total(before, "view_events_total")
     until(lambda: get(f"{watched.pipeline}/readyz")[0] == 200)
-    assert watched.fleet.app.add.delay(1, 1).get(timeout=SOON) == 2
+    assert watched.fleet.app.add.delay(1, 1).get(timeout=PATIENCE_S) == 2
     until(lambda: total(scrape(watched.pipeline), "view_events_total") >= total(before, "view_events_total") + 4)
 
 
@@ -215,13 +207,13 @@ def test_a_frozen_view_makes_it_unready_and_not_unhealthy(watched):
             lambda: (said := get(f"{watched.pipeline}/readyz"))[0] == 503 and "has not answered" in said[1] and said
         )
         assert f"redis://127.0.0.1:{watched.view.port}" in found[1]
-        until(lambda: "waited" in get(f"{watched.pipeline}/readyz")[1], timeout_s=SOON)
+        until(lambda: "waited" in get(f"{watched.pipeline}/readyz")[1])
         time.sleep(HEALTH_S)  # the bound must pass for the next line to mean anything
         assert get(f"{watched.pipeline}/healthz") == (200, "ok\n")
     finally:
         watched.view.thaw()
     until(lambda: get(f"{watched.pipeline}/readyz")[0] == 200)
-    assert result.get(timeout=SOON) == 4
+    assert result.get(timeout=PATIENCE_S) == 4
 
 
 def test_a_frozen_processor_is_unhealthy_within_its_bound_and_again_well(watched):

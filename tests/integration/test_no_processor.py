@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.integration.conftest import Fleet
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
@@ -17,9 +18,9 @@ def test_a_worker_that_nobody_folds_for_says_so_once_and_its_results_come_later(
         fleet.init()
         fleet.worker()
         result = fleet.app.add.delay(1, 2)
-        fleet.until("worker", "no processor folds results into", 60)
+        fleet.until("worker", "no processor folds results into")
         assert result.state == "PENDING"
         time.sleep(2)
         assert fleet.log("worker").count("no processor folds") == 1
         fleet.pipeline()
-        assert result.get(timeout=30) == 3
+        assert result.get(timeout=PATIENCE_S) == 3

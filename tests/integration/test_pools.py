@@ -18,10 +18,10 @@ from celery import VERSION, chord, group
 from celery.exceptions import TaskRevokedError
 
 from celery_kafka_backend import codec, events
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
-SOON = 40
 POOLS = ("prefork", "threads", "solo", "gevent", "eventlet")
 
 
@@ -43,7 +43,7 @@ class Pool(NamedTuple):
         self.fleet.app.app.control.revoke(result.id, terminate=True, signal="SIGKILL", destination=[node])
 
     def history(self, task_id, *until):
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             found = [codec.decode(value) for value in self.fleet.app.app.backend.reader.history(task_id)]
             lacking = Counter(until) - Counter(event.kind for event in found)
@@ -61,7 +61,7 @@ def pool(fleet, request):
     worker = fleet.processes.pop(name)
     worker.send_signal(signal.SIGTERM)
     try:
-        assert worker.wait(30) == 0, fleet.log(name)[-3000:]
+        assert worker.wait(PATIENCE_S) == 0, fleet.log(name)[-3000:]
     except subprocess.TimeoutExpired:
         pytest.fail(f"the {name} worker hangs at exit:\n{fleet.log(name)[-3000:]}")
     assert "Traceback" not in fleet.log(name).partition("worker: Warm shutdown")[2]
@@ -74,7 +74,7 @@ def tasks(fleet):
 
 def test_success(pool, tasks):
     result = pool.send(tasks.add, 2, 3)
-    assert result.get(timeout=SOON) == 5
+    assert result.get(timeout=PATIENCE_S) == 5
     said = pool.history(result.id, events.SUCCESS)[-1]
     assert said.role == events.CHILD
     assert said.worker.startswith(f"{pool.name}@")
@@ -82,12 +82,12 @@ def test_success(pool, tasks):
 
 def test_failure(pool, tasks):
     with pytest.raises(ValueError, match="broken"):
-        pool.send(tasks.fail, "broken").get(timeout=SOON)
+        pool.send(tasks.fail, "broken").get(timeout=PATIENCE_S)
 
 
 def test_retry(pool, tasks):
     result = pool.send(tasks.flaky, 2)
-    assert result.get(timeout=SOON) == 2
+    assert result.get(timeout=PATIENCE_S) == 2
     life = pool.history(result.id, events.RETRY, events.RETRY, events.SUCCESS)  # from up to three processes
     assert [event.attempt for event in life if event.kind == events.RETRY] == [0, 1]
     assert len({event.run for event in life}) == 1
@@ -95,7 +95,7 @@ def test_retry(pool, tasks):
 
 def test_custom_states(pool, tasks):
     result = pool.send(tasks.progress, 3)
-    assert result.get(timeout=SOON) == 3
+    assert result.get(timeout=PATIENCE_S) == 3
     life = pool.history(result.id, *[events.STATE] * 3, events.SUCCESS)
     assert [event.state for event in life if event.kind == events.STATE] == ["PROGRESS"] * 3
 
@@ -108,9 +108,9 @@ def test_ignored_result(pool, tasks):
 
 def test_revoked_before_it_starts(pool, tasks):
     task_id = str(uuid.uuid4())
-    tasks.app.control.revoke(task_id, destination=[pool.fleet.node(pool.name)], reply=True, timeout=5)
+    tasks.app.control.revoke(task_id, destination=[pool.fleet.node(pool.name)], reply=True, timeout=PATIENCE_S)
     with pytest.raises(TaskRevokedError):
-        pool.send(tasks.add, 1, 1, task_id=task_id).get(timeout=SOON)
+        pool.send(tasks.add, 1, 1, task_id=task_id).get(timeout=PATIENCE_S)
     assert pool.history(task_id, events.REVOKED)[-1].by.startswith(f"{pool.name}@")
 
 
@@ -120,42 +120,42 @@ def test_revoked_while_it_runs(pool, tasks):
         result = pool.send(tasks.nap, 1)
         pool.history(result.id, events.STARTED)
         pool.terminate(result)
-        assert result.get(timeout=SOON) == 1
+        assert result.get(timeout=PATIENCE_S) == 1
         return
     result = pool.send(tasks.nap, 60)
     pool.history(result.id, events.STARTED)
     pool.terminate(result)
     with pytest.raises(TaskRevokedError):
-        result.get(timeout=SOON)
+        result.get(timeout=PATIENCE_S)
 
 
 def test_group(pool, tasks):
     made = group(pool.part(tasks.add, i, i) for i in range(10)).apply_async()
-    assert made.get(timeout=SOON) == [2 * i for i in range(10)]
+    assert made.get(timeout=PATIENCE_S) == [2 * i for i in range(10)]
 
 
 def test_chord(pool, tasks):
     body = chord([pool.part(tasks.add, i, i) for i in range(10)])(pool.part(tasks.total))
-    assert body.get(timeout=SOON) == 90
+    assert body.get(timeout=PATIENCE_S) == 90
 
 
 def test_a_chord_begun_inside_a_task(pool, tasks):
-    body = pool.send(tasks.fan_in, 4).get(timeout=SOON)
-    assert tasks.app.AsyncResult(body).get(timeout=SOON) == 12
+    body = pool.send(tasks.fan_in, 4).get(timeout=PATIENCE_S)
+    assert tasks.app.AsyncResult(body).get(timeout=PATIENCE_S) == 12
 
 
 def test_a_client_inside_a_task(pool, tasks):
-    assert pool.send(tasks.ask, [1, 2, 3]).get(timeout=SOON) == [2, 4, 6]
+    assert pool.send(tasks.ask, [1, 2, 3]).get(timeout=PATIENCE_S) == [2, 4, 6]
 
 
 def test_many_clients_inside_tasks_at_once(pool, tasks):
     sent = [pool.send(tasks.ask_beside_others, [i, i + 1]) for i in range(8)]
-    assert [one.get(timeout=SOON) for one in sent] == [[2 * i, 2 * i + 2] for i in range(8)]
+    assert [one.get(timeout=PATIENCE_S) for one in sent] == [[2 * i, 2 * i + 2] for i in range(8)]
 
 
 def test_two_hundred_quick_tasks(pool, tasks):
     sent = [pool.send(tasks.add, i, 1) for i in range(200)]
-    assert [one.get(timeout=SOON) for one in sent] == [i + 1 for i in range(200)]
+    assert [one.get(timeout=PATIENCE_S) for one in sent] == [i + 1 for i in range(200)]
     for one in sent:
         kinds = [event.kind for event in pool.history(one.id, events.SUCCESS)]
         assert kinds.count(events.SUCCESS) == 1
@@ -163,9 +163,9 @@ def test_two_hundred_quick_tasks(pool, tasks):
 
 def test_a_warm_shutdown_loses_nothing(pool, tasks):
     sent = [pool.send(tasks.nap, 0.05) for _ in range(60)]
-    sent[0].get(timeout=SOON)
+    sent[0].get(timeout=PATIENCE_S)
     worker = pool.fleet.processes[pool.name]
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(SOON) == 0
+    assert worker.wait(PATIENCE_S) == 0
     pool.fleet.worker("-P", pool.name, "-c", "4", "-Q", pool.name, name=pool.name)
-    assert [one.get(timeout=SOON) for one in sent] == [0.05] * 60
+    assert [one.get(timeout=PATIENCE_S) for one in sent] == [0.05] * 60

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import urllib.request
 import uuid
 from urllib.error import HTTPError, URLError
@@ -13,6 +12,7 @@ import pytest
 
 from celery_kafka_backend import codec, events
 from celery_kafka_backend.result import KafkaResult
+from tests.patience import PATIENCE_S, until
 from tests.services import native, ports
 
 pytestmark = [
@@ -33,8 +33,6 @@ pytestmark = [
     ),
 ]
 
-SOON = 40
-
 
 @pytest.fixture
 def celery(fleet):
@@ -48,25 +46,17 @@ def celery(fleet):
     return run
 
 
-def until(found, what="it never happened"):
-    deadline = time.monotonic() + SOON
-    while not (value := found()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-    return value
-
-
 def history(fleet, task_id):
     return [codec.decode(value) for value in fleet.app.app.backend.reader.history(task_id)]
 
 
 def test_result(fleet, celery):
     done = fleet.app.add.delay(2, 3)
-    done.get(timeout=SOON)
+    done.get(timeout=PATIENCE_S)
     assert celery("result", done.id).strip() == "5"
     assert celery("result", "-t", "fleet_app.add", done.id).strip() == "5"
     failed = fleet.app.fail.delay("broken")
-    failed.get(timeout=SOON, propagate=False)
+    failed.get(timeout=PATIENCE_S, propagate=False)
     assert "ValueError: broken" in celery("result", "--traceback", failed.id)
 
 
@@ -93,7 +83,7 @@ def test_inspect_and_control(fleet, celery):
     celery("control", "revoke", later.id)
     until(lambda: later.state == "REVOKED")
     celery("control", "add_consumer", "more")
-    assert fleet.app.add.apply_async((1, 2), queue="more").get(timeout=SOON) == 3
+    assert fleet.app.add.apply_async((1, 2), queue="more").get(timeout=PATIENCE_S) == 3
     assert node in celery("status")
 
 
@@ -102,9 +92,9 @@ def test_events(fleet):
     with log.open("wb") as output:
         watching = native.popen(fleet.celery("events", "--dump"), output=output, env=fleet.environment)
     try:
-        until(lambda: fleet.app.add.delay(1, 1).get(timeout=SOON) and "succeeded" in log.read_text(), "no event")
+        until(lambda: fleet.app.add.delay(1, 1).get(timeout=PATIENCE_S) and "succeeded" in log.read_text(), "no event")
         watching.terminate()
-        watching.wait(SOON)
+        watching.wait(PATIENCE_S)
     finally:
         native.end(watching)
 
@@ -121,7 +111,7 @@ def test_beat_and_backend_cleanup(fleet, tmp_path):
     try:
         until(lambda: log.read_text().count("Sending due task often") >= 3, log.read_text())
         beat.terminate()
-        beat.wait(SOON)
+        beat.wait(PATIENCE_S)
     finally:
         native.end(beat)
     text = log.read_text()
@@ -130,8 +120,8 @@ def test_beat_and_backend_cleanup(fleet, tmp_path):
     task_id = text.partition("fleet_app.add sent. id->")[2].split()[0]
     found = until(lambda: (said := history(fleet, task_id)) and said[-1].kind == events.SUCCESS and said)
     assert found[0].kind == events.SENT
-    assert fleet.app.app.AsyncResult(task_id).get(timeout=SOON) == 4
-    assert fleet.app.app.send_task("celery.backend_cleanup").get(timeout=SOON) is None
+    assert fleet.app.app.AsyncResult(task_id).get(timeout=PATIENCE_S) == 4
+    assert fleet.app.app.send_task("celery.backend_cleanup").get(timeout=PATIENCE_S) is None
 
 
 def test_report_shows_no_password(fleet, celery):
@@ -168,7 +158,7 @@ def flower(fleet):
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}{path}", None if body is None else json.dumps(body).encode()
         )
-        with urllib.request.urlopen(request, timeout=SOON) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             said = answer.read().decode()
         return json.loads(said) if path.startswith("/api") else said
 
@@ -183,7 +173,7 @@ def flower(fleet):
         until(answers, log.read_text())
         yield ask
         process.terminate()
-        process.wait(SOON)
+        process.wait(PATIENCE_S)
     finally:
         native.end(process)
     assert "Traceback" not in log.read_text()
@@ -191,8 +181,8 @@ def flower(fleet):
 
 def test_flower_shows_states_and_results(fleet, flower):
     done, failed = fleet.app.add.delay(20, 22), fleet.app.fail.delay("broken")
-    assert done.get(timeout=SOON) == 42
-    failed.get(timeout=SOON, propagate=False)
+    assert done.get(timeout=PATIENCE_S) == 42
+    failed.get(timeout=PATIENCE_S, propagate=False)
     shown = flower(f"/api/task/result/{done.id}")
     assert (shown["state"], shown["result"]) == ("SUCCESS", 42)
     shown = flower(f"/api/task/result/{failed.id}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import ssl
 import subprocess
-import time
 from urllib.parse import quote
 
 import pytest
@@ -14,20 +13,12 @@ import trustme
 from celery import Celery
 
 from tests.integration.conftest import Fleet
+from tests.patience import PATIENCE_S, until
 from tests.services import redis as service
 from tests.services import sentinel
 from tests.services.errors import ServiceError
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
-
-SOON = 40
-
-
-def until(fact, what):
-    deadline = time.monotonic() + SOON
-    while not fact():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def role(server):
@@ -51,23 +42,25 @@ def test_the_primary_is_lost_with_results_that_its_replica_never_had(kafka, redi
     with Fleet(kafka.bootstrap, redis_server.clean_database(), watched.url, tmp_path, {}, conf) as fleet:
         fleet.serve()
         app = fleet.app
-        assert app.add.delay(1, 2).get(timeout=SOON) == 3
+        assert app.add.delay(1, 2).get(timeout=PATIENCE_S) == 3
         stock = Celery("stock", broker="memory://", backend=watched.url, set_as_current=False)
         stock.conf.update(conf)
         known = app.add.delay(3, 4)
-        assert known.get(timeout=SOON) == 7
-        assert stock.AsyncResult(known.id).get(timeout=SOON) == 7
+        assert known.get(timeout=PATIENCE_S) == 7
+        assert stock.AsyncResult(known.id).get(timeout=PATIENCE_S) == 7
         watched.replica.freeze()
         forgotten = [app.add.delay(n, n) for n in range(50)]
-        assert [each.get(timeout=SOON) for each in forgotten] == [2 * n for n in range(50)]
+        assert [each.get(timeout=PATIENCE_S) for each in forgotten] == [2 * n for n in range(50)]
         watched.primary.kill()
         watched.replica.thaw()
         until(lambda: role(watched.replica)["role"] == "master", "nobody was made the primary")
-        assert app.add.delay(5, 6).get(timeout=SOON) == 11
+        assert app.add.delay(5, 6).get(timeout=PATIENCE_S) == 11
         documents = [b"celery-task-meta-" + each.id.encode() for each in forgotten]
         client = redis.Redis(port=watched.replica.port)
         until(lambda: None not in client.mget(documents), "the new primary never got what the old one had")
-        assert [app.app.AsyncResult(each.id).get(timeout=SOON) for each in forgotten] == [2 * n for n in range(50)]
+        assert [app.app.AsyncResult(each.id).get(timeout=PATIENCE_S) for each in forgotten] == [
+            2 * n for n in range(50)
+        ]
 
 
 def test_sentinels_without_the_name_of_a_primary_are_refused(kafka, tmp_path):
@@ -128,5 +121,5 @@ def test_a_fleet_with_redis_over_tls_and_a_client_certificate(kafka, redis_serve
         }
     with Fleet(kafka.bootstrap, redis_server.clean_database(), quote(view, safe=""), tmp_path, {}, conf) as fleet:
         fleet.serve()
-        assert fleet.app.add.delay(1, 2).get(timeout=SOON) == 3
+        assert fleet.app.add.delay(1, 2).get(timeout=PATIENCE_S) == 3
         assert "s3cret" not in fleet.log("worker") + fleet.log("pipeline")

@@ -19,7 +19,8 @@ from celery_kafka_backend.processors.materializer import materializer
 from celery_kafka_backend.sinks.contract import StoreOptions
 from celery_kafka_backend.sinks.registry import open_view
 from tests.contract.factories import json_document, stated
-from tests.integration.test_materializer import PATIENCE_S, until
+from tests.integration.kafka_topics import create, must_arrive
+from tests.patience import PATIENCE_S, until
 from tests.services import elasticsearch as elastic_service
 
 if TYPE_CHECKING:
@@ -159,15 +160,22 @@ def test_what_a_store_refuses_is_a_dead_letter_with_its_reason_and_the_rest_is_w
     log = topics.task_events(topic_prefix)
     names = (log, topics.chords(topic_prefix), topics.dead_letters(topic_prefix))
     config = {"max.message.bytes": str(ROOMY + topics.DEAD_LETTER_ROOM)}
-    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
-    for created in admin.create_topics([NewTopic(name, 1, 1, config=config) for name in names]).values():
-        created.result(30)
+    create(
+        AdminClient({"bootstrap.servers": kafka.bootstrap}), *(NewTopic(name, 1, 1, config=config) for name in names)
+    )
     good = [done(f"good-{n}", n) for n in range(200)]
     bad = [event for event, _ in world.refused]
-    producer = Producer({"bootstrap.servers": kafka.bootstrap, "message.max.bytes": ROOMY, "compression.type": "lz4"})
+    producer = Producer(
+        {
+            "bootstrap.servers": kafka.bootstrap,
+            "message.max.bytes": ROOMY,
+            "compression.type": "lz4",
+            "on_delivery": must_arrive,
+        }
+    )
     for event in [*good[:100], *bad, *good[100:]]:
         producer.produce(log, codec.encode(event), event.task.encode(), headers=codec.headers(event))
-    assert producer.flush(30) == 0
+    assert producer.flush(PATIENCE_S) == 0
     view = open_view(world.url, StoreOptions(namespace=topic_prefix))
     with running(kafka.bootstrap, topic_prefix, world) as working:
         found = letters(kafka.bootstrap, topic_prefix, len(bad), working)

@@ -26,6 +26,8 @@ from celery_kafka_backend.processors.replay import feed, replay
 from celery_kafka_backend.processors.verify import compare
 from celery_kafka_backend.sinks.contract import StoreOptions
 from celery_kafka_backend.sinks.registry import open_view
+from tests.integration.kafka_topics import must_arrive
+from tests.patience import PATIENCE_S
 from tests.services import native
 from tests.services import redis as redis_service
 
@@ -66,7 +68,12 @@ class World:
 
     def append(self, found):
         producer = Producer(
-            {"bootstrap.servers": self.shell.bootstrap, "partitioner": "murmur2_random", "linger.ms": 20}
+            {
+                "bootstrap.servers": self.shell.bootstrap,
+                "partitioner": "murmur2_random",
+                "linger.ms": 20,
+                "on_delivery": must_arrive,
+            }
         )
         for one in found:
             producer.produce(
@@ -74,7 +81,7 @@ class World:
                 headers=codec.headers(one, "proj"),
             )  # fmt: skip
             producer.poll(0)
-        assert producer.flush(60) == 0
+        assert producer.flush(PATIENCE_S) == 0
 
     def view(self, url):
         options = StoreOptions(namespace=self.shell.prefix, history=True, history_limit=0)
@@ -86,7 +93,7 @@ class World:
         return found
 
     def replay(self, url, *more, code=0, **settings):
-        done = self.shell("replay", "--to", url, "--quiet", *more, within_s=120, **settings)
+        done = self.shell("replay", "--to", url, "--quiet", *more, within_s=PATIENCE_S, **settings)
         assert done.returncode == code, done.said
         return done
 
@@ -130,7 +137,7 @@ def test_a_replay_that_is_killed_twenty_times_gives_the_same_view(world):
     command = [sys.executable, "-m", "tests.integration.replaying", world.shell.bootstrap, world.shell.prefix, url]
     while kills < 20:
         before = world.marks(path) if kills else 0
-        process = native.popen([*command, "800"], cwd=ROOT)
+        process = native.popen([*command, "200"], cwd=ROOT)
         try:
             wait_for(lambda: path.exists() and has_marks(path) and world.marks(path), lambda at, b=before: at > b)
             time.sleep(rng.random() * 0.3)  # anywhere in the next batch: before, in or after its write
@@ -188,7 +195,7 @@ def test_a_killed_process_of_several_ends_the_others_and_is_gone_on_with(world):
         workers = [each for each in psutil.Process(crew.pid).children() if "spawn_main" in " ".join(each.cmdline())]
         assert len(workers) == 2
         workers[0].kill()
-        assert crew.wait(30) == Exit.PROCESSORS_CRASHED, said.read_text()
+        assert crew.wait(PATIENCE_S) == Exit.PROCESSORS_CRASHED, said.read_text()
         assert "--continue" in said.read_text()
         assert not workers[1].is_running()
     finally:

@@ -24,9 +24,11 @@ from celery_kafka_backend.processors.plan import Target, begin, prepare
 from celery_kafka_backend.processors.replay import Replayed, replay
 from celery_kafka_backend.processors.verify import TABLES, compare
 from celery_kafka_backend.sinks.registry import open_view
+from tests.integration.kafka_topics import must_arrive
+from tests.patience import PATIENCE_S, until
 
 from .materializing import options, settings
-from .test_materializer import Log, Wrapped, caught_up, log, memory, running, until
+from .test_materializer import Log, Wrapped, caught_up, log, memory, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -140,7 +142,14 @@ def made(rng: random.Random, task: str, wall: int, expires_at: int) -> events.Ev
 
 def fill(log: Log, count: int) -> Written:
     written = Written()
-    producer = Producer({"bootstrap.servers": log.bootstrap, "partitioner": "murmur2_random", "linger.ms": 20})
+    producer = Producer(
+        {
+            "bootstrap.servers": log.bootstrap,
+            "partitioner": "murmur2_random",
+            "linger.ms": 20,
+            "on_delivery": must_arrive,
+        }
+    )
     for key, value in mixed(count, written):
         while True:
             try:
@@ -152,7 +161,7 @@ def fill(log: Log, count: int) -> Written:
     lines = (GOLDEN / "chords-v1.jsonl").read_text().splitlines()
     for key, value in map(json.loads, lines):
         producer.produce(topics.chords(log.prefix), value, key, partition=0)
-    assert producer.flush(60) == 0
+    assert producer.flush(PATIENCE_S) == 0
     return written
 
 
@@ -173,7 +182,7 @@ def test_a_mixed_log_gives_the_same_view_in_every_way(
 
     live = memory()
     with running(log, Wrapped(live, log.prefix, lambda _: None)):
-        until(lambda: caught_up(open_view(live, options(log.prefix)), log), 600)
+        until(lambda: caught_up(open_view(live, options(log.prefix)), log))
     assert_same(right, open_view(live, options(log.prefix)))
 
     prepared = prepare(config, target("processes"))

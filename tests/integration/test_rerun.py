@@ -18,6 +18,7 @@ from celery_kafka_backend.cli.exits import Exit
 from celery_kafka_backend.cli.records import batches
 from celery_kafka_backend.configure import settings_of
 from celery_kafka_backend.events import RERUN, SENT
+from tests.patience import PATIENCE_S
 from tests.services import native
 
 pytestmark = [
@@ -30,7 +31,6 @@ pytestmark = [
         ids=[""],
     ),
 ]
-SOON = 60
 
 
 class Desk:
@@ -67,7 +67,7 @@ class Desk:
             broker.close()
 
     def until(self, holds):
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + PATIENCE_S
         while not holds(found := self.events()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -83,7 +83,7 @@ def failed(desk, path, count):
     results = [desk.app.fails_until.delay(str(path), n) for n in range(count)]
     for each in results:
         with pytest.raises(ValueError, match="no"):
-            each.get(timeout=SOON)
+            each.get(timeout=PATIENCE_S)
     return results
 
 
@@ -99,11 +99,11 @@ def test_a_failed_task_runs_again_under_its_id_as_a_first_attempt(desk, tmp_path
     assert (code, found["sent"], found["refused"]) == (Exit.OK, [result.id], [])
     desk.until(lambda found: any(e.task == result.id and e.kind == "success" for e in found))
     again = desk.app.app.AsyncResult(result.id)
-    deadline = time.monotonic() + SOON
+    deadline = time.monotonic() + PATIENCE_S
     while again.state != "SUCCESS":
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert again.get(timeout=SOON) == 0
+    assert again.get(timeout=PATIENCE_S) == 0
     life = [e for e in desk.events() if e.task == result.id]
     announced = next(e for e in life if e.kind == RERUN)
     assert (announced.by, announced.message, announced.role) == ("ann@desk", "the bank was down", "operator")
@@ -123,7 +123,7 @@ def test_what_was_not_recorded_is_refused_by_name(desk):
     unnamed = desk.app.add.delay(1, "x")
     large = desk.app.fail.delay("x" * 5_000)
     for result in (unnamed, large):
-        result.get(timeout=SOON, propagate=False)
+        result.get(timeout=PATIENCE_S, propagate=False)
     code, found, _ = desk.rerun(unnamed.id, large.id)
     assert code is Exit.NOT_DONE
     assert found["sent"] == []
@@ -138,14 +138,14 @@ def test_a_member_of_a_chord_that_is_over_does_not_fire_it_again(desk, tmp_path)
     there = tmp_path / "there"
     there.touch()
     body = chord([desk.app.fails_until.s(str(there), n) for n in range(2)])(desk.app.listed.s())
-    assert sorted(body.get(timeout=SOON)) == [0, 1]
+    assert sorted(body.get(timeout=PATIENCE_S)) == [0, 1]
     member = body.parent.results[0].id
     desk.until(lambda found: any(e.task == member and e.kind == SENT for e in found))
     code, found, _ = desk.rerun(member, "--state", "SUCCESS")
     assert (code, found["sent"]) == (Exit.OK, [member])
     desk.until(lambda found: sum(e.task == member and e.kind == "success" for e in found) == 2)
     other = chord([desk.app.fails_until.s(str(there), n) for n in range(2)])(desk.app.listed.s())
-    other.get(timeout=SOON)  # the chord processor has seen what came before
+    other.get(timeout=PATIENCE_S)  # the chord processor has seen what came before
     assert sum(e.task == body.id and e.kind == SENT for e in desk.events()) == 1
 
 
@@ -195,7 +195,7 @@ def test_two_operators_at_once_send_none_twice_and_the_killed_ones_rest_is_sent(
     desk.until(lambda found: any(e.kind == RERUN and e.task in ids for e in found))
     operators[0].send_signal(signal.SIGKILL)
     for each in operators:
-        each.wait(timeout=SOON)
+        each.wait(timeout=PATIENCE_S)
     done = desk.fleet.run(*command[command.index("pipeline") :])
     assert done.returncode in (Exit.OK, Exit.NOT_FOUND), done.stderr
     found = desk.until(lambda found: len({e.task for e in found if e.kind == "success"} & ids) == count)

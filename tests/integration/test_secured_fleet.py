@@ -27,8 +27,10 @@ from celery_kafka_backend.letters import REQUEUE, REQUEUED
 from celery_kafka_backend.processors.deadletters import DeadLetters
 from celery_kafka_backend.producer.publisher import Publisher, Record
 from celery_kafka_backend.settings import parse
+from tests.integration import kafka_topics
 from tests.integration.conftest import Fleet
 from tests.integration.locked_kafka import PASSWORD
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
@@ -86,10 +88,10 @@ def tokens(server):
 
 def works(fleet):
     app = fleet.app
-    assert app.add.delay(1, 2).get(timeout=30) == 3
-    assert chord(group(app.add.s(i, i) for i in range(5)), app.total.s()).delay().get(timeout=30) == 20
+    assert app.add.delay(1, 2).get(timeout=PATIENCE_S) == 3
+    assert chord(group(app.add.s(i, i) for i in range(5)), app.total.s()).delay().get(timeout=PATIENCE_S) == 20
     with pytest.raises(ValueError, match="no"):
-        app.fail.delay().get(timeout=30)
+        app.fail.delay().get(timeout=PATIENCE_S)
 
 
 @pytest.fixture
@@ -126,7 +128,7 @@ def test_a_fleet_with_tokens_renews_them_in_every_process(secured):
 
     # A token lives for 4 s, a connection for 3. The worker's parent and its two children; the view's process with its
     # two consumers, the chord processor; and this client.
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         renewed = Counter(line.split()[0] for line, times in asked().items() if times >= 4)
         if renewed["worker"] >= 3 and renewed["processor"] >= 2 and renewed["client"] >= 1:
@@ -145,11 +147,11 @@ def test_a_workers_principal_reads_the_log_without_a_group(locked, redis_url, to
     publisher = Publisher(settings)
     log = topics.task_events(settings.topic_prefix)
     stored = publisher.publish(Record(log, b"k", b"v"))
-    stored.wait(20)
+    stored.wait(PATIENCE_S)
     consumer = Complaints(settings).handle(Consumer, consumer_config(settings, None))
     try:
         consumer.assign([TopicPartition(log, stored.partition, 0)])
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         found, refused = [], set()
         while not found and time.monotonic() < deadline:
             message = consumer.poll(0.2)
@@ -183,11 +185,7 @@ def settled(server, view, prefix, client, *, listener=None, grant=True, **more):
 def create(server, settings):
     from confluent_kafka.admin import NewTopic  # noqa: PLC0415
 
-    admin = server.admin()
-    for future in admin.create_topics(
-        [NewTopic(one.name, one.partitions, 1) for one in topics.wanted(settings)]
-    ).values():
-        future.result(20)
+    kafka_topics.create(server.admin(), *(NewTopic(one.name, one.partitions, 1) for one in topics.wanted(settings)))
 
 
 @pytest.mark.parametrize("role", ["worker", "client"])
@@ -202,16 +200,16 @@ def test_a_missing_right_to_write_is_named_and_given_later_it_is_enough(locked, 
     publisher = Publisher(settings)
     try:
         with pytest.raises(PublishError) as raised:
-            publisher.publish(Record(log, b"k", b"v")).wait(20)
+            publisher.publish(Record(log, b"k", b"v")).wait(PATIENCE_S)
         said = str(raised.value)
         assert isinstance(raised.value, Refused), said
         assert f"our principal lacks Write on topic {log}" in said
         assert f"--operation Write --topic {log}" in said
         locked.grant(f"celery-{role}", "topic", log, "Write")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
-                publisher.publish(Record(log, b"k", b"v")).wait(20)
+                publisher.publish(Record(log, b"k", b"v")).wait(PATIENCE_S)
                 break
             except Refused:  # rights take a moment to reach the broker
                 assert time.monotonic() < deadline
@@ -333,7 +331,7 @@ def test_a_private_key_with_a_password_opens_with_it(locked, redis_url, topic_pr
     client = locked.encrypted("celery-worker")
     settings = settled(locked, redis_url, topic_prefix, client, listener=locked.mutual)
     publisher = Publisher(settings)
-    publisher.publish(Record(topics.task_events(topic_prefix), b"k", b"v"), wait_s=20).wait(20)
+    publisher.publish(Record(topics.task_events(topic_prefix), b"k", b"v"), wait_s=PATIENCE_S).wait(PATIENCE_S)
     publisher.close()
 
 
@@ -401,7 +399,7 @@ def test_an_operator_requeues_dead_letters_with_the_rights_that_init_prints(lock
         assert [case.state for case in reading.cases] == [REQUEUED]
         name = topics.operators(topic_prefix)
         locked.revoke("celery-operator", "transactional-id", name, "Write")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while (error := refused_to_begin(broker)) is None:  # what is taken away takes a moment to reach the broker
             assert time.monotonic() < deadline
         assert error.code is Exit.RIGHTS_MISSING

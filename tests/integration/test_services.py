@@ -16,6 +16,8 @@ import pytest
 from confluent_kafka import Consumer, KafkaException, Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
+from tests.integration.kafka_topics import create
+from tests.patience import PATIENCE_S
 from tests.services import kafka_wire, ports, processes, redis
 
 if TYPE_CHECKING:
@@ -28,10 +30,10 @@ ROOT = Path(__file__).parents[2]
 def create_topic(bootstrap: str, topic: str, **settings: int) -> None:
     """Create a topic and wait for the answer."""
     admin = AdminClient({"bootstrap.servers": bootstrap})  # named, for its futures fail when it is collected
-    admin.create_topics([NewTopic(topic, **settings)])[topic].result(30)
+    create(admin, NewTopic(topic, **settings))
 
 
-def produce(bootstrap: str, topic: str, values: list[bytes], timeout_s: float = 60) -> None:
+def produce(bootstrap: str, topic: str, values: list[bytes], timeout_s: float = PATIENCE_S) -> None:
     """Produce with acks=all, and raise unless every record is acknowledged."""
     producer = Producer(
         {"bootstrap.servers": bootstrap, "enable.idempotence": True, "message.timeout.ms": int(timeout_s * 1000)}
@@ -44,7 +46,7 @@ def produce(bootstrap: str, topic: str, values: list[bytes], timeout_s: float = 
         raise KafkaException(refused[0])
 
 
-def consume(bootstrap: str, topic: str, count: int, timeout_s: float = 60) -> list[bytes]:
+def consume(bootstrap: str, topic: str, count: int, timeout_s: float = PATIENCE_S) -> list[bytes]:
     """Read ``count`` values from the beginning, as a member of a group, and commit."""
     consumer = Consumer(
         {
@@ -171,8 +173,8 @@ def test_no_server_outlives_its_run(redis_server: RedisServer, how: signal.Signa
         assert run.stdout is not None
         pid, port = json.loads(run.stdout.readline())
         os.kill(run.pid, how)
-        run.wait(30)
-    deadline = time.monotonic() + 10
+        run.wait(PATIENCE_S)
+    deadline = time.monotonic() + PATIENCE_S
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert redis.ask(port, "PING") == []
@@ -185,7 +187,7 @@ def test_the_leak_check_finds_children_and_orphans(monkeypatch: pytest.MonkeyPat
     with subprocess.Popen(["sh", "-c", "sleep 61 & exec sleep 62"]) as child:
         try:
             found = {process.command: process for process in processes.started_by_us("CKB_TEST_ORPHAN", "yes")}
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + PATIENCE_S
             while {"sleep 61", "sleep 62"} - found.keys() and time.monotonic() < deadline:
                 found = {process.command: process for process in processes.started_by_us("CKB_TEST_ORPHAN", "yes")}
             assert {"sleep 61", "sleep 62"} <= found.keys()

@@ -12,11 +12,11 @@ import pytest
 import redis
 
 from tests.integration.conftest import Fleet
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
 CLIENT = [sys.executable, str(Path(__file__).with_name("shadow_client.py"))]
-SOON = 60
 
 
 def shadowed(kafka, redis_server, folder, view, **conf):
@@ -31,7 +31,7 @@ def shadowed(kafka, redis_server, folder, view, **conf):
 def told(fleet):
     """Have a client do everything that stores something, and check what it is told."""
     done = subprocess.run(
-        [*CLIENT, "all"], env=fleet.environment, capture_output=True, text=True, timeout=4 * SOON, check=False
+        [*CLIENT, "all"], env=fleet.environment, capture_output=True, text=True, timeout=4 * PATIENCE_S, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -66,7 +66,7 @@ def test_the_view_shows_what_the_backend_beside_it_has_stored(kafka, redis_serve
         assert f"{failed}\n  only ours" in done.stdout, done.stdout
 
         fleet.processes["pipeline"].terminate()
-        assert fleet.processes.pop("pipeline").wait(SOON) == 0
+        assert fleet.processes.pop("pipeline").wait(PATIENCE_S) == 0
         theirs.delete(key)
         told(fleet)
         lagging = fleet.run("pipeline", "shadow", "--lag", "0.5")
@@ -84,7 +84,7 @@ def test_a_shadow_with_a_wrong_setting_is_said_and_left_out(redis_server, tmp_pa
     with shadowed("127.0.0.1:1", redis_server, tmp_path, "nostore://x") as fleet:
         fleet.worker("-c", "2")
         told(fleet)
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + PATIENCE_S
         while "no shadow: kafka_shadow" not in fleet.log("worker"):
             assert time.monotonic() < deadline, fleet.log("worker")
             time.sleep(0.1)

@@ -19,6 +19,7 @@ from celery_kafka_backend.errors import SpoolError
 from celery_kafka_backend.producer.publisher import Record
 from celery_kafka_backend.producer.salvage import adopt
 from celery_kafka_backend.producer.spool import DAMAGED, Spool
+from tests.patience import PATIENCE_S
 
 LIMIT = 1 << 24
 
@@ -362,7 +363,7 @@ def test_a_claim_does_not_live_on_in_a_child_of_whoever_had_it(spool, tmp_path):
 
     pid = child(claims_and_forks)
     assert ended(pid) == 0
-    mine, deadline = False, time.monotonic() + 10
+    mine, deadline = False, time.monotonic() + PATIENCE_S
     try:
         while not mine:  # until the grandchild has got as far as letting go
             assert time.monotonic() < deadline
@@ -452,7 +453,7 @@ def test_a_full_disk_and_a_read_only_one_lose_nothing_and_recover(tmp_path):
     script.write_text(FILLS_IT)
     done = subprocess.run(
         [unshare, *options, "sh", "-c", IN_A_SMALL_FILE_SYSTEM, "-", str(folder), sys.executable, str(script)],
-        capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()

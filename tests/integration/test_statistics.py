@@ -16,19 +16,20 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from celery_kafka_backend import codec, events, partials, topics
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.sinks.registry import open_view
+from tests.integration.kafka_topics import create, must_arrive
 from tests.integration.materializing import options
+from tests.patience import PATIENCE_S, until
 from tests.services import native
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from tests.services.kafka import KafkaCluster
 
 pytestmark = pytest.mark.kafka
 
 PARTITIONS = 4
-PATIENCE_S = 90.0
 ROOT = Path(__file__).parents[2]
 MINUTE = 60_000
 
@@ -41,13 +42,13 @@ class World:
         self.view = f"sqlite:///{folder}/view.db"
         self.expected: dict[tuple[str, str], int] = {}
         self.processes: list[subprocess.Popen[bytes]] = []
-        self._producer = Producer({"bootstrap.servers": kafka, "linger.ms": 5, "log_level": 3})
+        self._producer = Producer(
+            {"bootstrap.servers": kafka, "linger.ms": 5, "log_level": 3, "on_delivery": must_arrive}
+        )
         self._random = random.Random(prefix)
 
     def create(self, *names: str) -> None:
-        admin = AdminClient({"bootstrap.servers": self.kafka})
-        for done in admin.create_topics([NewTopic(name, PARTITIONS, 1) for name in names]).values():
-            done.result()
+        create(AdminClient({"bootstrap.servers": self.kafka}), *(NewTopic(name, PARTITIONS, 1) for name in names))
 
     def put(self, count: int) -> None:
         """So many events of some tasks."""
@@ -59,7 +60,7 @@ class World:
             self._producer.produce(topics.task_events(self.prefix), codec.encode(event), task.encode())
             self.expected[name, kind] = self.expected.get((name, kind), 0) + 1
             self._producer.poll(0)
-        assert self._producer.flush(30) == 0
+        assert self._producer.flush(PATIENCE_S) == 0
 
     def start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "tests.integration.telling", self.kafka, self.prefix, self.view]
@@ -84,7 +85,9 @@ class World:
         consumer = Consumer({"bootstrap.servers": self.kafka, "group.id": uuid.uuid4().hex, "log_level": 3})
         topic = topics.task_stats(self.prefix)
         try:
-            marks = [consumer.get_watermark_offsets(TopicPartition(topic, n), timeout=10) for n in range(PARTITIONS)]
+            marks = [
+                consumer.get_watermark_offsets(TopicPartition(topic, n), timeout=PATIENCE_S) for n in range(PARTITIONS)
+            ]
         except KafkaException:  # it has just been made
             return {}
         consumer.assign([TopicPartition(topic, n, 0) for n in range(PARTITIONS)])
@@ -114,13 +117,6 @@ def world(kafka: KafkaCluster, topic_prefix: str, tmp_path: Path) -> Iterator[Wo
     for process in made.processes:
         native.end(process)
     print(made.log[-5000:])
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
 
 
 def test_kill_9_and_a_rebalance_change_no_total(world: World):

@@ -9,24 +9,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from celery_kafka_backend.errors import SettingsError
 from celery_kafka_backend.processors.supervisor import GAVE_UP, KILLED, MISCONFIGURED, STOPPED, ProcessSpec, Supervisor
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-PATIENCE_S = 20.0
-
-
-def until(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
+from tests.patience import until
 
 
 def lines(path: Path) -> list[str]:
@@ -198,5 +186,5 @@ def test_children_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
     finally:
         parent.kill()
         parent.wait()
-    until(lambda: not any(map(alive, pids(path))), timeout_s=5)
+    until(lambda: not any(map(alive, pids(path))))
     assert min(lines(path)) == "told 1", "they finished, as after any SIGTERM"

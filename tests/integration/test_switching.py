@@ -19,6 +19,7 @@ import pytest
 from celery import VERSION
 
 from tests.integration.conftest import Fleet
+from tests.patience import PATIENCE_S
 from tests.services import native, ports
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
@@ -26,7 +27,6 @@ pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 WORKERS, CLIENTS, ROUNDS = map(int, os.environ.get("SWITCHING_FLEET", "2 1 1").split())
 CLIENT = Path(__file__).with_name("switching_client.py")
 THREADS = 6
-SOON = 120
 
 
 class Switching:
@@ -82,10 +82,10 @@ class Switching:
 
     def _ended(self, name, process) -> None:
         try:
-            code = process.wait(SOON)
+            code = process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGABRT)  # each says where it stands (PYTHONFAULTHANDLER)
-            process.wait(SOON)
+            process.wait(PATIENCE_S)
             pytest.fail(f"{name} did not end: {self.fleet.log(name)[-20000:]}")
         assert code == 0, self.fleet.log(name)[-3000:]
 
@@ -105,7 +105,7 @@ class Switching:
 
     def until_none_is_open(self) -> None:
         """The metric is up to 5 s old."""
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + PATIENCE_S
         quiet_since = None
         while quiet_since is None or time.monotonic() - quiet_since < 6:
             quiet_since = (quiet_since or time.monotonic()) if self.open_in_kafka() == 0 else None

@@ -9,13 +9,12 @@ import time
 import pytest
 
 from tests.integration.conftest import Fleet
+from tests.patience import PATIENCE_S
 from tests.services import native
 from tests.services import redis as service
 from tests.services.proxy import Proxy
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
-
-SOON = 40
 
 
 @pytest.mark.parametrize("how", ["kill", "freeze"])
@@ -27,10 +26,10 @@ def test_a_view_that_is_away_slows_no_other_and_catches_up(kafka, redis_server, 
         with Fleet(kafka.bootstrap, redis_server.clean_database(), views, tmp_path, {}, {}) as fleet:
             fleet.serve()
             add = fleet.app.add
-            assert add.delay(1, 2).get(timeout=SOON) == 3
+            assert add.delay(1, 2).get(timeout=PATIENCE_S) == 3
             getattr(second, how)()
             results = [add.delay(n, n) for n in range(100)]
-            assert [each.get(timeout=SOON) for each in results] == [2 * n for n in range(100)]
+            assert [each.get(timeout=PATIENCE_S) for each in results] == [2 * n for n in range(100)]
             status = fleet.run("pipeline", "status").stdout
             assert status.count("redis-") >= 2, status
             (second.restart if how == "kill" else second.thaw)()
@@ -54,7 +53,7 @@ def test_an_elasticsearch_that_is_slow_and_then_gone_slows_no_redis_and_status_s
             results_come(fleet)
             proxy.cut()
             results_come(fleet)
-            deadline = time.monotonic() + SOON
+            deadline = time.monotonic() + PATIENCE_S
             while (told := status(fleet))["redis"]["lag_events"]:
                 assert time.monotonic() < deadline, told["redis"]
             assert told["redis"]["error"] == ""
@@ -71,7 +70,7 @@ def test_an_elasticsearch_that_is_slow_and_then_gone_slows_no_redis_and_status_s
 
 def results_come(fleet):
     results = [fleet.app.add.delay(n, n) for n in range(50)]
-    assert [each.get(timeout=SOON) for each in results] == [2 * n for n in range(50)]
+    assert [each.get(timeout=PATIENCE_S) for each in results] == [2 * n for n in range(50)]
 
 
 def status(fleet):
@@ -82,7 +81,7 @@ def status(fleet):
 
 
 def become_the_same(fleet, primary, other):
-    deadline = time.monotonic() + SOON
+    deadline = time.monotonic() + PATIENCE_S
     while (done := fleet.run("pipeline", "verify", "--view", primary, "--against", other)).returncode:
         assert done.returncode == 10, done.stdout + done.stderr
         assert time.monotonic() < deadline, done.stdout

@@ -15,13 +15,14 @@ from celery.exceptions import TimeoutError as NotInTime
 from celery.result import AsyncResult, GroupResult
 from redis import Redis
 
+from tests.patience import PATIENCE_S
 from tests.services import redis
 from tests.services.errors import ServiceError
 from tests.services.required import absent
 
 pytestmark = pytest.mark.redis
 
-THAW_S = 12.0
+THAW_S = 24.0
 """Long after every timeout here, and before the connection's own 30 s."""
 
 
@@ -98,7 +99,7 @@ def test_it_hears_when_the_view_is_back(server, app):
             f"celery-task-meta-{result.id}",
             f'{{"status": "SUCCESS", "result": 42, "traceback": null, "children": [], "date_done": null, "task_id": "{result.id}"}}',
         )
-    assert result.get(timeout=20) == 42
+    assert result.get(timeout=PATIENCE_S) == 42
 
 
 def test_a_fork_hears_though_a_thread_of_its_parent_was_hearing(server, app):
@@ -113,7 +114,7 @@ def test_a_fork_hears_though_a_thread_of_its_parent_was_hearing(server, app):
     if not pid:
         status = 1
         with contextlib.suppress(BaseException):
-            status = 0 if AsyncResult(awaited, app=app, backend=backend).get(timeout=20) == 42 else 1
+            status = 0 if AsyncResult(awaited, app=app, backend=backend).get(timeout=PATIENCE_S) == 42 else 1
         os._exit(status)
     time.sleep(0.5)  # it has looked, and waits
     document = f'{{"status": "SUCCESS", "result": 42, "traceback": null, "children": [], "task_id": "{awaited}"}}'
@@ -153,5 +154,5 @@ def test_the_failure_of_a_parent_ends_the_wait_for_its_child(server, app):
                 client.set(f"celery-task-meta-{member.id}", json.dumps(meta))
 
     with pytest.raises(ValueError, match="broken"):
-        body.get(timeout=20, on_interval=end)
+        body.get(timeout=PATIENCE_S, on_interval=end)
     assert members[0].result == 1

@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 from celery_kafka_backend import codec, events
+from tests.patience import PATIENCE_S
 from tests.services.proxy import Proxy
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
-SOON = 60
 RECYCLED = int(os.environ.get("RECYCLED_CHILDREN", "40"))
 """How many children the recycling test wears out; ``make recycle`` takes a thousand."""
 
@@ -75,7 +75,7 @@ def ended(fleet, name, number):
     if process is not None:
         process.send_signal(number)
         try:
-            process.wait(SOON)
+            process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             pytest.fail(f"{name} hangs at exit:\n{fleet.log(name)[-3000:]}")
 
@@ -95,7 +95,7 @@ def test_a_child_per_task_loses_nothing_and_leaks_nothing(worker, tasks):
 
     def wear_out(count):
         sent = [recycled.send(tasks.add, i, i) for i in range(count)]
-        assert [one.get(timeout=20 * SOON) for one in sent] == [2 * i for i in range(count)]
+        assert [one.get(timeout=20 * PATIENCE_S) for one in sent] == [2 * i for i in range(count)]
         return parent.num_threads(), parent.num_fds(), len(parent.net_connections("tcp"))
 
     threads, files, connections = wear_out(half)
@@ -110,14 +110,14 @@ def test_a_child_per_task_loses_nothing_and_leaks_nothing(worker, tasks):
 def test_a_child_that_grew_too_large_is_replaced_after_its_result(worker, tasks):
     heavy = worker("--max-memory-per-child=1")
     sent = [heavy.send(tasks.whoami) for _ in range(8)]
-    assert len({one.get(timeout=SOON) for one in sent}) == 8
+    assert len({one.get(timeout=PATIENCE_S) for one in sent}) == 8
 
 
 def test_children_that_are_spawned_rather_than_forked_know_what_they_are(fleet, worker, tasks, monkeypatch):
     monkeypatch.setitem(fleet.environment, "FLEET_CONF", '{"worker_pool_start_method": "spawn"}')
     spawning = worker("--max-tasks-per-child=5")
     sent = [spawning.send(tasks.add, i, i) for i in range(20)]
-    assert [one.get(timeout=SOON) for one in sent] == [2 * i for i in range(20)]
+    assert [one.get(timeout=PATIENCE_S) for one in sent] == [2 * i for i in range(20)]
     for one in sent:
         found = [codec.decode(value) for value in fleet.app.app.backend.reader.history(one.id)]
         (success,) = [event for event in found if event.kind == events.SUCCESS]
@@ -130,8 +130,8 @@ def test_an_autoscaled_pool_loses_nothing_while_it_grows_and_shrinks(worker, tas
     scaled = worker("--autoscale=6,1")
     for _ in range(2):
         sent = [scaled.send(tasks.nap, 0.1) for _ in range(40)]
-        assert [one.get(timeout=SOON) for one in sent] == [0.1] * 40
-        deadline = time.monotonic() + SOON
+        assert [one.get(timeout=PATIENCE_S) for one in sent] == [0.1] * 40
+        deadline = time.monotonic() + PATIENCE_S
         while len(children(scaled)) > 1:
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -158,7 +158,7 @@ def shut_down(fleet):
         worker = Worker(fleet, queue, name)
         ways[how] = worker, [worker.send(tasks.nap_late, 0.05) for _ in range(40)]
     for how, (worker, sent) in ways.items():
-        sent[0].get(timeout=SOON)
+        sent[0].get(timeout=PATIENCE_S)
         for number in WAYS[how][:1]:
             worker.signal(number)
         if not WAYS[how]:
@@ -168,7 +168,7 @@ def shut_down(fleet):
             fleet.until(worker.name, "Warm shutdown")
             worker.signal(number)
     for worker, _ in ways.values():
-        worker.process.wait(SOON)
+        worker.process.wait(PATIENCE_S)
     fleet.worker("-Q", ",".join(worker.queue for worker, _ in ways.values()), name="rescuer")
     yield ways
     ended(fleet, "rescuer", signal.SIGTERM)
@@ -183,10 +183,10 @@ def test_what_a_worker_finished_before_it_was_shut_down_is_stored(fleet, shut_do
     finished = worker.finished()
     assert finished
     for task_id in finished:
-        assert fleet.app.app.AsyncResult(task_id).get(timeout=SOON) == 0.05
+        assert fleet.app.app.AsyncResult(task_id).get(timeout=PATIENCE_S) == 0.05
         assert events.SUCCESS in kinds(fleet, task_id)
     # acks_late: what it did not finish was delivered again
-    assert [one.get(timeout=SOON) for one in sent] == [0.05] * len(sent)
+    assert [one.get(timeout=PATIENCE_S) for one in sent] == [0.05] * len(sent)
 
 
 def children_left(worker):
@@ -215,7 +215,7 @@ def test_a_task_cancelled_because_the_broker_was_cut_off_runs_again(fleet, worke
         away = worker()
         marker = tmp_path / "started"
         result = away.send(tasks.long_once, str(marker))
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + PATIENCE_S
         while not marker.exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -223,8 +223,8 @@ def test_a_task_cancelled_because_the_broker_was_cut_off_runs_again(fleet, worke
         proxy.heal()
         fleet.until(away.name, "Connection to broker lost")
         again = [away.send(tasks.add, i, i) for i in range(10)]
-        assert [one.get(timeout=SOON) for one in again] == [2 * i for i in range(10)]
-        assert result.get(timeout=SOON) == "second life"
+        assert [one.get(timeout=PATIENCE_S) for one in again] == [2 * i for i in range(10)]
+        assert result.get(timeout=PATIENCE_S) == "second life"
         away.end(signal.SIGTERM)
     finally:
         proxy.close()
@@ -246,7 +246,13 @@ def test_celery_multi_starts_restarts_and_stops(fleet, tasks, tmp_path):
             f"--logfile={tmp_path}/%n.log",
         ]
         done = subprocess.run(
-            command, env=fleet.environment, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
+            command,
+            env=fleet.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+            cwd=tmp_path,
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -254,7 +260,7 @@ def test_celery_multi_starts_restarts_and_stops(fleet, tasks, tmp_path):
         return [int(path.read_text()) for path in sorted(Path(tmp_path).glob("*.pid"))]
 
     def until_ready(times):
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + PATIENCE_S
         logs = [tmp_path / f"{node}.log" for node in ("one", "two")]
         while any(not log.exists() or log.read_text().count(" ready.") < times for log in logs):
             assert time.monotonic() < deadline
@@ -262,7 +268,7 @@ def test_celery_multi_starts_restarts_and_stops(fleet, tasks, tmp_path):
 
     def work():
         sent = [tasks.nap.apply_async((0.02,), queue=queue) for _ in range(30)]
-        return [one.get(timeout=SOON) for one in sent]
+        return [one.get(timeout=PATIENCE_S) for one in sent]
 
     started = []
     try:
@@ -273,7 +279,7 @@ def test_celery_multi_starts_restarts_and_stops(fleet, tasks, tmp_path):
         assert len(started) == 2
         sent = [tasks.nap.apply_async((0.02,), queue=queue) for _ in range(60)]
         multi("restart")
-        assert [one.get(timeout=SOON) for one in sent] == [0.02] * 60
+        assert [one.get(timeout=PATIENCE_S) for one in sent] == [0.02] * 60
         assert not set(started) & set(pids())
         started += pids()
         until_ready(2)  # a worker that is told to stop before it listens leaves its pid file behind

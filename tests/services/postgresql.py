@@ -17,8 +17,8 @@ from tests.services.nobody import NOBODY, as_nobody
 from tests.services.server import OneServer
 
 USER = "tests"
-START_TIMEOUT_S = 60.0
-ANSWER_TIMEOUT_S = 2.0
+START_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 10.0
 
 
 class PostgresServer(OneServer):

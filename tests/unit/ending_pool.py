@@ -41,6 +41,6 @@ if __name__ == "__main__":
     while not told:
         time.sleep(0.01)
     pool.terminate_job(told[0], signal.SIGTERM)
-    assert [pool.apply_async(work, (n,)).get(timeout=30) for n in range(4)] == [0, 1, 2, 3]
+    assert [pool.apply_async(work, (n,)).get(timeout=180) for n in range(4)] == [0, 1, 2, 3]
     print("went on", flush=True)
     os._exit(0)

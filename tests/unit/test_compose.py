@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from celery_kafka_backend import metrics
+from tests.patience import PATIENCE_S
 from tests.services import docker, kafka
 
 FILES = [docker.ONE, docker.THREE_BROKERS]
@@ -29,7 +30,7 @@ def test_docker_compose_accepts_the_file(file) -> None:
         ["docker-compose", "-f", str(file), "config", "--quiet"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert checked.returncode == 0, checked.stderr
@@ -137,6 +138,10 @@ def test_promtool_accepts_the_files(what: tuple[str, str]) -> None:
     """Prometheus' own check."""
     kind, name = what
     done = subprocess.run(
-        ["promtool", "check", kind, str(PROMETHEUS / name)], capture_output=True, text=True, timeout=60, check=False
+        ["promtool", "check", kind, str(PROMETHEUS / name)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

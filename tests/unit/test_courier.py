@@ -15,6 +15,7 @@ from celery_kafka_backend.producer.courier import Courier, Retries
 from celery_kafka_backend.producer.detour import Detour
 from celery_kafka_backend.producer.publisher import Publisher, Record
 from celery_kafka_backend.producer.spool import Spool
+from tests.patience import PATIENCE_S, until
 from tests.unit.scripted_handle import TIMED_OUT, Handle
 
 ALWAYS = Retries(most=float("inf"), base_ms=1, longest_ms=2)
@@ -37,15 +38,8 @@ def record(value=b"v"):
     return Record("t", b"k", value)
 
 
-def until(fact):
-    deadline = time.monotonic() + 10
-    while not fact():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_carried_record_is_where_kafka_says(courier):
-    assert courier.carry(record(), "SUCCESS of x", 0.3).stored.offset == 7
+    assert courier.carry(record(), "SUCCESS of x", PATIENCE_S).stored.offset == 7
 
 
 def test_one_attempt_ends_when_its_time_is_over(courier, handle):
@@ -250,7 +244,7 @@ def test_queueing_on_a_full_queue_neither_blocks_nor_fails_nor_loses(courier, ha
     courier.queue(record(), "FAILURE of x")
     assert time.monotonic() - began < 5
     until(lambda: handle.produced == [b"v"])
-    assert courier.finish(5) == 0
+    assert courier.finish(PATIENCE_S) == 0
     assert courier.lost == 0
 
 
@@ -262,7 +256,7 @@ def test_settling_waits_for_what_this_thread_queued(courier, handle):
     assert len(handle.produced) == 4
     other = threading.Thread(target=courier.settle)  # has queued nothing
     other.start()
-    other.join(5)
+    other.join(PATIENCE_S)
     assert not other.is_alive()
 
 
@@ -282,5 +276,5 @@ def test_settling_without_always_retry_ends_and_the_record_is_still_sent_again(c
     sent = len(handle.produced)
     handle.answers.clear()
     until(lambda: len(handle.produced) > sent)
-    assert courier.finish(5) == 0
+    assert courier.finish(PATIENCE_S) == 0
     assert courier.lost == 0

@@ -16,6 +16,7 @@ from celery_kafka_backend.processors import metering, monitoring
 from celery_kafka_backend.processors.metering import BEAT, STORE, TURN, VIEW, Report
 from celery_kafka_backend.processors.monitoring import PATIENCE, ProcessorsSource, Role
 from celery_kafka_backend.producer.metering import _LAYOUT, _SINCE, MeteredProducer
+from tests.patience import PATIENCE_S
 
 HEALTH_S = 60.0
 NAME = "redis-1/1"
@@ -98,7 +99,7 @@ def test_a_handle_counts_what_it_delivers_what_fails_and_what_waits():
         publisher=SimpleNamespace(dropped=3, waiting=lambda: 2), courier=SimpleNamespace(sent_again=0, lost=0)
     )
     nowhere = MeteredProducer(
-        {"bootstrap.servers": "127.0.0.1:9", "message.timeout.ms": 300, "log_level": 0}, seat, recorder
+        {"bootstrap.servers": "127.0.0.1:9", "message.timeout.ms": 1000, "log_level": 0}, seat, recorder
     )
     said = []
     nowhere.produce("t", b"v", b"k", on_delivery=lambda error, _: said.append(error))
@@ -107,7 +108,7 @@ def test_a_handle_counts_what_it_delivers_what_fails_and_what_waits():
     assert seat.get(_LAYOUT.at(metrics.QUEUED)) == 3
     assert 0 < seat.get(_LAYOUT.at(_SINCE)) <= time.monotonic()
     assert seat.get(_LAYOUT.at(metrics.DROPPED)) == 4, "what was dropped before this handle was counted by another"
-    assert nowhere.flush(20) == 0
+    assert nowhere.flush(PATIENCE_S) == 0
     assert len(said) == 1
     assert seat.get(_LAYOUT.at(metrics.PUBLISH_ERRORS, "not_acknowledged")) == 1
     assert seat.get(_LAYOUT.at(_SINCE)) == 0

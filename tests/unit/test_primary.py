@@ -17,10 +17,10 @@ from celery_kafka_backend.reader import Ear, Reader
 from celery_kafka_backend.sinks.contract import StoreOptions
 from celery_kafka_backend.sinks.registry import open_sink
 from tests.contract.factories import batch, json_document, stated
+from tests.patience import PATIENCE_S
 
 NOBODY = "127.0.0.1:1"
 LOG = Partition("celery.task-events", 0)
-SOON = 10
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +155,7 @@ def test_who_waits_in_the_old_view_is_answered_by_the_new_one(urls):
     heard = ear.hear(0.1)
     assert heard == {"there": json_document("there", "SUCCESS")}, "what is there already is met at once"
     open_sink(urls[1], StoreOptions()).write(batch(stated("SUCCESS", 10)))
-    deadline = time.monotonic() + SOON
+    deadline = time.monotonic() + PATIENCE_S
     while "t" not in heard and time.monotonic() < deadline:
         heard = ear.hear(0.1)
     assert heard == {"t": json_document("t", "SUCCESS")}
@@ -168,12 +168,12 @@ def test_a_move_waits_for_reads_and_reads_wait_for_a_move():
     def read():
         with gate.reading(), gate.reading():
             reading.set()
-            go_on.wait(SOON)
+            go_on.wait(PATIENCE_S)
             order.append("read")
 
     def move():
         moving.set()
-        with gate.moving(SOON):
+        with gate.moving(PATIENCE_S):
             order.append("moved")
             moved.wait(0.1)
 
@@ -183,15 +183,15 @@ def test_a_move_waits_for_reads_and_reads_wait_for_a_move():
 
     first, mover, late = (threading.Thread(target=each) for each in (read, move, read_late))
     first.start()
-    assert reading.wait(SOON)
+    assert reading.wait(PATIENCE_S)
     mover.start()
-    assert moving.wait(SOON)
+    assert moving.wait(PATIENCE_S)
     go_on.set()
     while "moved" not in order:
         time.sleep(0.001)
     late.start()
     for each in (first, mover, late):
-        each.join(SOON)
+        each.join(PATIENCE_S)
     assert order == ["read", "moved", "late"]
 
 
@@ -200,7 +200,7 @@ def test_a_read_that_hangs_does_not_hold_up_a_move_for_ever():
 
     def hang():
         with gate.reading():
-            go_on.wait(SOON)
+            go_on.wait(PATIENCE_S)
 
     hanging = threading.Thread(target=hang)
     hanging.start()
@@ -209,7 +209,7 @@ def test_a_read_that_hangs_does_not_hold_up_a_move_for_ever():
     with gate.moving(0.05):
         assert hanging.is_alive()
     go_on.set()
-    hanging.join(SOON)
+    hanging.join(PATIENCE_S)
 
 
 # -- what `status` and `cutover` say -----------------------------------------------------------

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.services.ports import HOST
 from tests.services.proxy import Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SOON_S = 10.0
 SILENCE_S = 0.2
 
 
@@ -41,7 +41,7 @@ def proxy() -> Iterator[Proxy]:
 
 
 def connect(proxy: Proxy) -> socket.socket:
-    return socket.create_connection((HOST, proxy.port), timeout=SOON_S)
+    return socket.create_connection((HOST, proxy.port), timeout=PATIENCE_S)
 
 
 def echoed(connection: socket.socket, text: bytes) -> bytes:
@@ -63,7 +63,7 @@ def is_silent(connection: socket.socket) -> bool:
     except TimeoutError:
         return True
     finally:
-        connection.settimeout(SOON_S)
+        connection.settimeout(PATIENCE_S)
     return False
 
 
