@@ -14,7 +14,6 @@ log: whoever reads them takes them for a promise. So not after a start in the mi
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
@@ -26,6 +25,7 @@ from celery_kafka_backend.changes import GROUP, TASK, Batch, Partition
 from celery_kafka_backend.errors import Rejected, Unavailable
 from celery_kafka_backend.kafka import translate
 from celery_kafka_backend.order import system_wall_ms
+from celery_kafka_backend.pace import Pace
 from celery_kafka_backend.processors import intake, marks
 from celery_kafka_backend.processors.ahead import ahead
 from celery_kafka_backend.processors.backoff import PATIENCE_S, insist
@@ -135,9 +135,10 @@ def feed(
     if not job.spans:
         return done
     pen: _Pen = _DryPen(target) if job.dry else _SinkPen(target, patience_s)
-    pace = _Pace(job.per_s)
+    pace = Pace(job.per_s)
+    count = BATCH if job.per_s is None else max(1, min(BATCH, int(job.per_s * PACE_S)))
     # While the store works on a batch the next one is read and folded.
-    coming = ahead(_read(settings, job, pace.batch, wall_ms))
+    coming = ahead(_read(settings, job, count, wall_ms))
     # Into an empty store, until something lives there, what has expired cannot matter.
     settled = not job.fresh
     try:
@@ -150,7 +151,7 @@ def feed(
                 pen.write(Batch(late, (), {}), done)
             pen.write(batch, done)
             on_progress(done)
-            pace.keep(done.records)
+            pace.take(read.records)
         pen.write(Batch([], (), marks.moved(job.number, {at: end for at, (_, end) in job.spans.items()})), done)
     except KafkaException as exc:
         raise translate(exc, "replay") from exc
@@ -263,21 +264,6 @@ class _Part:
         self._bygone.close()
         if self._chosen is not None:
             self._chosen.close()
-
-
-class _Pace:
-    """Keeps to a rate."""
-
-    def __init__(self, per_s: float | None) -> None:
-        self._per_s = per_s
-        self._began = time.monotonic()
-        self.batch = BATCH if per_s is None else max(1, min(BATCH, int(per_s * PACE_S)))
-        """Records per batch."""
-
-    def keep(self, records: int) -> None:
-        """Wait until so many were due."""
-        if self._per_s is not None and (early_s := self._began + records / self._per_s - time.monotonic()) > 0:
-            time.sleep(early_s)
 
 
 # -- the store ---------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import chosen_views, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.output import print_json, progress, when
-from celery_kafka_backend.cli.pace import Pace
 from celery_kafka_backend.cli.run import check_topics
 from celery_kafka_backend.errors import PublishError, TooLarge, Unreadable
 from celery_kafka_backend.events import Imported
+from celery_kafka_backend.pace import Pace
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.registry import open_view
 from celery_kafka_backend.topics import view_name

@@ -16,10 +16,10 @@ from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.filters import filtered, query_of
 from celery_kafka_backend.cli.history_shown import outcome, what
 from celery_kafka_backend.cli.output import console, print_json, progress, table, when
-from celery_kafka_backend.cli.pace import Pace
 from celery_kafka_backend.cli.resending import BATCH, Lives, Resending
 from celery_kafka_backend.cli.run import check_topics
 from celery_kafka_backend.cli.sources import in_log
+from celery_kafka_backend.pace import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from celery_kafka_backend.cli.broker import Broker
     from celery_kafka_backend.cli.context import Pipeline
-    from celery_kafka_backend.cli.pace import Pace
     from celery_kafka_backend.cli.records import At
+    from celery_kafka_backend.pace import Pace
     from celery_kafka_backend.query import Query
     from celery_kafka_backend.rerunning import Candidate, Message
 

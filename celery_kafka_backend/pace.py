@@ -1,4 +1,4 @@
-"""How fast a command works, where others have to live with it."""
+"""How fast something works, where others have to live with it."""
 
 from __future__ import annotations
 
