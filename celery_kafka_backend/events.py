@@ -45,6 +45,16 @@ GROUP_KINDS: Final = frozenset({GROUP_SAVED, GROUP_DELETED})
 TOMBSTONES: Final = frozenset({FORGOTTEN, GROUP_DELETED})
 """Kinds that win by showing nothing."""
 
+_OF_STATES: Final = {
+    "STARTED": STARTED, "RETRY": RETRY, "SUCCESS": SUCCESS, "FAILURE": FAILURE, "REVOKED": REVOKED,
+}  # fmt: skip
+
+
+def kind_of(state: str) -> str:
+    """Return the kind of event that brings a task into a state of Celery's, or into one of its own."""
+    return _OF_STATES.get(state, STATE)
+
+
 # -- roles: who said it ------------------------------------------------------------------------
 
 CLIENT: Final = "client"

@@ -71,6 +71,12 @@ class Rank(IntEnum):
 
 
 _SUCCEEDED = Rank.SUCCEEDED
+_RANKS = {"SUCCESS": Rank.SUCCEEDED, "FAILURE": Rank.FAILED, "REVOKED": Rank.FAILED}
+
+
+def rank_of(state: str) -> Rank:
+    """Return what an execution claims that says that its task is in this state."""
+    return _RANKS.get(state, Rank.UNREADY)
 
 
 def run_at(wall_ms: int) -> int:

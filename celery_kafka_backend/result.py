@@ -26,13 +26,6 @@ if TYPE_CHECKING:
 UNKNOWN: Final = timeline.UNKNOWN
 
 _AROUND_MS: Final = 600_000
-_OF_STATE: Final = {
-    states.STARTED: events.STARTED,
-    states.RETRY: events.RETRY,
-    states.SUCCESS: events.SUCCESS,
-    states.FAILURE: events.FAILURE,
-    states.REVOKED: events.REVOKED,
-}
 _ENDS: Final = frozenset({events.SUCCESS, events.FAILURE, events.WORKER_LOST, events.RETRY})
 """Kinds that say how long an attempt ran."""
 
@@ -112,7 +105,8 @@ class KafkaResult:
         if shown.document is not None:
             state = str(self._backend.decode_result(shown.document)["status"])
             if state != states.PENDING:
-                return _OF_STATE.get(state, state)
+                kind = events.kind_of(state)
+                return state if kind == events.STATE else kind
         if shown.key and shown.key == order.forget_key(order.run_of_key(shown.key)):
             return events.FORGOTTEN
         return _furthest(shown.side or Side())

@@ -36,18 +36,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_KINDS: Final = {
-    states.STARTED: events.STARTED,
-    states.RETRY: events.RETRY,
-    states.SUCCESS: events.SUCCESS,
-    states.FAILURE: events.FAILURE,
-    states.REVOKED: events.REVOKED,
-}
-_RANKS: Final = {
-    states.SUCCESS: Rank.SUCCEEDED,
-    states.FAILURE: Rank.FAILED,
-    states.REVOKED: Rank.FAILED,
-}
 _JSON: Final = kombu_json.JSONEncoder(allow_nan=False)
 _LOST: Final = frozenset({"WorkerLostError"})
 SET_S: Final = 0.2
@@ -244,7 +232,7 @@ class Writes(Reads):
         return meta
 
     def _identity(self, task_id: str, state: str, request: Any) -> Identity:
-        rank = _RANKS.get(state, Rank.UNREADY)
+        rank = order.rank_of(state)
         own = field(request, "id") == task_id
         if state == states.REVOKED and not own:
             rank = Rank.GUESSED_REVOKED
@@ -268,7 +256,7 @@ class Writes(Reads):
     def _kind(result: Any, state: str) -> str:
         if state == states.FAILURE and type(result).__name__ in _LOST:
             return events.WORKER_LOST
-        return _KINDS.get(state, events.STATE)
+        return events.kind_of(state)
 
     @staticmethod
     def _outcome(result: Any, state: str) -> dict[str, Any]:

@@ -29,14 +29,6 @@ if TYPE_CHECKING:
     from celery_kafka_backend.events import Imported
     from celery_kafka_backend.sinks.contract import Stock
 
-_KINDS: Final = {
-    states.STARTED: events.STARTED,
-    states.RETRY: events.RETRY,
-    states.SUCCESS: events.SUCCESS,
-    states.FAILURE: events.FAILURE,
-    states.REVOKED: events.REVOKED,
-}
-_RANKS: Final = {states.SUCCESS: Rank.SUCCEEDED, states.FAILURE: Rank.FAILED, states.REVOKED: Rank.FAILED}
 _COMPRESSED: Final = b"\x00celery-compressed\x00"
 """Celery's own mark; the content type of the compression and a NUL follow."""
 _TEXTS: Final = {"name": "name", "worker": "worker", "queue": "queue", "group": "group_id", "parent": "parent_id"}
@@ -82,7 +74,7 @@ def _task(found: Stock, said: Said, how: Arriving) -> Event | None:
     state = said.fields.get("status")
     if not isinstance(state, str) or "result" not in said.fields:
         raise Unreadable("no status and result in it")
-    rank = _RANKS.get(state, Rank.UNREADY)
+    rank = order.rank_of(state)
     if found.key and order.rank_of_key(found.key) >= rank:
         return None
     document, said = _redacted(found, said, how)
@@ -94,7 +86,7 @@ def _task(found: Stock, said: Said, how: Arriving) -> Event | None:
         said,
         how,
         done_ms if rank else None,
-        kind=_KINDS.get(state, events.STATE),
+        kind=events.kind_of(state),
         key=order.imported_key(rank, done_ms if rank else None),
         state=state,
         date_done=done if isinstance(done, str) else None,
