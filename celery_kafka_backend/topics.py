@@ -82,7 +82,7 @@ def insight_changelog(prefix: str) -> str:
 
 
 def operators(prefix: str) -> str:
-    """Return the transactional id of operators who requeue or drop dead letters: one at a time."""
+    """Return the transactional id of operators who requeue or drop dead letters, or run tasks again: one at a time."""
     return dead_letters(prefix)
 
 

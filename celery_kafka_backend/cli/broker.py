@@ -15,6 +15,7 @@ from celery_kafka_backend.complaints import CREDENTIALS, Complaints, NoToken
 from celery_kafka_backend.kafka import DENIED, consumer_config, producer_config, transaction_config
 from celery_kafka_backend.rights import OPERATOR, Right, lacking
 from celery_kafka_backend.settings import SETTING
+from celery_kafka_backend.topics import operators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,7 @@ _PASSING: Final = {
 }
 """For a moment after a topic has been created, or a broker has gone."""
 AGAIN_AFTER_S: Final = 0.1
+SHUT_OUT: Final = "another operator's requeue, drop or rerun began, and ended this one"
 _NO_GROUP: Final = 69  # GROUP_ID_NOT_FOUND, for which confluent-kafka has no name
 _EMBEDDED: Final = "mockCluster"
 """How the in-process broker of librdkafka names its cluster."""
@@ -141,9 +143,21 @@ class Broker:
         """Return a consumer that can commit for a group (and joins it only if it subscribes)."""
         return self._made(Consumer, consumer_config(self.settings, group))
 
-    def transactional(self, name: str) -> Producer:
-        """Return a producer of transactions, for `init_transactions`."""
-        return self._made(Producer, transaction_config(self.settings, name))
+    def transactional(self) -> Producer:
+        """Return an operator's producer of transactions. Whoever had one is shut out, and what that left open is ended.
+
+        Raises:
+            Stop: Kafka does not let us, or does not answer.
+        """
+        name = operators(self.settings.topic_prefix)
+        producer = self._made(Producer, transaction_config(self.settings, name))
+        self.ask(
+            "beginning a transaction",
+            lambda: producer.init_transactions(self.timeout_s),
+            Right(OPERATOR, "transactional-id", name, "Write"),
+            Right(OPERATOR, "transactional-id", name, "Describe"),
+        )
+        return producer
 
     def close(self) -> None:
         """Let go of the consumer."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from celery_kafka_backend import topics
+from celery_kafka_backend.cli.broker import SHUT_OUT
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.records import batches, first_at
 from celery_kafka_backend.letters import (
@@ -155,15 +156,7 @@ class Dealing:
         Raises:
             Stop: Kafka does not let us, or does not answer.
         """
-        name = topics.operators(self._broker.settings.topic_prefix)
-        producer = self._broker.transactional(name)
-        self._broker.ask(
-            "beginning a transaction",
-            lambda: producer.init_transactions(self._broker.timeout_s),
-            Right(OPERATOR, "transactional-id", name, "Write"),
-            Right(OPERATOR, "transactional-id", name, "Describe"),
-        )
-        self._producer = producer
+        self._producer = self._broker.transactional()
 
     def sort(self, cases: Iterable[Case], action: str) -> list[Case]:
         """Return the cases for which an action is right; the others are `refused`."""
@@ -283,7 +276,7 @@ class Dealing:
         if error.code() in _SHUT_OUT:
             return Stop(
                 Exit.NOT_DONE,
-                f"another requeue or drop began, and ended this one after {len(self.done)}",
+                f"{SHUT_OUT} after {len(self.done)}",
                 "`pipeline dead-letters list` shows what was done; what was not can be asked for again",
             )
         writes = [Right(OPERATOR, "topic", name, "Write") for name in (self._log.events, self._log.chords)]

@@ -16,7 +16,8 @@ from confluent_kafka import KafkaException
 from kombu.exceptions import KombuError
 from kombu.utils import json as kombu_json
 
-from celery_kafka_backend import codec, events, topics
+from celery_kafka_backend import codec, events
+from celery_kafka_backend.cli.broker import SHUT_OUT
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.records import batches
 from celery_kafka_backend.cli.sources import log_of
@@ -24,7 +25,6 @@ from celery_kafka_backend.errors import CodecError
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.producer import headers as names
 from celery_kafka_backend.rerunning import candidate, message_of, next_run
-from celery_kafka_backend.rights import OPERATOR, Right
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -110,14 +110,7 @@ class Resending:
         Raises:
             Stop: Kafka does not let us, or does not answer.
         """
-        name = topics.operators(self._broker.settings.topic_prefix)
-        self._producer = self._broker.transactional(name)
-        self._broker.ask(
-            "beginning a transaction",
-            lambda: self._producer.init_transactions(self._broker.timeout_s),
-            Right(OPERATOR, "transactional-id", name, "Write"),
-            Right(OPERATOR, "transactional-id", name, "Describe"),
-        )
+        self._producer = self._broker.transactional()
 
     def settled(self, lives: Lives, query: Query) -> list[Candidate]:
         """Return what is left to do, once it is certain what another operator, who was shut out, has done."""
@@ -163,7 +156,7 @@ class Resending:
         except KafkaException as exc:
             error = exc.args[0]
             if error.fatal():
-                raise self._stopped("another operator began, and ended this one") from exc
+                raise self._stopped(SHUT_OUT) from exc
             raise self._broker.translated(error, f"{len(self.sent)} sent, then") from exc
 
     def _intent(self, one: Candidate, run: int) -> Event:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import time
+from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -15,7 +17,10 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 
 from celery_kafka_backend import codec, topics
 from celery_kafka_backend.cli import pipeline
-from celery_kafka_backend.cli.exits import Exit
+from celery_kafka_backend.cli.broker import Broker
+from celery_kafka_backend.cli.dealing import Dealing, Reading
+from celery_kafka_backend.cli.exits import Exit, Stop
+from celery_kafka_backend.cli.resending import Resending
 from celery_kafka_backend.configure import settings_of
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.kafka import consumer_config, producer_config
@@ -197,6 +202,18 @@ def test_whoever_is_killed_or_shut_out_and_begins_again_appends_none_twice(desk)
     assert {case["state"] for case in cases} == {"requeued"}
     stands = {f"{m.topic()}/{m.partition()}@{m.offset()}" for m in moved(desk)}
     assert {case["done"]["to"] for case in cases} == stands
+
+
+def test_whoever_is_shut_out_is_told_that_it_may_have_been_a_rerun(desk):
+    desk.give_up("Rejected: shut out", (desk.log, 0, 3_000_000, b"out", codec.encode(event(-2)), []))
+    with closing(Broker(desk.settings, PATIENCE_S)) as broker:
+        reading = Reading(broker)
+        reading.go_on()
+        dealing = Dealing(broker, "ann", "why not")
+        dealing.begin()
+        Resending(SimpleNamespace(app=desk.fleet.app.app), broker, "ben", "the bank was down").begin()
+        with pytest.raises(Stop, match="requeue, drop or rerun began, and ended this one after 0"):
+            list(dealing.drop([case for case in reading.cases if case.record.offset == 3_000_000]))
 
 
 def moved(desk):
