@@ -20,8 +20,9 @@ import psutil
 from celery_kafka_backend import codec, events, topics
 from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend.changes import Logged
+from celery_kafka_backend.past import batches, reader
 from celery_kafka_backend.processors.crew import feed_all
-from celery_kafka_backend.processors.extent import batches, extent, reader
+from celery_kafka_backend.processors.extent import extent
 from celery_kafka_backend.processors.hosting import calm
 from celery_kafka_backend.processors.plan import Target, begin, prepare
 from celery_kafka_backend.processors.replay import Replayed, feed

@@ -180,11 +180,9 @@ class Emitter:
         if start >= upto:
             return tally
         try:
-            for messages in batches(self._own_reader(), {(self._log, partition): (start, upto)}, quiet_s=ANSWER_S):
+            for messages, _ in batches(self._own_reader(), {(self._log, partition): (start, upto)}, silence_s=ANSWER_S):
                 for message in messages:
-                    offset = message.offset()
-                    if message.error() is None and offset is not None and offset < upto:
-                        tally.add(offset, [_logged(message)])
+                    tally.add(message.offset() or 0, [_logged(message)])
         except KafkaException as exc:
             raise self._refused(exc, "reading the log again", self._log, "Read") from exc
         finally:

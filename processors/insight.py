@@ -36,14 +36,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import faust
 import msgspec
 from aiokafka.errors import KafkaError
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import KafkaException, TopicPartition
 
 from celery_kafka_backend import partials, topics
-from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import CodecError, Crashed, PublishError, SettingsError, Unavailable
-from celery_kafka_backend.kafka import consumer_config, translate
+from celery_kafka_backend.kafka import translate
 from celery_kafka_backend.partials import MINUTE_MS
-from celery_kafka_backend.past import batches
+from celery_kafka_backend.past import batches, reader
 from celery_kafka_backend.processors import minutes
 from celery_kafka_backend.processors.faust_client import client_options
 from celery_kafka_backend.sinks.insight import MinuteRow, open_insight
@@ -273,14 +272,13 @@ def earlier(settings: Settings, partition: int, before: int) -> list[tuple[bytes
         PublishError: Kafka does not answer, or refuses.
     """
     at = (topics.task_stats(settings.topic_prefix), partition)
-    consumer = Complaints(settings).handle(Consumer, {**consumer_config(settings, None), "enable.partition.eof": True})
+    consumer = reader(settings)
     try:
         low, _ = consumer.get_watermark_offsets(TopicPartition(*at), timeout=ANSWER_S)
         return [
             (message.value(), message.timestamp()[1] / 1000)
-            for batch in batches(consumer, {at: (low, before)})
+            for batch, _ in batches(consumer, {at: (low, before)})
             for message in batch
-            if message.error() is None and (message.offset() or 0) < before
         ]
     except KafkaException as exc:
         raise translate(exc, f"reading {at[0]} again") from exc

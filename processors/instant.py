@@ -20,8 +20,9 @@ from celery_kafka_backend.changes import Partition
 from celery_kafka_backend.errors import CodecError, SettingsError
 from celery_kafka_backend.kafka import translate
 from celery_kafka_backend.order import run_start_ms, system_wall_ms
+from celery_kafka_backend.past import batches, reader
 from celery_kafka_backend.processors import marks
-from celery_kafka_backend.processors.extent import batches, extent, reader
+from celery_kafka_backend.processors.extent import extent
 from celery_kafka_backend.processors.replay import replay
 from celery_kafka_backend.processors.verify import CHORD, Comparison, Key, compare, subject_of
 from celery_kafka_backend.sinks.registry import open_view

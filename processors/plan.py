@@ -12,9 +12,10 @@ from celery_kafka_backend import topics as names
 from celery_kafka_backend.changes import Batch, Partition
 from celery_kafka_backend.errors import SettingsError, Unavailable
 from celery_kafka_backend.kafka import translate
+from celery_kafka_backend.past import batches, reader
 from celery_kafka_backend.processors import intake, marks
 from celery_kafka_backend.processors.backoff import PATIENCE_S, insist
-from celery_kafka_backend.processors.extent import Extent, batches, extent, reader
+from celery_kafka_backend.processors.extent import Extent, extent
 from celery_kafka_backend.processors.fold import fold
 from celery_kafka_backend.processors.marks import Marks
 from celery_kafka_backend.processors.selection import ALL, Survey, Wanted

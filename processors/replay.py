@@ -26,11 +26,11 @@ from celery_kafka_backend.errors import Rejected, Unavailable
 from celery_kafka_backend.kafka import translate
 from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.pace import Pace
+from celery_kafka_backend.past import BATCH, batches, reader
 from celery_kafka_backend.processors import intake, marks
 from celery_kafka_backend.processors.ahead import ahead
 from celery_kafka_backend.processors.backoff import PATIENCE_S, insist
 from celery_kafka_backend.processors.bygone import Bygone
-from celery_kafka_backend.processors.extent import BATCH, batches, reader
 from celery_kafka_backend.processors.plan import begin, prepare
 from celery_kafka_backend.processors.selection import Chosen
 from celery_kafka_backend.sinks.registry import open_sink, open_view

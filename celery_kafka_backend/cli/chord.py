@@ -19,7 +19,7 @@ from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import Pipeline, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.output import console, duration, print_json, short, table, when
-from celery_kafka_backend.cli.records import saying, scan, since, tail
+from celery_kafka_backend.cli.records import messages, spans, tail
 from celery_kafka_backend.cli.sources import CLOCKS_MS
 from celery_kafka_backend.errors import SettingsError, StoreError
 from celery_kafka_backend.producer.publisher import Record, publisher_for
@@ -128,8 +128,9 @@ def _look(pipeline: Pipeline, broker: Broker, group_id: str, only_log: bool) -> 
 
 def _from_log(pipeline: Pipeline, broker: Broker, group_id: str) -> list[ChordState]:
     topic, partition = _home(pipeline, broker, group_id)
+    at = (topic, partition)
     records = Records(group_id)
-    for message in saying(scan(broker, topic, partition), topic):
+    for message in messages(broker, {at: spans(broker, topic, None, None)[at]}, topic):
         records.take(message)
     found = records.states()
     if not found:
@@ -154,7 +155,7 @@ def _trace(broker: Broker, state: ChordState) -> None:
     """Look for the members that are missing."""
     topic = topics.task_events(broker.settings.topic_prefix)
     trace = Trace(state.group)
-    for message in saying(since(broker, topic, max(state.declared_at - CLOCKS_MS, 0)), topic):
+    for message in messages(broker, spans(broker, topic, state.declared_at - CLOCKS_MS, None), topic):
         trace.take(message)
     state.missing = trace.missing(member.task for member in state.members)
     if state.expected is not None:

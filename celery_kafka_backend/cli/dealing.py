@@ -33,13 +33,13 @@ from celery_kafka_backend.letters import (
 from celery_kafka_backend.rights import OPERATOR, Right
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from confluent_kafka import Message
 
     from celery_kafka_backend.cli.broker import Broker
-    from celery_kafka_backend.cli.records import At
     from celery_kafka_backend.letters import Case
+    from celery_kafka_backend.past import At
     from celery_kafka_backend.settings import Settings
 
 BATCH: Final = 100
@@ -85,17 +85,10 @@ class Reading:
             raise no_topic(self.topic)
         marks = {(self.topic, n): ends for n, ends in self._broker.ends(self.topic).items()}
         parts = {at: (max(self._next.get(at, low), low), high) for at, (low, high) in marks.items()}
-        for record in _within(self._broker, parts):
-            self.cases.take(record)
+        for found in batches(self._broker, parts):
+            for record in map(_raw, found):
+                self.cases.take(record)
         self._next = {at: high for at, (_, high) in marks.items()}
-
-
-def _within(broker: Broker, parts: Mapping[At, tuple[int, int]]) -> Iterator[Raw]:
-    for found in batches(broker, parts):
-        for message in found:
-            at = (message.topic() or "", message.partition() or 0)
-            if message.error() is None and (message.offset() or 0) < parts[at][1]:
-                yield _raw(message)
 
 
 def _raw(message: Message) -> Raw:
@@ -111,10 +104,11 @@ def letters_of(broker: Broker, cases: Sequence[Case]) -> Iterator[tuple[Case, Ra
     for place in wanted:
         start, end = parts.get((place.topic, place.partition), (place.offset, place.offset + 1))
         parts[place.topic, place.partition] = min(start, place.offset), max(end, place.offset + 1)
-    for letter in _within(broker, parts):
-        case = wanted.get(letter.place)
-        if case is not None:
-            yield case, letter
+    for found in batches(broker, parts):
+        for letter in map(_raw, found):
+            case = wanted.get(letter.place)
+            if case is not None:
+                yield case, letter
 
 
 def original(broker: Broker, case: Case, letter: Raw) -> Raw | None:

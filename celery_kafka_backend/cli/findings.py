@@ -15,16 +15,13 @@ from celery_kafka_backend.cli.context import Pipeline, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.moment import Moment, Span
 from celery_kafka_backend.cli.output import console, short, table, when
-from celery_kafka_backend.cli.records import batches, saying_batches, spans
+from celery_kafka_backend.cli.records import messages, spans
 from celery_kafka_backend.cli.sources import CLOCKS_MS, log_of
 from celery_kafka_backend.errors import CodecError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from confluent_kafka import Message
-
-    from celery_kafka_backend.cli.records import At
     from celery_kafka_backend.findings import Finding
 
 DAY_MS: Final = 86_400_000
@@ -125,8 +122,9 @@ def _all(pipeline: Pipeline, broker: Broker, bounds: Bounds) -> Iterator[Finding
     tasks = findings.Tasks(ignored_are_recorded=pipeline.settings.record_ignored)
     clocks = findings.Clocks()
     topic = log_of(broker)
-    for at, span in sorted(_spans(broker, topic, bounds).items()):
-        for message in _messages(broker, at, span):
+    parts = spans(broker, topic, bounds.since - CLOCKS_MS, bounds.now + CLOCKS_MS)
+    for at, span in sorted(parts.items()):
+        for message in messages(broker, {at: span}, f"{topic}/{at[1]}"):
             try:
                 event = codec.decode(message.value())
             except CodecError:
@@ -145,7 +143,7 @@ def _chords(broker: Broker, bounds: Bounds, bound_ms: int) -> Iterator[Finding]:
     chords = findings.Chords()
     # From its start: a chord that is stuck may have been declared long ago, and the topic is compacted.
     for at, span in sorted(spans(broker, topic, None, None).items()):
-        for message in _messages(broker, at, span):
+        for message in messages(broker, {at: span}, f"{topic}/{at[1]}"):
             try:
                 record = chord_records.decode(message.key(), message.value())
             except CodecError:
@@ -153,15 +151,6 @@ def _chords(broker: Broker, bounds: Bounds, bound_ms: int) -> Iterator[Finding]:
             if message.timestamp()[1] < bounds.now:
                 chords.take(record, message.timestamp()[1])
     yield from chords.findings(bounds.now, bound_ms)
-
-
-def _spans(broker: Broker, topic: str, bounds: Bounds) -> dict[At, tuple[int, int]]:
-    return spans(broker, topic, bounds.since - CLOCKS_MS, bounds.now + CLOCKS_MS)
-
-
-def _messages(broker: Broker, at: At, span: tuple[int, int]) -> Iterator[Message]:
-    for batch in saying_batches(batches(broker, {at: span}), f"{at[0]}/{at[1]}"):
-        yield from (message for message in batch if message.error() is None)
 
 
 def show(found: list[Finding], counts: dict[str, int]) -> None:

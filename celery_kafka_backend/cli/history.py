@@ -16,7 +16,7 @@ from celery_kafka_backend.cli.context import Pipeline, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.moment import Moment, Span
 from celery_kafka_backend.cli.output import duration, when
-from celery_kafka_backend.cli.records import batches, following, saying_batches, spans
+from celery_kafka_backend.cli.records import following, messages, spans
 from celery_kafka_backend.cli.sources import CLOCKS_MS, audited, keeps_history, log_name, log_of
 from celery_kafka_backend.errors import CodecError, SettingsError, StoreError
 from celery_kafka_backend.query import Query
@@ -26,8 +26,8 @@ from celery_kafka_backend.sinks.registry import open_view
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from celery_kafka_backend.cli.records import At
     from celery_kafka_backend.events import Event
+    from celery_kafka_backend.past import At
 
 AROUND_S: Final = 600.0
 WINDOW_S: Final = 3600.0
@@ -210,15 +210,14 @@ def from_log(
 
 def _of_key(broker: Broker, parts: Mapping[At, tuple[int, int]], task_id: str) -> list[tuple[Event, bytes]]:
     key, found = task_id.encode(), []
-    for batch in saying_batches(batches(broker, parts), next(iter(parts), ("the log", 0))[0]):
-        for message in batch:
-            if message.key() != key:  # nothing else is asked of a message that is not ours: this is the whole cost
-                continue
-            try:
-                found.append((codec.decode(message.value()), message.value() or b""))
-            except CodecError as exc:
-                where = f"{message.topic()}/{message.partition()}@{message.offset()}"
-                click.secho(f"note: {where}: {exc}", fg="yellow", err=True)
+    for message in messages(broker, parts, next(iter(parts), ("the log", 0))[0]):
+        if message.key() != key:  # nothing else is asked of a message that is not ours: this is the whole cost
+            continue
+        try:
+            found.append((codec.decode(message.value()), message.value() or b""))
+        except CodecError as exc:
+            where = f"{message.topic()}/{message.partition()}@{message.offset()}"
+            click.secho(f"note: {where}: {exc}", fg="yellow", err=True)
     return found
 
 

@@ -12,7 +12,7 @@ from celery_kafka_backend import codec, events, timeline, topics
 from celery_kafka_backend.cli import chord_state
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.output import console, duration, short, table, when
-from celery_kafka_backend.cli.records import scan
+from celery_kafka_backend.cli.records import messages, spans
 from celery_kafka_backend.errors import CodecError
 
 if TYPE_CHECKING:
@@ -217,10 +217,11 @@ def chord_line(pipeline: Pipeline, group_id: str, as_of: int | None, timeout_s: 
     broker = Broker(pipeline.settings, timeout_s)
     topic = topics.chords(pipeline.settings.topic_prefix)
     try:
-        if not (count := broker.partitions(topic)):
+        if not (parts := spans(broker, topic, None, None)):
             return ""
+        at = (topic, topics.chord_partition(group_id, len(parts)))
         records = chord_state.Records(group_id)
-        for message in scan(broker, topic, topics.chord_partition(group_id, count)):
+        for message in messages(broker, {at: parts[at]}, topic):
             records.take(message)
     finally:
         broker.close()

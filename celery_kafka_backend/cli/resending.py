@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from celery_kafka_backend.cli.broker import Broker
     from celery_kafka_backend.cli.context import Pipeline
-    from celery_kafka_backend.cli.records import At
     from celery_kafka_backend.pace import Pace
+    from celery_kafka_backend.past import At
     from celery_kafka_backend.query import Query
     from celery_kafka_backend.rerunning import Candidate, Message
 
@@ -68,7 +68,7 @@ class Lives:
         for found in batches(self._broker, parts):
             for message in found:
                 value = message.value()
-                if message.error() is None and value is not None and message.key() in self._keys:
+                if value is not None and message.key() in self._keys:
                     self._take(value)
         self._next = {at: high for at, (_, high) in marks.items()}
 

@@ -11,7 +11,7 @@ from celery_kafka_backend import topics
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.context import chosen_views
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
-from celery_kafka_backend.cli.records import batches, saying_batches, spans
+from celery_kafka_backend.cli.records import messages, spans
 from celery_kafka_backend.errors import SettingsError, StoreError
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.contract import matching
@@ -108,9 +108,8 @@ def in_log(broker: Broker, query: Query) -> Iterator[Logged]:
     until = None if query.until is None else query.until + LATE_MS
     values = (
         value
-        for batch in saying_batches(batches(broker, spans(broker, topic, since, until)), topic)
-        for message in batch
-        if message.error() is None and (value := message.value()) is not None
+        for message in messages(broker, spans(broker, topic, since, until), topic)
+        if (value := message.value()) is not None
     )
     return matching(values, query, by_time=False)
 

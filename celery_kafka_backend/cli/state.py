@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from celery_kafka_backend.cli.broker import Broker, Member
     from celery_kafka_backend.cli.context import Pipeline
-    from celery_kafka_backend.cli.records import At
+    from celery_kafka_backend.past import At
     from celery_kafka_backend.pointer import Pointer
     from celery_kafka_backend.sinks.contract import View
 

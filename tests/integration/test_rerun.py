@@ -57,12 +57,7 @@ class Desk:
         topic = topics.task_events(self.settings.topic_prefix)
         try:
             parts = {(topic, n): marks for n, marks in broker.ends(topic).items()}
-            return [
-                codec.decode(message.value())
-                for found in batches(broker, parts)
-                for message in found
-                if message.error() is None
-            ]
+            return [codec.decode(message.value()) for found in batches(broker, parts) for message in found]
         finally:
             broker.close()
 
