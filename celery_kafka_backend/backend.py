@@ -6,8 +6,9 @@ the barrier where Celery's own code in a worker reads. Waiting: `waiting`.
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from celery import current_app, states
 from celery import signals as celery_signals
@@ -15,11 +16,11 @@ from celery.app import trace
 from celery.exceptions import ImproperlyConfigured
 from celery.utils.log import get_logger
 
-from celery_kafka_backend import configure, events, older
+from celery_kafka_backend import configure, events, older, threads
 from celery_kafka_backend.barrier import barrier_for
 from celery_kafka_backend.chords import Chords
 from celery_kafka_backend.claims import Claims
-from celery_kafka_backend.errors import NotAcknowledged, SettingsError, Unavailable, Unsure
+from celery_kafka_backend.errors import NotAcknowledged, SettingsError, StoreError, Unavailable, Unsure
 from celery_kafka_backend.producer import signals
 from celery_kafka_backend.producer.recorder import (
     field,
@@ -36,11 +37,13 @@ if TYPE_CHECKING:
 
     from celery import Celery
 
-    from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.producer.recorder import Recorder
     from celery_kafka_backend.settings import Settings
 
 logger = get_logger(__name__)
+
+IDLE_AFTER_S: Final = 15.0
+"""A view that has not moved past an acknowledged event for so long has no processor."""
 
 
 class KafkaBackend(older.AsyncBackendMixin, Chords):  # type: ignore[misc]
@@ -73,7 +76,6 @@ class KafkaBackend(older.AsyncBackendMixin, Chords):  # type: ignore[misc]
         self.barrier = barrier_for(self.settings)
         self._here = Here()
         self._extended = bool(self.app.conf.find_value_for_key("extended", "result"))
-        self.recorder.positions = self._positions
         self.recorder.result_retries = self._retries
         if _in_worker():
             _open(self.recorder)
@@ -81,9 +83,6 @@ class KafkaBackend(older.AsyncBackendMixin, Chords):  # type: ignore[misc]
         keep_secrets()
         signals.catch_up()
         celery_signals.worker_ready.connect(_worker_ready, weak=False, dispatch_uid="celery-kafka-backend.check-tasks")
-
-    def _positions(self) -> dict[Partition, int]:
-        return self.reader.positions()
 
     def as_uri(self, include_password: bool = False) -> str:
         """Return the URL, passwords masked unless asked for."""
@@ -233,6 +232,29 @@ def _worker_ready(sender: Any = None, **_: Any) -> None:
             configure.check_spool(backend.settings)
         except ImproperlyConfigured as exc:
             raise _end_of_worker(exc) from None
+        threads.start(_watch, "celery-kafka-watch", backend)
+
+
+def _watch(backend: KafkaBackend) -> None:
+    """Say once if nobody folds what this worker appends."""
+    recorder = backend.recorder
+    while (sample := recorder.publisher.latest) is None:
+        time.sleep(1)
+    reader = backend.reader
+    try:
+        deadline = time.monotonic() + IDLE_AFTER_S
+        while time.monotonic() < deadline:
+            time.sleep(1)
+            if reader.positions().get(sample.partition, -1) > sample.offset:
+                return
+    except StoreError as exc:
+        logger.warning("cannot tell whether a processor folds results into %s: %s", mask(reader.view.url), exc)
+        return
+    logger.warning(
+        "no processor folds results into %s: they are safe in Kafka at %s, but no client will see one until "
+        "`celery -A %s pipeline run` runs",
+        mask(reader.view.url), recorder.settings.bootstrap_servers, recorder.app_name or "proj",
+    )  # fmt: skip
 
 
 def _measure(recorder: Recorder) -> None:

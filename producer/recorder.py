@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from celery import Celery
 
-    from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.order import Clock
     from celery_kafka_backend.producer.publisher import Publisher
     from celery_kafka_backend.settings import Settings
@@ -105,8 +104,6 @@ class Recorder:
         """Node name of the worker that this process belongs to, "" outside workers."""
         self.worker_pid = 0
         """Pid of the worker's main process, 0 outside workers."""
-        self.positions: Callable[[], Mapping[Partition, int]] = dict
-        """Asks the primary view how far it is; the backend puts it here."""
         self.result_retries = ONCE
         """``result_backend_always_retry`` and its bounds; the backend puts them here."""
         self.retries = _Retry()

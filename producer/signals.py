@@ -17,8 +17,8 @@ from celery import signals
 from celery import states as states_of
 from celery.app import trace
 
-from celery_kafka_backend import events, older, order, ownership, threads
-from celery_kafka_backend.errors import PipelineError, PublishError, SettingsError, StoreError
+from celery_kafka_backend import events, older, order, ownership
+from celery_kafka_backend.errors import PipelineError, PublishError, SettingsError
 from celery_kafka_backend.producer import greenlets
 from celery_kafka_backend.producer import headers as names
 from celery_kafka_backend.producer.recorder import (
@@ -33,7 +33,6 @@ from celery_kafka_backend.producer.recorder import (
     recorders,
 )
 from celery_kafka_backend.producer.stubs import is_declared, stub, without_bodies
-from celery_kafka_backend.settings import mask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,9 +48,6 @@ CHILD_FLUSH_S: Final = 5.0
 
 OWNER_S: Final = 5.0
 """How long a worker that starts waits to hear whose log it is."""
-
-IDLE_AFTER_S: Final = 15.0
-"""A view that has not moved past an acknowledged event for so long has no processor."""
 
 
 def _harmless(handler: _Handler) -> _Handler:
@@ -329,7 +325,7 @@ def refuse_unpatched_pool(sender: Any = None, **_: Any) -> None:
 
 @_harmless
 def worker_ready(sender: Any = None, **_: Any) -> None:
-    """This is a worker's parent: make its handle ready, and watch once whether anybody folds what it appends."""
+    """This is a worker's parent: make its handle ready."""
     for recorder in recorders():
         recorder.in_worker(os.getpid(), str(getattr(sender, "hostname", "")))
         recorder.publisher.warm_up()
@@ -337,27 +333,6 @@ def worker_ready(sender: Any = None, **_: Any) -> None:
             from celery_kafka_backend.producer.drain import Drainer  # noqa: PLC0415 - sqlite3, for who needs it
 
             Drainer(recorder.courier.detour, recorder.publisher).start()
-        threads.start(_watch, "celery-kafka-watch", recorder)
-
-
-def _watch(recorder: Recorder) -> None:
-    url = mask(recorder.settings.views[0])
-    try:
-        while (sample := recorder.publisher.latest) is None:
-            time.sleep(1)
-        deadline = time.monotonic() + IDLE_AFTER_S
-        while time.monotonic() < deadline:
-            time.sleep(1)
-            if recorder.positions().get(sample.partition, -1) > sample.offset:
-                return
-    except StoreError as exc:
-        logger.warning("cannot tell whether a processor folds results into %s: %s", url, exc)
-        return
-    logger.warning(
-        "no processor folds results into %s: they are safe in Kafka at %s, but no client will see one until "
-        "`celery -A %s pipeline run` runs",
-        url, recorder.settings.bootstrap_servers, recorder.app_name or "proj",
-    )  # fmt: skip
 
 
 @_harmless

@@ -5,14 +5,16 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from celery_kafka_backend import primary, settings, topics
+from celery_kafka_backend import backend, primary, settings, topics
 from celery_kafka_backend.changes import Batch, Partition
 from celery_kafka_backend.cli import cutover
 from celery_kafka_backend.pointer import Pointer, is_pointer, pointers, position
 from celery_kafka_backend.primary import Gate, Primary, reader_of
+from celery_kafka_backend.producer.publisher import Stored
 from celery_kafka_backend.reader import Ear, Reader
 from celery_kafka_backend.sinks.contract import StoreOptions
 from celery_kafka_backend.sinks.registry import open_sink
@@ -236,3 +238,14 @@ def test_the_latest_pointer_counts_and_older_copies_are_named():
 def test_before_the_first_cut_over_readers_read_the_first_view():
     (a, b, c), found = standing([(1, 5)], [(1, 5)], [])
     assert (found.view, found.before, found.outdated) == (b, a, [c])
+
+
+def test_the_warning_that_nobody_folds_names_the_view_that_is_read(urls, monkeypatch, caplog):
+    _, reader = following(urls)
+    point(urls[1], holders=urls)
+    assert read_by(reader) == urls[1]
+    monkeypatch.setattr(backend, "IDLE_AFTER_S", 0.0)
+    publisher = SimpleNamespace(latest=Stored(LOG, 7))
+    recorder = SimpleNamespace(publisher=publisher, settings=configured(urls), app_name="shop")
+    backend._watch(SimpleNamespace(recorder=recorder, reader=reader))
+    assert f"no processor folds results into {urls[1]}" in caplog.text
