@@ -89,3 +89,16 @@ def chosen_views(settings: Settings, chosen: tuple[str, ...], option: str = "--v
     for url in found:
         registry.store(url)  # unknown schemes and missing drivers now, not in a child process
     return found
+
+
+def chosen_view(settings: Settings, chosen: str, option: str = "--view") -> str:
+    """Return the URL of the one view that an option names, as `chosen_views` has it.
+
+    Raises:
+        Stop: It names none, or several.
+    """
+    found = chosen_views(settings, (chosen,), option)
+    if len(found) > 1:
+        problem = f"{option} {mask(chosen)}: that is {len(found)} views"
+        raise Stop(Exit.CONFIGURATION, problem, "give the URL or the name of one")
+    return found[0]

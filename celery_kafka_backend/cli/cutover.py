@@ -12,7 +12,7 @@ from celery_kafka_backend import topics
 from celery_kafka_backend.changes import Batch, Partition
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
-from celery_kafka_backend.cli.context import chosen_views, pipeline_of
+from celery_kafka_backend.cli.context import chosen_view, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.output import duration, when
 from celery_kafka_backend.errors import SettingsError, StoreError
@@ -145,10 +145,7 @@ def held(pipeline: Pipeline, url: str) -> list[Pointer] | None:
 
 
 def _target(pipeline: Pipeline, to: str) -> str:
-    names = {topics.view_name(url) for url in chosen_views(pipeline.settings, (to,), "--to")}
-    if len(names) > 1:
-        raise Stop(Exit.CONFIGURATION, f"--to {mask(to)}: that is {len(names)} views", "give the URL or name of one")
-    (name,) = names
+    name = topics.view_name(chosen_view(pipeline.settings, to, "--to"))
     if name not in map(topics.view_name, pipeline.settings.views):
         raise Stop(
             Exit.CONFIGURATION,

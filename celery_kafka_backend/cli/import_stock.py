@@ -16,7 +16,7 @@ from celery_kafka_backend.cli.arrivals import Arriving, event_of
 from celery_kafka_backend.cli.bookmark import Bookmark, Shelf
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
-from celery_kafka_backend.cli.context import chosen_views, pipeline_of
+from celery_kafka_backend.cli.context import chosen_view, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.output import print_json, progress, when
 from celery_kafka_backend.cli.run import check_topics
@@ -113,10 +113,7 @@ def command(
       celery -A proj pipeline import --from mongodb://host/celery --json
     """
     pipeline = pipeline_of(ctx)
-    urls = chosen_views(pipeline.settings, (source,), "--from")
-    if len(urls) > 1:
-        raise Stop(Exit.CONFIGURATION, f"--from {source}: that is {len(urls)} views", "give the URL or the name of one")
-    url = urls[0]
+    url = chosen_view(pipeline.settings, source, "--from")
     with closing(Broker(pipeline.settings, timeout)) as broker:
         check_topics(broker, pipeline)
         shelf = Shelf(broker, view_name(url))

@@ -14,7 +14,7 @@ import msgspec
 
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
-from celery_kafka_backend.cli.context import chosen_views, pipeline_of
+from celery_kafka_backend.cli.context import chosen_view, pipeline_of
 from celery_kafka_backend.cli.edge import Edge
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.output import duration, progress, when
@@ -111,16 +111,14 @@ def command(
       celery -A proj pipeline replay --to redis --from celery.task-events:0:120000,celery.task-events:1:98000 --dry-run
     """
     pipeline = pipeline_of(ctx)
-    urls = chosen_views(pipeline.settings, (to,), "--to")
-    if len(urls) > 1:
-        raise Stop(Exit.CONFIGURATION, f"--to {to}: that is {len(urls)} views", "give the URL or the name of one")
+    url = chosen_view(pipeline.settings, to, "--to")
     if go_on and (from_ is not None or until is not None):
         raise Stop(
             Exit.CONFIGURATION, "--continue goes on in the range of the replay that was not finished",
             "leave out --from and --until, or --continue",
         )  # fmt: skip
     wanted = Wanted(task_name, tuple(state.upper() for state in states))
-    asked = Asked(urls[0], from_, until, wanted, go_on, dry, rate, processes, quiet, timeout)
+    asked = Asked(url, from_, until, wanted, go_on, dry, rate, processes, quiet, timeout)
     return run(pipeline, asked)
 
 

@@ -16,7 +16,7 @@ from kombu.utils.encoding import bytes_to_str, ensure_bytes
 from celery_kafka_backend import topics
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
-from celery_kafka_backend.cli.context import chosen_views, pipeline_of
+from celery_kafka_backend.cli.context import chosen_view, pipeline_of
 from celery_kafka_backend.cli.cutover import catch_up
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.output import console, print_json, short
@@ -264,9 +264,9 @@ def command(
     if not pipeline.app.conf.get(SHADOW) or str(pipeline.app.conf.result_backend).startswith("kafka:"):
         remedy = f"set {SHADOW} = 'kafka://…?view=…' beside it (docs/shadow.md)"
         raise Stop(Exit.CONFIGURATION, "this app has no shadow: its result_backend is all it writes", remedy)
-    urls = chosen_views(pipeline.settings, (chosen,)) if chosen else list(pipeline.settings.views)
+    url = chosen_view(pipeline.settings, chosen) if chosen else pipeline.settings.views[0]
     backend = pipeline.app.backend
-    broker, view = Broker(pipeline.settings, timeout), open_view(urls[0], pipeline.options(urls[0]))
+    broker, view = Broker(pipeline.settings, timeout), open_view(url, pipeline.options(url))
     try:
         began, settled = _began(broker), partial(_settle, pipeline, broker, view, lag)
         settled()
@@ -280,7 +280,7 @@ def command(
     if as_json:
         print_json(msgspec.to_builtins(found, enc_hook=str))
     else:
-        show(found, backend.as_uri(), mask(urls[0]))
+        show(found, backend.as_uri(), mask(url))
     return Exit.DIFFERENT if found.different else Exit.OK
 
 

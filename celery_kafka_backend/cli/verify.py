@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from celery_kafka_backend.cli.command import Command
-from celery_kafka_backend.cli.context import chosen_views, pipeline_of
+from celery_kafka_backend.cli.context import chosen_view, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.output import console, print_json, short, table, when
 from celery_kafka_backend.processors.instant import LogSide, ViewSide, verify
@@ -53,8 +53,8 @@ def command(ctx: click.Context, first: str, second: str, within: float, limit: i
       celery -A proj pipeline verify --view redis --against log
     """
     pipeline = pipeline_of(ctx)
-    one = _one(pipeline, first, "--view")
-    other = LOG if second == LOG else _one(pipeline, second, "--against")
+    one = chosen_view(pipeline.settings, first)
+    other = LOG if second == LOG else chosen_view(pipeline.settings, second, "--against")
     if one == other:
         raise Stop(Exit.CONFIGURATION, f"{mask(one)} is both views", "give two different ones")
     with ExitStack() as stack:
@@ -83,13 +83,6 @@ def command(ctx: click.Context, first: str, second: str, within: float, limit: i
     else:
         show(verdict, [mask(one), mask(other)])
     return Exit.OK if verdict.found.equal else Exit.DIFFERENT
-
-
-def _one(pipeline: Pipeline, name: str, option: str) -> str:
-    found = chosen_views(pipeline.settings, (name,), option)
-    if len(found) > 1:
-        raise Stop(Exit.CONFIGURATION, f"{option} {name}: that is {len(found)} views", "give the URL or name of one")
-    return found[0]
 
 
 def _keeps_history(pipeline: Pipeline, url: str) -> bool:
