@@ -14,7 +14,7 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 from celery_kafka_backend import topics
 from celery_kafka_backend.cli.broker import SHUT_OUT
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
-from celery_kafka_backend.cli.records import batches, first_at
+from celery_kafka_backend.cli.records import batches, firsts
 from celery_kafka_backend.letters import (
     DROP,
     HEADER_ACTION,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from celery_kafka_backend.cli.broker import Broker
     from celery_kafka_backend.letters import Case
-    from celery_kafka_backend.past import At
+    from celery_kafka_backend.past import At, Span
     from celery_kafka_backend.settings import Settings
 
 BATCH: Final = 100
@@ -100,7 +100,7 @@ def _raw(message: Message) -> Raw:
 def letters_of(broker: Broker, cases: Sequence[Case]) -> Iterator[tuple[Case, Raw]]:
     """Yield the first letter of each case."""
     wanted = {case.letters[0].place: case for case in cases}
-    parts: dict[At, tuple[int, int]] = {}
+    parts: dict[At, Span] = {}
     for place in wanted:
         start, end = parts.get((place.topic, place.partition), (place.offset, place.offset + 1))
         parts[place.topic, place.partition] = min(start, place.offset), max(end, place.offset + 1)
@@ -119,7 +119,7 @@ def original(broker: Broker, case: Case, letter: Raw) -> Raw | None:
     low, high = broker.ends(at[0]).get(at[1], (0, 0))
     if not low <= case.record.offset < high:
         return None
-    found = first_at(broker, {at: case.record.offset}, {at: high}).get(at)
+    found = firsts(broker, {at: (case.record.offset, high)}).get(at)
     if found is None or found.offset() != case.record.offset:
         return None
     return _raw(found)

@@ -110,14 +110,14 @@ def last_records(broker: Broker, topic: str, count: int) -> list[Message]:
     return [message for batch in batches(broker, parts) for message in batch]
 
 
-def first_at(broker: Broker, offsets: Mapping[At, int], ends: Mapping[At, int]) -> dict[At, Message]:
-    """Return the first record at or after an offset of each partition; what is not there, or late, is absent."""
+def firsts(broker: Broker, parts: Mapping[At, Span]) -> dict[At, Message]:
+    """Return the first record of each span, or after it; what is not there, or late, is absent."""
     found: dict[At, Message] = {}
-    left = {at for at, offset in offsets.items() if offset < ends[at]}
+    left = {at for at, (start, end) in parts.items() if start < end}
     if not left:
         return {}
     consumer = broker.reader()
-    consumer.assign([TopicPartition(*at, offsets[at]) for at in left])
+    consumer.assign([TopicPartition(*at, parts[at][0]) for at in left])
     deadline = time.monotonic() + broker.timeout_s
     try:
         while left and time.monotonic() < deadline:

@@ -18,7 +18,7 @@ from celery_kafka_backend.cli.context import chosen_view, pipeline_of
 from celery_kafka_backend.cli.edge import Edge
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.output import duration, progress, when
-from celery_kafka_backend.cli.records import first_at
+from celery_kafka_backend.cli.records import firsts
 from celery_kafka_backend.cli.run import check_picklable, check_topics
 from celery_kafka_backend.errors import PipelineError
 from celery_kafka_backend.processors.crew import feed_all
@@ -152,7 +152,7 @@ def _check_range(broker: Broker, asked: Asked, found: Extent) -> None:
         if not isinstance(edge, int) and edge:
             _check_offsets(option, edge, found)
     if not found.spans and (asked.from_ or asked.until):
-        oldest = first_at(broker, {at: low for at, (low, _) in found.kept.items()}, {at: high for at, (_, high) in found.kept.items()})  # fmt: skip
+        oldest = firsts(broker, dict(found.kept.items()))
         begins = min((message.timestamp()[1] for message in oldest.values()), default=0)
         reach = f"its oldest record is of {when(begins)}" if begins else "it is empty"
         raise Stop(Exit.NOT_FOUND, "the log has nothing in that range", f"{reach}; correct --from or --until")

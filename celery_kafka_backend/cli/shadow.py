@@ -20,7 +20,7 @@ from celery_kafka_backend.cli.context import chosen_view, pipeline_of
 from celery_kafka_backend.cli.cutover import catch_up
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.output import console, print_json, short
-from celery_kafka_backend.cli.records import first_at
+from celery_kafka_backend.cli.records import firsts, spans
 from celery_kafka_backend.configure import SHADOW
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.registry import open_view
@@ -296,10 +296,10 @@ def _ours(backend: Any, view: View, ids: list[str]) -> dict[str, Meta]:
 def _began(broker: Broker) -> datetime:
     """Return when the oldest event was written that the log still has."""
     log = topics.task_events(broker.settings.topic_prefix)
-    marks = {(log, n): ends for n, ends in broker.ends(log).items()}
-    if not marks:
+    parts = spans(broker, log, None, None)
+    if not parts:
         raise no_topic(log)
-    first = first_at(broker, {at: low for at, (low, _) in marks.items()}, {at: high for at, (_, high) in marks.items()})
+    first = firsts(broker, parts)
     oldest = min((one.timestamp()[1] for one in first.values()), default=time.time_ns() // 1_000_000)
     return datetime.fromtimestamp(oldest / 1000, timezone.utc)
 

@@ -10,7 +10,7 @@ import msgspec
 from celery_kafka_backend import topics
 from celery_kafka_backend.cli.cutover import Standing, standing
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
-from celery_kafka_backend.cli.records import first_at
+from celery_kafka_backend.cli.records import firsts
 from celery_kafka_backend.cli.sources import keeps_history
 from celery_kafka_backend.errors import SettingsError, StoreError
 from celery_kafka_backend.pointer import pointers
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from celery_kafka_backend.cli.broker import Broker, Member
     from celery_kafka_backend.cli.context import Pipeline
-    from celery_kafka_backend.past import At
+    from celery_kafka_backend.past import At, Span
     from celery_kafka_backend.pointer import Pointer
     from celery_kafka_backend.sinks.contract import View
 
@@ -149,17 +149,16 @@ def gather(pipeline: Pipeline, broker: Broker, urls: Sequence[str], *, chords: b
     """
     prefix = pipeline.settings.topic_prefix
     log, chord_topic, dead = topics.task_events(prefix), topics.chords(prefix), topics.dead_letters(prefix)
-    marks: dict[At, tuple[int, int]] = {}
+    marks: dict[At, Span] = {}
     for topic in (log, chord_topic, dead):
         if not broker.partitions(topic):
             raise no_topic(topic, pipeline.command)
         marks |= {(topic, n): ends for n, ends in broker.ends(topic).items()}
     in_log = {at: ends for at, ends in marks.items() if at[0] == log}
-    oldest = first_at(broker, {at: low for at, (low, _) in in_log.items()}, _ends(in_log))
-    latest = first_at(broker, {at: max(low, high - 1) for at, (low, high) in in_log.items()}, _ends(in_log))
+    oldest = firsts(broker, in_log)
+    latest = firsts(broker, {at: (max(low, high - 1), high) for at, (low, high) in in_log.items()})
     chord_marks = {at: ends for at, ends in marks.items() if at[0] == chord_topic}
-    held: dict[str, list[Pointer] | None] = {}
-    views = [_view(pipeline, broker, url, in_log | chord_marks, held) for url in urls]
+    views = [_view(pipeline, broker, url, in_log | chord_marks) for url in urls]
     return State(
         servers=mask(pipeline.settings.bootstrap_servers),
         embedded=broker.embedded,
@@ -170,9 +169,9 @@ def gather(pipeline: Pipeline, broker: Broker, urls: Sequence[str], *, chords: b
         latest=max((one.timestamp()[1] for one in latest.values()), default=None),
         events=sum(high - low for low, high in in_log.values()),
         dead_letters=sum(high - low for at, (low, high) in marks.items() if at[0] == dead),
-        views=views,
+        views=[reading for reading, _ in views],
         chords=_reading(broker, "chords", "", chord_marks, None) if chords else None,
-        readers=standing(pipeline.settings, held),
+        readers=standing(pipeline.settings, {reading.name: held for reading, held in views}),
     )
 
 
@@ -184,20 +183,11 @@ def _kept_ms(broker: Broker, topic: str) -> int | None:
     return told if told >= 0 else None
 
 
-def _ends(marks: Mapping[At, tuple[int, int]]) -> dict[At, int]:
-    return {at: high for at, (_, high) in marks.items()}
-
-
 def _view(
-    pipeline: Pipeline,
-    broker: Broker,
-    url: str,
-    marks: Mapping[At, tuple[int, int]],
-    held: dict[str, list[Pointer] | None],
-) -> Reading:
-    """Ask a view, and note the cut-over pointers that it holds."""
-    held[view_name(url)] = None
-    error, positions, keeps, since = "", None, False, None
+    pipeline: Pipeline, broker: Broker, url: str, marks: Mapping[At, Span]
+) -> tuple[Reading, list[Pointer] | None]:
+    """Ask a view; return also the cut-over pointers that it holds, None if it cannot be read."""
+    error, positions, held, keeps, since = "", None, None, False, None
     options = pipeline.options(url)
     view = open_view(url, options)
     try:
@@ -205,7 +195,7 @@ def _view(
         # The view's own word for how far it is: the commit comes a moment later.
         there = view.positions()
         positions = {(at.topic, at.partition): offset for at, offset in there.items()}
-        held[view_name(url)] = pointers(pipeline.settings.topic_prefix, there)
+        held = pointers(pipeline.settings.topic_prefix, there)
         since = _oldest(view) if keeps else None
     except (StoreError, SettingsError) as exc:
         error = str(exc)
@@ -223,7 +213,7 @@ def _view(
             found.warnings = [f"cannot ask the store for its warnings: {exc}"]
         finally:
             sink.close()
-    return found
+    return found, held
 
 
 def _oldest(view: View) -> int | None:
@@ -232,15 +222,15 @@ def _oldest(view: View) -> int | None:
 
 
 def _reading(
-    broker: Broker, name: str, url: str, marks: Mapping[At, tuple[int, int]], positions: Mapping[At, int] | None
+    broker: Broker, name: str, url: str, marks: Mapping[At, Span], positions: Mapping[At, int] | None
 ) -> Reading:
     group = topics.group_id(broker.settings.topic_prefix, name)
     if positions is None:
         positions = broker.committed(group, sorted({topic for topic, _ in marks}))
     members = broker.members(group)
     starts = {at: max(positions.get(at, low), low) for at, (low, _) in marks.items()}
-    behind = {at: start for at, start in starts.items() if start < marks[at][1]}
-    first = first_at(broker, behind, _ends(marks))
+    behind = {at: (start, marks[at][1]) for at, start in starts.items() if start < marks[at][1]}
+    first = firsts(broker, behind)
     now = time.time_ns() // 1_000_000
     lags = []
     for at, (low, high) in sorted(marks.items()):
