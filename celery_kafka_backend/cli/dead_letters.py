@@ -17,7 +17,7 @@ from celery_kafka_backend.cli.context import pipeline_of
 from celery_kafka_backend.cli.dealing import Dealing, Reading, letters_of, log_of, original
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.moment import Moment
-from celery_kafka_backend.cli.output import console, print_json, progress, short, table, when
+from celery_kafka_backend.cli.output import console, print_json, short, table, watched, when
 from celery_kafka_backend.letters import DROP, OPEN, REQUEUE, STATES, Selection, refusal, theirs
 
 if TYPE_CHECKING:
@@ -247,14 +247,7 @@ def _deal(
 
 def _work(dealing: Dealing, able: Sequence[Case], action: str, *, quiet: bool) -> None:
     steps = dealing.requeue(able) if action == REQUEUE else dealing.drop(able)
-    if quiet or len(able) < SHOWN:
-        for _ in steps:
-            pass
-        return
-    with progress() as bar:
-        task = bar.add_task(action, total=len(able))
-        for count in steps:
-            bar.advance(task, count)
+    watched(steps, action, len(able), quiet=quiet or len(able) < SHOWN)
 
 
 def _tell(dealing: Dealing, able: Sequence[Case], action: str, *, dry_run: bool, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from contextlib import closing, nullcontext
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -18,7 +18,7 @@ from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import chosen_view, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
-from celery_kafka_backend.cli.output import print_json, progress, when
+from celery_kafka_backend.cli.output import print_json, watched, when
 from celery_kafka_backend.cli.run import check_topics
 from celery_kafka_backend.errors import PublishError, TooLarge, Unreadable
 from celery_kafka_backend.events import Imported
@@ -129,7 +129,11 @@ def command(
         with closing(open_view(url, pipeline.options(url))) as view:
             importing = Importing(pipeline, mask(url), mark, None if dry_run else shelf, timeout)
             pages = importing.run(view.stock(mark.after), Pace(rate))
-            _watched(pages, importing.tally, quiet=as_json)
+            try:
+                watched(pages, "importing", quiet=as_json)
+            except PublishError as exc:
+                problem = f"after {importing.tally.read} documents: {exc}"
+                raise Stop(Exit.KAFKA_UNREACHABLE, problem, "the same command goes on where this one stopped") from exc
     return _tell(importing.tally, mask(url), dry_run=dry_run, as_json=as_json)
 
 
@@ -216,21 +220,6 @@ class Importing:
     def _note(self) -> None:
         if self._shelf is not None:
             self._shelf.put(self._mark)
-
-
-def _watched(pages: Iterator[int], tally: Tally, *, quiet: bool) -> None:
-    try:
-        with nullcontext() if quiet else progress() as bar:
-            task = bar.add_task("importing", total=None) if bar is not None else None
-            for _ in pages:
-                if bar is not None and task is not None:
-                    bar.update(task, completed=tally.read)
-    except PublishError as exc:
-        raise Stop(
-            Exit.KAFKA_UNREACHABLE,
-            f"after {tally.read} documents: {exc}",
-            "the same command goes on where this one stopped",
-        ) from exc
 
 
 def _tell(tally: Tally, source: str, *, dry_run: bool, as_json: bool) -> Exit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -11,6 +12,8 @@ import msgspec
 from celery_kafka_backend.cli.exits import Exit, Stop
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import Console
     from rich.progress import Progress, Task
     from rich.table import Table
@@ -68,6 +71,15 @@ def progress() -> Progress:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     return Progress(*columns, console=console(stderr=True))
+
+
+def watched(steps: Iterable[int], what: str, total: int | None = None, *, quiet: bool) -> None:
+    """Have some work done that says how much each step was, and draw how far it is."""
+    with nullcontext() if quiet else progress() as bar:
+        row = bar.add_task(what, total=total) if bar is not None else None
+        for count in steps:
+            if bar is not None and row is not None:
+                bar.advance(row, count)
 
 
 def print_json(value: Any) -> None:

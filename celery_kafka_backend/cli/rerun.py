@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -15,7 +15,7 @@ from celery_kafka_backend.cli.context import pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.filters import filtered, query_of
 from celery_kafka_backend.cli.history_shown import outcome, what
-from celery_kafka_backend.cli.output import console, print_json, progress, table, when
+from celery_kafka_backend.cli.output import console, print_json, table, watched, when
 from celery_kafka_backend.cli.resending import BATCH, Lives, Resending
 from celery_kafka_backend.cli.run import check_topics
 from celery_kafka_backend.cli.sources import in_log
@@ -111,11 +111,7 @@ def _work(resending: Resending, lives: Lives, query: Query, rate: float | None, 
     able = [one for one in resending.settled(lives, query) if one.sent is not None]
     at_once = BATCH if rate is None else max(1, min(BATCH, int(rate * AT_ONCE_S)))
     steps = resending.run(lives, able, Pace(rate), at_once)
-    with nullcontext() if quiet or len(able) < SHOWN else progress() as bar:
-        row = bar.add_task("sending", total=len(able)) if bar is not None else None
-        for count in steps:
-            if bar is not None and row is not None:
-                bar.advance(row, count)
+    watched(steps, "sending", len(able), quiet=quiet or len(able) < SHOWN)
 
 
 def _moment(ms: int | None) -> str:
