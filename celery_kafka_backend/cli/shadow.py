@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime, timezone
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -22,6 +21,8 @@ from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.output import console, print_json, short
 from celery_kafka_backend.cli.records import firsts, spans
 from celery_kafka_backend.configure import SHADOW
+from celery_kafka_backend.documents import moment
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.registry import open_view
 
@@ -95,15 +96,10 @@ def differing(theirs: Meta | None, ours: Meta | None, tolerance_s: float) -> lis
         for name in sorted({*theirs, *ours} - {DONE_AT})
         if (theirs.get(name) or None) != (ours.get(name) or None) and theirs.get(name) != ours.get(name)
     ]
-    at, other = _moment(theirs.get(DONE_AT)), _moment(ours.get(DONE_AT))
-    if (at is None) != (other is None) or (at and other and abs((at - other).total_seconds()) > tolerance_s):
+    at, other = moment(theirs.get(DONE_AT)), moment(ours.get(DONE_AT))
+    if (at is None) != (other is None) or (at and other and abs(at - other) > tolerance_s * 1000):
         fields.append(DONE_AT)
     return fields or None
-
-
-def _moment(said: Any) -> datetime | None:
-    found = datetime.fromisoformat(said) if isinstance(said, str) else said
-    return found.replace(tzinfo=timezone.utc) if isinstance(found, datetime) and found.tzinfo is None else found
 
 
 class Comparing(NamedTuple):
@@ -113,13 +109,13 @@ class Comparing(NamedTuple):
         theirs: Reads documents from the app's own backend.
         ours: … from our view.
         tolerance_s: How far apart their times may be.
-        began: When the shadow began: what ended before is only theirs.
+        began: When the shadow began, ms since 1970: what ended before is only theirs.
     """
 
     theirs: Callable[[list[str]], dict[str, Meta]]
     ours: Callable[[list[str]], dict[str, Meta]]
     tolerance_s: float
-    began: datetime
+    began: int
 
     def look(self, ids: Iterable[str], found: Found) -> dict[str, Difference]:
         """Compare tasks, and return those that differ."""
@@ -133,7 +129,7 @@ class Comparing(NamedTuple):
                 fields = differing(a, b, self.tolerance_s)
                 if fields is None:
                     found.same += a is not None
-                elif b is None and a is not None and (ended := _moment(a.get(DONE_AT))) and ended < self.began:
+                elif b is None and a is not None and (ended := moment(a.get(DONE_AT))) and ended < self.began:
                     found.earlier += 1
                 else:
                     differ[task_id] = Difference(task_id, fields, _only(a, fields), _only(b, fields))
@@ -293,15 +289,14 @@ def _ours(backend: Any, view: View, ids: list[str]) -> dict[str, Meta]:
     return {one: decode(document) for one, document in view.documents(ids).items()}
 
 
-def _began(broker: Broker) -> datetime:
-    """Return when the oldest event was written that the log still has."""
+def _began(broker: Broker) -> int:
+    """Return when the oldest event was written that the log still has, ms since 1970."""
     log = topics.task_events(broker.settings.topic_prefix)
     parts = spans(broker, log, None, None)
     if not parts:
         raise no_topic(log)
     first = firsts(broker, parts)
-    oldest = min((one.timestamp()[1] for one in first.values()), default=time.time_ns() // 1_000_000)
-    return datetime.fromtimestamp(oldest / 1000, timezone.utc)
+    return min((one.timestamp()[1] for one in first.values()), default=system_wall_ms())
 
 
 def _settle(pipeline: Pipeline, broker: Broker, view: View, lag_s: float) -> None:

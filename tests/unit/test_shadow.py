@@ -49,7 +49,7 @@ def compared(theirs, ours, then=lambda: None):
     def reads(documents):
         return lambda ids: {one: documents[one] for one in ids if one in documents}
 
-    sides = Comparing(reads(theirs), reads(ours), 2.0, NOON - timedelta(hours=1))
+    sides = Comparing(reads(theirs), reads(ours), 2.0, int((NOON - timedelta(hours=1)).timestamp() * 1000))
     return compare(sides, {*theirs, *ours}, 10, listed=True, settled=then)
 
 
