@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Final
 from uuid import uuid4
 
@@ -22,6 +21,7 @@ from celery_kafka_backend.cli.output import console, duration, print_json, short
 from celery_kafka_backend.cli.records import messages, spans, tail
 from celery_kafka_backend.cli.sources import CLOCKS_MS
 from celery_kafka_backend.errors import SettingsError, StoreError
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.producer.publisher import Record, publisher_for
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.registry import open_view
@@ -233,7 +233,7 @@ def _why_not(state: ChordState, ask: str) -> str:
 
 def _request(state: ChordState, ask: str, reason: str, actor: str, secret: str) -> Cancelled | Resent:
     here = {"group": state.group, "generation": state.generation, "id": uuid4().hex, "by": actor, "reason": reason}
-    at = time.time_ns() // 1_000_000
+    at = system_wall_ms()
     if ask == "resend":
         return chord_records.sign(Resent(**here, at=at), secret)  # type: ignore[arg-type]
     return chord_records.sign(Cancelled(**here, at=at, fire=ask == "fire"), secret)  # type: ignore[arg-type]

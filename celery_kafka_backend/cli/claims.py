@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import click
 
 from celery_kafka_backend.claims import Claims
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.settings import SETTING
 
 
@@ -33,7 +32,7 @@ def command(ctx: click.Context, action: str, dry_run: bool) -> Exit:
     if not settings.claim_check:
         raise Stop(Exit.CONFIGURATION, f"{SETTING}['claim_check'] is not set", "there is nothing to expire")
     claims = Claims(settings)
-    days = list(claims.expired(time.time_ns() // 1_000_000))
+    days = list(claims.expired(system_wall_ms()))
     for day, count in days:
         if not dry_run:
             claims.remove(day)

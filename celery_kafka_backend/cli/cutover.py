@@ -16,6 +16,7 @@ from celery_kafka_backend.cli.context import chosen_view, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.output import duration, when
 from celery_kafka_backend.errors import SettingsError, StoreError
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.pointer import Pointer, pointers, position
 from celery_kafka_backend.primary import LOOK_S
 from celery_kafka_backend.settings import SETTING, mask
@@ -124,7 +125,7 @@ def command(
     if dry_run:
         click.echo(f"Would move readers to {target}.")
         return Exit.OK
-    at = now.since if target == now.view and now.since else max(time.time_ns() // 1_000_000, (now.since or 0) + 1)
+    at = now.since if target == now.view and now.since else max(system_wall_ms(), (now.since or 0) + 1)
     code = _write(pipeline, urls, Pointer(target, at, forced=not shown))
     click.echo(
         f"Readers read {target} ({mask(urls[target])}) within about {LOOK_S:g} s. Back: `{pipeline.command} cutover --back`"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +18,7 @@ from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.moment import Moment
 from celery_kafka_backend.cli.output import console, print_json, short, table, watched, when
 from celery_kafka_backend.letters import DROP, OPEN, REQUEUE, STATES, Selection, refusal, theirs
+from celery_kafka_backend.order import system_wall_ms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -124,7 +124,7 @@ def show(ctx: click.Context, place: str, as_json: bool, timeout: float) -> Exit:
         ((_, letter),) = letters_of(broker, [case])
         whole = original(broker, case, letter)
     value = whole.value if whole else letter.value
-    refused = refusal(log_of(settings), case, _now())
+    refused = refusal(log_of(settings), case, system_wall_ms())
     if as_json:
         print_json({**_plain(case), **_bytes(letter, value), "whole": whole is not None, "refused": refused})
         return Exit.OK
@@ -300,10 +300,6 @@ def _sorted(reading: Reading, selection: Selection) -> list[Case]:
 
 def _many(count: int) -> str:
     return "1 record" if count == 1 else f"{count} records"
-
-
-def _now() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def _draw(cases: Sequence[Case]) -> None:

@@ -30,6 +30,7 @@ from celery_kafka_backend.letters import (
     refusal,
     theirs,
 )
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.rights import OPERATOR, Right
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Dealing:
 
     def sort(self, cases: Iterable[Case], action: str) -> list[Case]:
         """Return the cases for which an action is right; the others are `refused`."""
-        now = time.time_ns() // 1_000_000
+        now = system_wall_ms()
         able = []
         for case in cases:
             why = refusal(self._log, case, now, action=action)
@@ -197,7 +198,7 @@ class Dealing:
         try:
             producer.begin_transaction()
             done = [*done, *self._append(producer, originals)]
-            now = time.time_ns() // 1_000_000
+            now = system_wall_ms()
             deeds = Deeds(action=action, at=now, by=self._by, reason=self._reason, done=done)
             topic = topics.dead_letters(self._broker.settings.topic_prefix)
             if done:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -18,6 +17,7 @@ from celery_kafka_backend.cli.output import console, short, table, when
 from celery_kafka_backend.cli.records import messages, spans
 from celery_kafka_backend.cli.sources import CLOCKS_MS, log_of
 from celery_kafka_backend.errors import CodecError
+from celery_kafka_backend.order import system_wall_ms
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,7 +91,7 @@ def command(
       celery -A proj pipeline findings --json > findings.jsonl || page-somebody
     """
     pipeline = pipeline_of(ctx)
-    now = time.time_ns() // 1_000_000 if until is None else until
+    now = system_wall_ms() if until is None else until
     bounds = Bounds(now - DAY_MS if since is None else since, now, bound, gone_after)
     if bounds.since >= now:
         raise Stop(Exit.CONFIGURATION, "--since is not before --until", "exchange them")

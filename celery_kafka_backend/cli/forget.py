@@ -16,6 +16,7 @@ from celery_kafka_backend.cli.context import Pipeline, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.output import console, duration, table, when
 from celery_kafka_backend.errors import CodecError, SettingsError, StoreError
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.registry import open_view
 
@@ -112,7 +113,7 @@ def _report(pipeline: Pipeline, task_id: str, timeout_s: float) -> Report:
         kept_ms = int(broker.configs([topic]).get(topic, {}).get("retention.ms", pipeline.settings.retention_ms))
     finally:
         broker.close()
-    until = None if kept_ms < 0 else time.time_ns() // 1_000_000 + kept_ms
+    until = None if kept_ms < 0 else system_wall_ms() + kept_ms
     return Report(task_id, views, topic, home, until)
 
 

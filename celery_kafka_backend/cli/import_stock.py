@@ -22,6 +22,7 @@ from celery_kafka_backend.cli.output import print_json, watched, when
 from celery_kafka_backend.cli.run import check_topics
 from celery_kafka_backend.errors import PublishError, TooLarge, Unreadable
 from celery_kafka_backend.events import Imported
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.pace import Pace
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.registry import open_view
@@ -119,7 +120,7 @@ def command(
         shelf = Shelf(broker, view_name(url))
         mark = shelf.take()
         if mark is None:
-            mark = Bookmark(time.time_ns() // 1_000_000, actor or who())
+            mark = Bookmark(system_wall_ms(), actor or who())
         elif mark.after and not again:
             click.echo(
                 f"going on with the import that {mark.by} began at {when(mark.at)} (--again: from the start)", err=True
@@ -186,7 +187,7 @@ class Importing:
             if event is None:
                 self.tally.ours += 1
                 return
-            if event.expires_at is not None and event.expires_at <= time.time_ns() // 1_000_000:
+            if event.expires_at is not None and event.expires_at <= system_wall_ms():
                 self.tally.expired += 1
                 return
             record = self._recorder.record(event if self._shelf is None else self._claimed(event))
@@ -205,7 +206,7 @@ class Importing:
         document = event.document or b""
         if not self._settings.claim_check or len(document) <= self._settings.claim_check_bytes:
             return event
-        now = time.time_ns() // 1_000_000
+        now = system_wall_ms()
         until = event.expires_at and max(event.expires_at, now + self._settings.retention_ms)
         claim = self._backend.claims.put(event.id, document, until, self._timeout_s)
         return msgspec.structs.replace(event, doc=msgspec.Raw(stub(event, claim, [])), opaque=None, claim=claim)

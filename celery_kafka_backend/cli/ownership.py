@@ -7,12 +7,12 @@ web application with another name that merely sends tasks is no second app.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Final
 
 from celery_kafka_backend import codec, events, ownership, topics
 from celery_kafka_backend.cli.records import last_records
 from celery_kafka_backend.errors import CodecError
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.ownership import Mark
 from celery_kafka_backend.rights import PROCESSOR, Right
 
@@ -80,7 +80,7 @@ def _write(broker: Broker, app: str) -> None:
         Right(PROCESSOR, "topic", topics.chords(prefix), "Read"),
     )
     consumer = broker.member_of(ownership.group(prefix))
-    mark = ownership.place(prefix, Mark(app, time.time_ns() // 1_000_000))
+    mark = ownership.place(prefix, Mark(app, system_wall_ms()))
     try:
         answered = broker.ask(
             "noting whose log it is", lambda: consumer.commit(offsets=[mark], asynchronous=False), *needed

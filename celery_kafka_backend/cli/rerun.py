@@ -19,6 +19,7 @@ from celery_kafka_backend.cli.output import console, print_json, table, watched,
 from celery_kafka_backend.cli.resending import BATCH, Lives, Resending
 from celery_kafka_backend.cli.run import check_topics
 from celery_kafka_backend.cli.sources import in_log
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.pace import Pace
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def command(
     if not tasks and not any(given.values()):
         raise Stop(Exit.CONFIGURATION, "rerun what?", "name tasks, or give a filter")
     why = "" if dry_run else checked(reason, "rerun")
-    begun = time.time_ns() // 1_000_000
+    begun = system_wall_ms()
     query = query_of({**given, "until": given["until"] or begun + 1})
     pipeline = pipeline_of(ctx)
     with closing(Broker(pipeline.settings, timeout)) as broker:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,6 +12,7 @@ from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.records import firsts
 from celery_kafka_backend.cli.sources import keeps_history
 from celery_kafka_backend.errors import SettingsError, StoreError
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.pointer import pointers
 from celery_kafka_backend.query import Query
 from celery_kafka_backend.settings import mask
@@ -163,7 +163,7 @@ def gather(pipeline: Pipeline, broker: Broker, urls: Sequence[str], *, chords: b
         servers=mask(pipeline.settings.bootstrap_servers),
         embedded=broker.embedded,
         prefix=prefix,
-        at=time.time_ns() // 1_000_000,
+        at=system_wall_ms(),
         log_kept_ms=_kept_ms(broker, log),
         oldest=min((one.timestamp()[1] for one in oldest.values()), default=None),
         latest=max((one.timestamp()[1] for one in latest.values()), default=None),
@@ -231,7 +231,7 @@ def _reading(
     starts = {at: max(positions.get(at, low), low) for at, (low, _) in marks.items()}
     behind = {at: (start, marks[at][1]) for at, start in starts.items() if start < marks[at][1]}
     first = firsts(broker, behind)
-    now = time.time_ns() // 1_000_000
+    now = system_wall_ms()
     lags = []
     for at, (low, high) in sorted(marks.items()):
         position = positions.get(at)
