@@ -13,6 +13,7 @@ from confluent_kafka.admin import AdminClient, ConfigResource  # type: ignore[at
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.complaints import CREDENTIALS, Complaints, NoToken
 from celery_kafka_backend.kafka import DENIED, consumer_config, producer_config, transaction_config
+from celery_kafka_backend.past import EMBEDDED
 from celery_kafka_backend.rights import OPERATOR, Right, lacking
 from celery_kafka_backend.settings import SETTING
 from celery_kafka_backend.topics import operators
@@ -54,8 +55,6 @@ _PASSING: Final = {
 AGAIN_AFTER_S: Final = 0.1
 SHUT_OUT: Final = "another operator's requeue, drop or rerun began, and ended this one"
 _NO_GROUP: Final = 69  # GROUP_ID_NOT_FOUND, for which confluent-kafka has no name
-_EMBEDDED: Final = "mockCluster"
-"""How the in-process broker of librdkafka names its cluster."""
 
 Answer = TypeVar("Answer")
 
@@ -245,7 +244,7 @@ class Broker:
     @property
     def embedded(self) -> bool:
         """Whether this is librdkafka's in-process broker, which keeps nothing and answers little."""
-        return str(self.metadata.cluster_id or "").startswith(_EMBEDDED)
+        return str(self.metadata.cluster_id or "").startswith(EMBEDDED)
 
     def partitions(self, topic: str) -> int:
         """Return how many partitions a topic has; 0 if there is no such topic (that we may see)."""

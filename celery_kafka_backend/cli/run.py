@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Final
 
 import click
+import msgspec
 
 from celery_kafka_backend import rights, topics
 from celery_kafka_backend.cli import ownership
@@ -222,9 +223,8 @@ def preflight(
 
 def check_topics(broker: Broker, pipeline: Pipeline, *, insight: bool = False) -> None:
     """Say which topics are missing."""
-    wanted = topics.wanted(pipeline.settings)
-    if not insight:  # results need none of its topics
-        wanted = [topic for topic in wanted if topic.partitions_setting != "insight_partitions"]
+    # Results need none of insight's topics.
+    wanted = topics.wanted(msgspec.structs.replace(pipeline.settings, insight=insight))
     missing = [topic.name for topic in wanted if not broker.partitions(topic.name)]
     if missing:
         raise Stop(

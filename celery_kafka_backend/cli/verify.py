@@ -13,6 +13,7 @@ from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import chosen_view, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.output import console, print_json, short, table, when
+from celery_kafka_backend.cli.sources import keeps_history
 from celery_kafka_backend.processors.instant import LogSide, ViewSide, verify
 from celery_kafka_backend.processors.plan import Target
 from celery_kafka_backend.processors.verify import HISTORY, TABLES, Table
@@ -86,8 +87,8 @@ def command(ctx: click.Context, first: str, second: str, within: float, limit: i
 
 
 def _keeps_history(pipeline: Pipeline, url: str) -> bool:
-    options = pipeline.options(url)
-    return open_view(url, options).keeps_history if options.history is None else options.history
+    with closing(open_view(url, pipeline.options(url))) as view:
+        return keeps_history(pipeline, url, view)
 
 
 def _tables(pipeline: Pipeline, one: str, other: str) -> Collection[str] | None:
