@@ -30,7 +30,7 @@ from celery_kafka_backend.producer.stubs import is_declared
 from celery_kafka_backend.reports import keep_secrets
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.waiting import ResultConsumer
-from celery_kafka_backend.writes import Ending, Here
+from celery_kafka_backend.writes import Ending
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,20 +62,16 @@ class KafkaBackend(older.AsyncBackendMixin, Chords):  # type: ignore[misc]
     persistent = True
 
     def __init__(self, app: Celery | None = None, url: str | None = None, **kwargs: Any) -> None:
-        super().__init__(app=app, url=url, expires_type=float, **kwargs)
+        super().__init__(app, url, **kwargs)
         self.settings = _settings(self.app, url)
         self.url = url or self.app.conf.result_backend
         self.recorder: Recorder = recorder_for(self.app, self.settings)
         if self.settings.metrics_port is not None and _in_worker():
             _measure(self.recorder)
-        failure = self.app.conf.get("result_failure_expires")
-        self.failure_expires = self.expires if failure is None else self.prepare_expires(failure, type=float)
         self.result_consumer = self.ResultConsumer(
             self, self.app, self.accept, self._pending_results, self._pending_messages
         )
         self.barrier = barrier_for(self.settings)
-        self._here = Here()
-        self._extended = bool(self.app.conf.find_value_for_key("extended", "result"))
         self.recorder.result_retries = self._retries
         if _in_worker():
             _open(self.recorder)

@@ -21,7 +21,7 @@ from celery.utils.log import get_logger
 from celery_kafka_backend import configure, events, order
 from celery_kafka_backend.configure import SHADOW
 from celery_kafka_backend.producer.recorder import recorder_for
-from celery_kafka_backend.writes import Here, Writes
+from celery_kafka_backend.writes import Writes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,15 +82,11 @@ class _Mirror(Writes):
     """Makes events of what another backend stores. It reads nothing and waits for nothing."""
 
     def __init__(self, app: Celery, url: str) -> None:
-        super().__init__(app=app, url=url, expires_type=float)
+        super().__init__(app, url)
         settings = configure.settings_of(app, url)
         bounded = {"queue.buffering.max.kbytes": QUEUE_KBYTES, **settings.producer}
         self.settings = msgspec.structs.replace(settings, producer=bounded)
         self.recorder = recorder_for(app, self.settings)
-        failure = app.conf.get("result_failure_expires")
-        self.failure_expires = self.expires if failure is None else self.prepare_expires(failure, type=float)
-        self._here = Here()
-        self._extended = bool(app.conf.find_value_for_key("extended", "result"))
         self._said_at = float("-inf")
         signals.worker_process_init.connect(self._child_begins, weak=False)
         signals.worker_process_shutdown.connect(self._process_ends, weak=False)

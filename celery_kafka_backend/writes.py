@@ -28,6 +28,7 @@ from celery_kafka_backend.producer.recorder import (
 from celery_kafka_backend.reads import Reading, Reads
 
 if TYPE_CHECKING:
+    from celery import Celery
     from celery.result import GroupResult
 
     from celery_kafka_backend.events import Event
@@ -68,11 +69,18 @@ class Here(Reading):
 
 
 class Writes(Reads):
-    """The writing half of `backend.KafkaBackend`, which provides these."""
+    """The writing half of `backend.KafkaBackend`."""
 
     _here: Here
-    failure_expires: float | None
-    _extended: bool
+
+    def __init__(self, app: Celery | None, url: str | None, **kwargs: Any) -> None:
+        super().__init__(app=app, url=url, expires_type=float, **kwargs)
+        failure = self.app.conf.get("result_failure_expires")
+        self.failure_expires: float | None = (
+            self.expires if failure is None else self.prepare_expires(failure, type=float)
+        )
+        self._extended = bool(self.app.conf.find_value_for_key("extended", "result"))
+        self._here = Here()
 
     # -- storing -----------------------------------------------------------------------------
 
