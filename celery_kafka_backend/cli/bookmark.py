@@ -49,18 +49,8 @@ class Shelf:
 
     def take(self) -> Bookmark | None:
         """Return what is there."""
-        consumer = self._broker.member_of(self._group)
-        what = "asking how far this import is"
-        try:
-            (found,) = self._broker.ask(
-                what,
-                lambda: consumer.committed([TopicPartition(self._topic, 0)], timeout=self._broker.timeout_s),
-                *self._needed,
-            )
-        finally:
-            consumer.close()
-        if found.error is not None:
-            raise self._broker.translated(found.error, what, *self._needed)
+        place = TopicPartition(self._topic, 0)
+        found = self._broker.noted(self._group, place, "asking how far this import is", *self._needed)
         try:
             return msgspec.json.decode(found.metadata, type=Bookmark) if found.metadata else None
         except msgspec.MsgspecError:
@@ -68,15 +58,5 @@ class Shelf:
 
     def put(self, mark: Bookmark) -> None:
         """Keep it."""
-        what = "noting how far this import is"
         place = TopicPartition(self._topic, 0, 0, msgspec.json.encode(mark).decode())
-        consumer = self._broker.member_of(self._group)
-        try:
-            answered = self._broker.ask(
-                what, lambda: consumer.commit(offsets=[place], asynchronous=False), *self._needed
-            )
-        finally:
-            consumer.close()
-        for one in answered or ():
-            if one.error is not None:
-                raise self._broker.translated(one.error, what, *self._needed)
+        self._broker.note(self._group, place, "noting how far this import is", *self._needed)

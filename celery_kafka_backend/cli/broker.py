@@ -343,6 +343,28 @@ class Broker:
             consumer.close()
         return {(one.topic, one.partition): one.offset for one in found if one.offset >= 0 and one.error is None}
 
+    def noted(self, group: str, at: TopicPartition, what: str, *needed: Right) -> TopicPartition:
+        """Return an offset that a group has committed, for its metadata."""
+        consumer = self.member_of(group)
+        try:
+            (found,) = self.ask(what, lambda: consumer.committed([at], timeout=self.timeout_s), *needed)
+        finally:
+            consumer.close()
+        if found.error is not None:
+            raise self.translated(found.error, what, *needed)
+        return found
+
+    def note(self, group: str, at: TopicPartition, what: str, *needed: Right) -> None:
+        """Commit an offset for a group, for its metadata."""
+        consumer = self.member_of(group)
+        try:
+            answered = self.ask(what, lambda: consumer.commit(offsets=[at], asynchronous=False), *needed)
+        finally:
+            consumer.close()
+        for one in answered or ():
+            if one.error is not None:
+                raise self.translated(one.error, what, *needed)
+
     def members(self, group: str) -> list[Member] | None:
         """Return a group's members; None if the broker cannot tell."""
         if self.embedded:

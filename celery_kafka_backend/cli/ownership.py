@@ -58,38 +58,16 @@ def owner(broker: Broker) -> Mark | None:
 
 def _read(broker: Broker) -> Mark | None:
     prefix = broker.settings.topic_prefix
-    needed = Right(PROCESSOR, "group", ownership.group(prefix), "Read")
-    consumer = broker.member_of(ownership.group(prefix))
-    try:
-        found = broker.ask(
-            "asking whose log it is",
-            lambda: consumer.committed([ownership.place(prefix)], timeout=broker.timeout_s),
-            needed,
-        )[0]
-    finally:
-        consumer.close()
-    if found.error is not None:
-        raise broker.translated(found.error, "asking whose log it is", needed)
-    return ownership.mark_of(found)
+    group = ownership.group(prefix)
+    needed = Right(PROCESSOR, "group", group, "Read")
+    return ownership.mark_of(broker.noted(group, ownership.place(prefix), "asking whose log it is", needed))
 
 
 def _write(broker: Broker, app: str) -> None:
     prefix = broker.settings.topic_prefix
-    needed = (
-        Right(PROCESSOR, "group", ownership.group(prefix), "Read"),
-        Right(PROCESSOR, "topic", topics.chords(prefix), "Read"),
-    )
-    consumer = broker.member_of(ownership.group(prefix))
-    mark = ownership.place(prefix, Mark(app, system_wall_ms()))
-    try:
-        answered = broker.ask(
-            "noting whose log it is", lambda: consumer.commit(offsets=[mark], asynchronous=False), *needed
-        )
-    finally:
-        consumer.close()
-    for one in answered or ():
-        if one.error is not None:
-            raise broker.translated(one.error, "noting whose log it is", *needed)
+    group = ownership.group(prefix)
+    needed = Right(PROCESSOR, "group", group, "Read"), Right(PROCESSOR, "topic", topics.chords(prefix), "Read")
+    broker.note(group, ownership.place(prefix, Mark(app, system_wall_ms())), "noting whose log it is", *needed)
 
 
 def latest_worker(broker: Broker) -> Mark | None:
