@@ -24,6 +24,7 @@ from celery_kafka_backend.partials import BUCKET, Cell, Partial
 from celery_kafka_backend.sinks.contract import StoreOptions
 from celery_kafka_backend.sinks.insight import open_insight
 from tests.integration.conftest import Fleet
+from tests.integration.kafka_topics import create, must_arrive
 from tests.services import native
 
 if TYPE_CHECKING:
@@ -50,15 +51,21 @@ class World:
         self.expected: dict[tuple[int, str], int] = {}
         self.workers: list[subprocess.Popen[bytes]] = []
         self._admin = AdminClient({"bootstrap.servers": kafka})
-        self._producer = Producer({"bootstrap.servers": kafka, "partitioner": "murmur2_random", "log_level": 3})
+        self._producer = Producer(
+            {
+                "bootstrap.servers": kafka,
+                "partitioner": "murmur2_random",
+                "log_level": 3,
+                "on_delivery": must_arrive,
+            }
+        )
         self._random = random.Random(prefix)
         self._buckets = dict.fromkeys(range(3), 0)
         self._history: list[tuple[bytes, bytes]] = []
         self._store = open_insight(view, StoreOptions(namespace=prefix))
 
     def create(self, *names: str) -> None:
-        for done in self._admin.create_topics([NewTopic(name, PARTITIONS, 1) for name in names]).values():
-            done.result()
+        create(self._admin, *(NewTopic(name, PARTITIONS, 1) for name in names))
 
     def delete(self, name: str) -> None:
         for done in self._admin.delete_topics([name]).values():
@@ -90,11 +97,11 @@ class World:
             self.expected[minute, name] = self.expected.get((minute, name), 0) + count
             if self._random.random() < 0.3:
                 self._send(*self._random.choice(self._history))
-        assert self._producer.flush(30) == 0
+        assert self._producer.flush(PATIENCE_S) == 0
 
     def put_raw(self, value: bytes | None) -> None:
         self._send(b"?", value)
-        assert self._producer.flush(30) == 0
+        assert self._producer.flush(PATIENCE_S) == 0
 
     def _send(self, key: bytes, value: bytes | None) -> None:
         if value is not None:
