@@ -60,6 +60,7 @@ class _Until(Sink):
         self._inner.open()
 
     def write(self, batch: Batch) -> None:
+        self._inner.meanwhile = self.meanwhile
         self._inner.write(batch)
         self.events += sum(len(change.history) for change in batch.changes)
         self.changes += len(batch.changes)

@@ -1,8 +1,10 @@
 """Telling statistics: beside the materializer of the primary view, and never in its way.
 
-The materializer hands over each batch that it has written, and goes on. A thread of ours counts it (`tally`) and sends
-what has changed to ``<prefix>.task-stats``, twice a second. Whatever fails here is logged, and tried again; results and
-their commits know nothing of it.
+The materializer hands over each batch that it has read, and goes on. It is counted (`tally`) a little at a time,
+where the materializer would do nothing but wait for its store: two threads that compute share one interpreter, and
+whoever is woken by a store's answer waits for it. What does not fit in there, or where a store does not say that it is
+waited for, is counted by a thread of ours. That one also sends what has changed to ``<prefix>.task-stats``, twice a
+second. Whatever fails here is logged, and tried again; results and their commits know nothing of it.
 
 **No bucket is told by half.** How far partials are acknowledged is committed under a consumer group of its own,
 ``<prefix>.stats``, always at the start of a bucket. Whoever gets a partition, after a crash, a rebalance or trouble of
@@ -17,6 +19,9 @@ import logging
 import queue
 import threading
 import time
+from itertools import count, groupby
+from math import inf
+from operator import methodcaller, sub
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
@@ -33,7 +38,7 @@ from celery_kafka_backend.processors.tally import Tally
 from celery_kafka_backend.rights import PROCESSOR, Right
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from confluent_kafka import KafkaError, Message
 
@@ -48,8 +53,11 @@ SETTLE_S: Final = 1.0
 """How often positions are committed."""
 CATCH_UP: Final = 20_000
 """Records of a partition that are read again at most."""
-SLICE: Final = 200
-"""Records that are counted in one go."""
+SLICE: Final = 100
+"""Records that are counted in one go, 0.2 ms: for so long an answer of the store may lie there."""
+IDLE_S: Final = 0.1
+BEHIND: Final = 2
+"""Batches that may wait until the materializer has to wait again; with more of them our thread steps in."""
 WAITING: Final = 8
 """Batches that may wait for us. More are let go, and read again from the log."""
 UNSETTLED: Final = 2_000
@@ -66,8 +74,16 @@ class _Batch(NamedTuple):
     intake: Intake
 
 
+class _Slice(NamedTuple):
+    """Records one after the other: of which partition, from which offset on, and what they say."""
+
+    partition: int
+    first: int
+    logged: Sequence[Logged | None]
+
+
 class Emitter:
-    """Counts what it is handed, and tells it. To be used by one thread.
+    """Counts what it is handed, and tells it. To be used by one thread, beside its own.
 
     Args:
         settings: The user's.
@@ -81,6 +97,13 @@ class Emitter:
         self._topic = topics.task_stats(settings.topic_prefix)
         self._batches: queue.Queue[_Batch] = queue.Queue(WAITING)
         self._stopping = threading.Event()
+        self._wanted = threading.Event()  # our thread is to count
+        self._helped = False  # the materializer has done so since it handed over its last batch
+        self._taken_at = clock()
+        # Held by whoever counts or tells.
+        self._lock = threading.Lock()
+        self._slices = self._cut()
+        self._slice: _Slice | None = None
         self._tallies: dict[int, Tally] = {}
         self._settled: dict[int, int] = {}
         self._retry_at: dict[int, float] = {}
@@ -95,25 +118,88 @@ class Emitter:
         self._thread.start()
 
     def take(self, messages: Sequence[Message], intake: Intake) -> None:
-        """Take a batch that is written; never blocks, never fails."""
+        """Take a batch that was read; never blocks, never fails."""
         if intake.logged or intake.poison:
+            self._taken_at = self._clock()
             try:
                 self._batches.put_nowait(_Batch(messages, intake))
             except queue.Full:  # whoever finds the gap reads it again
                 self._complain("the statistics are behind: what they miss is read again")
+            if not self._helped or self._batches.qsize() > BEHIND:
+                self._wanted.set()
+            self._helped = False
+
+    def count_some(self) -> bool:
+        """Count a little, for the caller has nothing to do for the moment; return whether there is more.
+
+        Takes 0.2 ms, never blocks, never fails.
+        """
+        self._helped = True
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            found = self._waiting()
+            if found is None:
+                return False
+            if not self._follows(found):
+                self._wanted.set()
+                return False
+            self._slice = None
+            self._tallies[found.partition].add(found.first, found.logged)
+        except Exception:
+            logger.exception("statistics: counting again")
+            self._start_again()
+            return False
+        else:
+            return True
+        finally:
+            self._lock.release()
 
     def stop(self) -> None:
         """Tell the rest, commit and end; in bounded time."""
         self._stopping.set()
+        self._wanted.set()
         self._thread.join(2 * ANSWER_S)
+
+    # -- what waits --------------------------------------------------------------------------
+
+    def _waiting(self) -> _Slice | None:
+        if self._slice is None:
+            self._slice = next(self._slices)
+        return self._slice
+
+    def _cut(self) -> Iterator[_Slice | None]:
+        """Yield what waits to be counted, for ever; None where nothing does."""
+        while True:
+            try:
+                batch = self._batches.get_nowait()
+            except queue.Empty:
+                yield None
+                continue
+            for partition, first, logged in _stretches(batch.messages, batch.intake, self._log):
+                for start in range(0, len(logged), SLICE):
+                    yield _Slice(partition, first + start, logged[start : start + SLICE])
+
+    def _follows(self, found: _Slice) -> bool:
+        """Return whether it can be counted without reading the log before."""
+        tally = self._tallies.get(found.partition)
+        return tally is not None and found.first <= tally.next and len(tally) <= UNSETTLED
+
+    def _start_again(self) -> None:
+        """What is counted may be wrong: all of it is counted again."""
+        self._tallies.clear()
+        self._slices, self._slice = self._cut(), None
 
     # -- in our own thread -------------------------------------------------------------------
 
     def _run(self) -> None:
         tell_at = settle_at = self._clock()
-        while not self._stopping.is_set() or not self._batches.empty():
+        while not self._stopping.is_set():
+            wanted = self._wanted.wait(IDLE_S)
+            self._wanted.clear()
             try:
-                self._count()
+                if wanted or self._clock() - self._taken_at >= IDLE_S:
+                    self._count(TELL_S)
                 now = self._clock()
                 if now >= tell_at:
                     tell_at = now + TELL_S
@@ -124,13 +210,14 @@ class Emitter:
             except (PublishError, KafkaException) as exc:
                 self._complain(str(exc))
             except Exception:
-                # What is counted may be wrong now: all of it is counted again.
                 logger.exception("statistics: counting again")
-                self._tallies.clear()
+                with self._lock:
+                    self._start_again()
         self._end()
 
     def _end(self) -> None:
         try:
+            self._count()
             self._tell()
             if self._producer is not None:
                 self._producer.flush(ANSWER_S)
@@ -140,18 +227,18 @@ class Emitter:
         if self._reader is not None:
             self._reader.close()
 
-    def _count(self) -> None:
-        try:
-            batch = self._batches.get(timeout=0.1)
-        except queue.Empty:
-            batch = None
-        if self._producer is not None:
-            self._producer.poll(0)
-        if batch is not None:
-            for partition, first, logged in _stretches(batch.messages, batch.intake, self._log):
-                for start in range(0, len(logged), SLICE):
-                    self._add(partition, first + start, logged[start : start + SLICE])
-                    time.sleep(0)  # else the materializer would wait 5 ms for the interpreter, each time it needs it
+    def _count(self, most_s: float = inf) -> None:
+        """Count what waits, for so long."""
+        end = self._clock() + most_s
+        while self._clock() < end:
+            with self._lock:
+                found = self._waiting()
+                if found is None:
+                    return
+                self._slice = None
+                self._add(*found)
+            time.sleep(0)  # else the materializer would wait 5 ms for the interpreter, each time it needs it
+        self._wanted.set()
 
     def _add(self, partition: int, first: int, logged: Sequence[Logged | None]) -> None:
         tally = self._tallies.get(partition)
@@ -217,7 +304,9 @@ class Emitter:
 
     def _settle(self) -> None:
         """Commit how far all is told."""
-        moved = {at: tally.settled for at, tally in self._tallies.items() if self._settled.get(at) != tally.settled}
+        with self._lock:
+            settled = {at: tally.settled for at, tally in self._tallies.items()}
+        moved = {at: offset for at, offset in settled.items() if self._settled.get(at) != offset}
         if moved:
             offsets = [TopicPartition(self._log, at, offset) for at, offset in moved.items()]
             try:
@@ -230,15 +319,18 @@ class Emitter:
 
     def _tell(self) -> None:
         problem: KafkaException | None = None
-        for tally in self._tallies.values():
-            for partial in list(tally.partials()):
-                try:
-                    self._send(tally, partial)
-                except BufferError:
-                    tally.delivered(partial, arrived=False)
-                except KafkaException as exc:
-                    tally.delivered(partial, arrived=False)
-                    problem = exc
+        with self._lock:
+            if self._producer is not None:
+                self._producer.poll(0)
+            for tally in self._tallies.values():
+                for partial in list(tally.partials()):
+                    try:
+                        self._send(tally, partial)
+                    except BufferError:
+                        tally.delivered(partial, arrived=False)
+                    except KafkaException as exc:
+                        tally.delivered(partial, arrived=False)
+                        problem = exc
         if problem is not None:
             raise self._refused(problem, self._topic, self._topic, "Write")
 
@@ -276,20 +368,21 @@ def _logged(message: Message) -> Logged | None:
         return None
 
 
-def _stretches(messages: Sequence[Message], intake: Intake, log: str) -> list[tuple[int, int, list[Logged | None]]]:
-    """Return what a batch says, in stretches without a gap: partition, first offset, one item per record."""
-    poison = {id(message) for message, _ in intake.poison}
-    logged = iter(intake.logged)
-    found: list[tuple[int, int, list[Logged | None]]] = []
-    place = following = -1
-    items: list[Logged | None] = []
-    for message in messages:
-        if message.topic() != log:
-            continue
-        partition, offset = message.partition() or 0, message.offset() or 0
-        if partition != place or offset != following:
-            place, items = partition, []
-            found.append((partition, offset, items))
-        following = offset + 1
-        items.append(None if poison and id(message) in poison else next(logged))
-    return found
+_offset, _partition = methodcaller("offset"), methodcaller("partition")
+
+
+def _stretches(messages: Sequence[Message], intake: Intake, log: str) -> Iterator[tuple[int, int, list[Logged | None]]]:
+    """Yield what a batch says, in stretches without a gap: partition, first offset, one item per record."""
+    items: list[Logged | None] = list(intake.logged)
+    if len(items) < len(messages):  # there are records of chords among them, or some that nobody can read
+        poison = {id(message) for message, _ in intake.poison}
+        messages = [message for message in messages if message.topic() == log]
+        logged = iter(intake.logged)
+        items = [None if id(message) in poison else next(logged) for message in messages]
+    # Offset less place is the same all through a stretch.
+    shifts = map(sub, map(_offset, messages), count())
+    start = 0
+    for (partition, shift), stretch in groupby(zip(map(_partition, messages), shifts, strict=True)):
+        end = start + len(list(stretch))
+        yield partition, shift + start, items[start:end]
+        start = end

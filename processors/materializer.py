@@ -138,7 +138,7 @@ class Materializer:
         self.meter: ViewMeter | None = None
         """Who is told what happens; set before `run`."""
         self.emitter: Emitter | None = None
-        """Who is handed what is written, to tell statistics of it; set before `run`."""
+        """Who is handed what is read, to tell statistics of it; set before `run`."""
         self.paused = ""
         """What we wait for, and why; "" if we do not."""
         # Whether the view may have lost something since it was last asked.
@@ -170,6 +170,7 @@ class Materializer:
                 logger.info("%s: reading %s into %s", self.group, ", ".join(self._topics), self._sink.url)
                 if self.emitter is not None:
                     self.emitter.start()
+                    self._sink.meanwhile = self.emitter.count_some
                 self._loop()
             finally:
                 self._consumers.leave()
@@ -207,6 +208,8 @@ class Materializer:
     def _fold(self, messages: list[Message]) -> bool:
         found = intake.read(messages, self._chords_topic, self._retention_ms)
         batch = Batch(fold(found.logged), found.facts, self._consumers.moved)
+        if self.emitter is not None:  # it counts the log, each record once, whatever becomes of this write
+            self.emitter.take(messages, found)
         try:
             if not self._insist(lambda: self._write(batch, messages), "writing to the view"):
                 return False
@@ -221,8 +224,6 @@ class Materializer:
         counts.changes += len(batch.changes)
         counts.batches += 1
         self._consumers.written()
-        if self.emitter is not None:
-            self.emitter.take(messages, found)
         return True
 
     def _write(self, batch: Batch, messages: list[Message]) -> None:

@@ -41,7 +41,7 @@ from celery_kafka_backend.changes import GROUP, Logged
 from celery_kafka_backend.errors import CodecError, SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from celery_kafka_backend.changes import Batch, Partition, Side
@@ -180,6 +180,10 @@ class Sink(ABC):
 
     url: str
     """As configured, password masked."""
+
+    meanwhile: Callable[[], bool] | None = None
+    """Something else to do, set by the host. A `write` that waits for its store may call it as long as no answer has come
+    and it returns True; each call takes 0.2 ms, and never fails."""
 
     @abstractmethod
     def open(self) -> None:

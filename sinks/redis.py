@@ -202,7 +202,7 @@ class RedisSink(Sink):
                 kept.append(command)
                 yield command
 
-        errors = wire.run(keeping())
+        errors = wire.run(keeping(), self.meanwhile)
         missing = [place for place, error in errors.items() if error.startswith("NOSCRIPT")]
         if missing:  # SCRIPT FLUSH, or a failover to a server that never saw them
             self._load(wire)

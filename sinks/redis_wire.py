@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import select
 import struct
 from contextlib import contextmanager
 from itertools import islice
@@ -21,7 +22,7 @@ from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.patience import at_most, left_s
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from celery_kafka_backend.sinks.contract import StoreOptions
 
@@ -238,23 +239,31 @@ class Wire:
         self._connection.send_command(*command)
         return self._connection.read_response()
 
-    def run(self, commands: Iterable[bytes]) -> dict[int, str]:
-        """Send commands in a pipeline; return the errors by place."""
+    def run(self, commands: Iterable[bytes], meanwhile: Callable[[], bool] | None = None) -> dict[int, str]:
+        """Send commands in a pipeline; return the errors by place.
+
+        Args:
+            commands: As bytes.
+            meanwhile: See `Sink.meanwhile`.
+        """
         errors: dict[int, str] = {}
         source, sent, read = iter(commands), 0, 0
         while chunk := list(islice(source, PIPELINE)):
             self._connection.send_packed_command([b"".join(chunk)], check_health=False)
             if sent > read:
-                self._read(read, sent, errors)
+                self._read(read, sent, errors, meanwhile)
             read, sent = sent, sent + len(chunk)
         if sent > read:
-            self._read(read, sent, errors)
+            self._read(read, sent, errors, meanwhile)
         return errors
 
-    def _read(self, start: int, end: int, errors: dict[int, str]) -> None:
+    def _read(self, start: int, end: int, errors: dict[int, str], meanwhile: Callable[[], bool] | None) -> None:
         pieces, lines = [self._rest], self._rest.count(b"\n")
+        sock = self._connection._sock  # noqa: SLF001
         while lines < end - start:
-            piece = self._connection._sock.recv(65536)  # noqa: SLF001
+            if meanwhile is not None:
+                self._until_answered(sock, meanwhile)
+            piece = sock.recv(65536)
             if not piece:
                 raise redis.ConnectionError("closed by the server")
             pieces.append(piece)
@@ -266,6 +275,13 @@ class Wire:
             for place, reply in enumerate(replies, start):
                 if reply.startswith(b"-"):
                     errors[place] = reply[1:].decode(errors="replace")
+
+    @staticmethod
+    def _until_answered(sock: Any, meanwhile: Callable[[], bool]) -> None:
+        answer = select.poll()
+        answer.register(sock, select.POLLIN)
+        while not answer.poll(0) and meanwhile():
+            pass
 
     def close(self) -> None:
         self._connection.disconnect()

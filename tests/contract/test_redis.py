@@ -50,6 +50,26 @@ def documents(url: str, *ids: str) -> dict[str, bytes]:
         view.close()
 
 
+def test_the_host_may_do_something_else_until_redis_answers(own: service.RedisServer, opened: Any) -> None:
+    """However much else there is, and also where the answer is that it has gone."""
+    calls: list[None] = []
+
+    def meanwhile() -> bool:
+        calls.append(None)
+        if len(calls) == 1:
+            own.thaw()
+        return True
+
+    opened.meanwhile = meanwhile
+    own.freeze()  # it answers when something else was done
+    opened.write(batch(stated("SUCCESS", 10), positions={Partition("x", 0): 1}))
+    assert calls
+    assert documents(own.url, "t")
+    own.kill()
+    with pytest.raises(Unavailable):
+        opened.write(batch(stated("SUCCESS", 20)))
+
+
 def test_a_server_that_is_away_is_unavailable_and_the_next_write_reconnects(
     own: service.RedisServer, opened: Any
 ) -> None:

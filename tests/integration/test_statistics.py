@@ -35,11 +35,10 @@ MINUTE = 60_000
 
 
 class World:
-    """Topics of one pipeline, events in its log, and materializers of a SQLite view."""
+    """Topics of one pipeline, events in its log, and materializers of a view."""
 
-    def __init__(self, kafka: str, prefix: str, folder: Path) -> None:
-        self.kafka, self.prefix, self.folder = kafka, prefix, folder
-        self.view = f"sqlite:///{folder}/view.db"
+    def __init__(self, kafka: str, prefix: str, view: str, folder: Path) -> None:
+        self.kafka, self.prefix, self.view, self.folder = kafka, prefix, view, folder
         self.expected: dict[tuple[str, str], int] = {}
         self.processes: list[subprocess.Popen[bytes]] = []
         self._producer = Producer(
@@ -109,9 +108,11 @@ class World:
         return found
 
 
-@pytest.fixture
-def world(kafka: KafkaCluster, topic_prefix: str, tmp_path: Path) -> Iterator[World]:
-    made = World(kafka.bootstrap, topic_prefix, tmp_path)
+@pytest.fixture(params=["sqlite", "redis"])
+def world(kafka: KafkaCluster, redis_url: str, topic_prefix: str, tmp_path: Path, request: Any) -> Iterator[World]:
+    """Waiting for Redis, materializers count; with SQLite a thread of theirs does."""
+    view = redis_url if request.param == "redis" else f"sqlite:///{tmp_path}/view.db"
+    made = World(kafka.bootstrap, topic_prefix, view, tmp_path)
     made.create(topics.task_events(topic_prefix), topics.chords(topic_prefix), topics.dead_letters(topic_prefix))
     yield made
     for process in made.processes:
@@ -139,6 +140,7 @@ def test_kill_9_and_a_rebalance_change_no_total(world: World):
     assert world.told() == world.expected
 
 
+@pytest.mark.parametrize("world", ["sqlite"], indirect=True)
 def test_where_statistics_cannot_be_told_results_go_on_and_all_is_told_later(world: World):
     """Their topic is missing; then somebody makes it."""
     world.put(2_500)
