@@ -120,6 +120,9 @@ def test_revoked_while_it_runs(pool, tasks):
         result = pool.send(tasks.nap, 1)
         pool.history(result.id, events.STARTED)
         pool.terminate(result)
+        if VERSION[:2] == (5, 6):  # it stores REVOKED when it is asked to, and the success replaces that
+            pool.history(result.id, events.SUCCESS)
+            result = tasks.app.AsyncResult(result.id)
         assert result.get(timeout=PATIENCE_S) == 1
         return
     result = pool.send(tasks.nap, 60)
