@@ -119,6 +119,7 @@ def test_what_was_not_recorded_is_refused_by_name(desk):
     large = desk.app.fail.delay("x" * 5_000)
     for result in (unnamed, large):
         result.get(timeout=PATIENCE_S, propagate=False)
+    desk.until(lambda found: {unnamed.id, large.id} <= {e.task for e in found if e.kind == SENT})
     code, found, _ = desk.rerun(unnamed.id, large.id)
     assert code is Exit.NOT_DONE
     assert found["sent"] == []
