@@ -89,6 +89,21 @@ def merge_sides(a: Side, b: Side) -> Side:
     )
 
 
+def history_expiry(event: Event, retention_ms: int | None) -> int:
+    """Return until when an event stays in a history, ms since 1970; 0: for ever.
+
+    By its hybrid logical clock, the time by which a history is in order: the rows that go first are the first ones.
+
+    Args:
+        event: The event.
+        retention_ms: As ``history_retention_ms`` says: so long after it happened; 0: for ever; None: as long as the
+            result that it shows, or would.
+    """
+    if retention_ms is None:
+        return event.expires_at or 0
+    return event.hlc + retention_ms if retention_ms else 0
+
+
 def beats(a: Event, b: Event) -> bool:
     """Return whether ``a`` rather than ``b`` is shown. Both must have a key."""
     return (a.key, a.id) > (b.key, b.id)
@@ -111,6 +126,8 @@ class Change(msgspec.Struct, gc=False):
             ``key`` guards the write; a tombstone kind means: show nothing.
         side: Merged side record (tasks; None for groups).
         history: Every event of the batch for this subject, in the order read.
+        only_history: Nothing but this history is to be written: all else that its events say is over, and leaves no trace.
+            Then there is no winner and no side record.
     """
 
     subject: str
@@ -118,6 +135,7 @@ class Change(msgspec.Struct, gc=False):
     winner: Event | None
     side: Side | None
     history: list[Logged]
+    only_history: bool = False
 
     @property
     def document(self) -> bytes | None:

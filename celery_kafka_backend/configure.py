@@ -149,6 +149,7 @@ def store_options(app: Celery, settings: Settings, url: str) -> StoreOptions:
         key_prefix=prefix,
         history=settings.history.get(scheme, settings.history.get(scheme.partition("+")[0])),
         history_limit=settings.history_limit,
+        history_retention_ms=settings.history_retention_ms,
         serializer=app.conf.result_serializer,
         options=options,
         **_pauses(transport.get("retry_policy") or {}),

@@ -72,6 +72,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         chord_max_bytes: Largest sum of members' encoded results that a chord's body is sent; above it the chord fails.
         history: Which views keep every event, by URL scheme; default: each store's own.
         history_limit: Events kept per task where history is bounded (Redis).
+        history_retention_ms: How long views keep an event in their history, from when it happened; 0: for ever; None: as
+            long as the result that it shows, or would.
         poll_interval_s: Longest pause between two reads of a waiter on a view without push.
         metrics_port: Where a worker serves its metrics and health; 0: any free port; None: not at all.
         metrics_address: Likewise, the address to listen on.
@@ -116,6 +118,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     chord_max_bytes: int = 64 << 20
     history: dict[str, bool] = {}
     history_limit: int = 200
+    history_retention_ms: int | None = None
     poll_interval_s: float = 0.5
     metrics_port: int | None = None
     metrics_address: str = "127.0.0.1"
@@ -171,6 +174,7 @@ _REMEDIES: Final = {
     "record": "a list of kinds of events",
     "sample": "a dictionary {task name: share between 0 and 1}",
     "history": "a dictionary {URL scheme: True or False}",
+    "history_retention_ms": "milliseconds as a whole number, 0 for ever, or None for as long as results",
     "view_options": "a dictionary {URL scheme: {option: value}}",
     "metrics_port": "a port from 1 to 65535, 0 for any that is free, or None for no metrics",
 }
@@ -361,6 +365,9 @@ def _check_numbers(settings: Settings) -> None:
     ):
         if not least <= getattr(settings, name) <= most:
             _refuse(name, f"{getattr(settings, name)} is out of range", f"from {least} to {most}")
+    kept = settings.history_retention_ms
+    if kept is not None and not 0 <= kept <= MOST_HISTORY_MS:
+        _refuse("history_retention_ms", f"{kept} is out of range", f"from 1 to {MOST_HISTORY_MS} ms, or 0 for ever")
     if not settings.metrics_address:
         _refuse("metrics_address", "no address", "127.0.0.1, or 0.0.0.0 for every interface")
     if settings.metrics_port is not None and not 0 <= settings.metrics_port <= 65_535:
@@ -396,6 +403,8 @@ def _check_options(where: str, options: Mapping[str, Any], fixed: Mapping[str, t
 
 MOST_S: Final = 10 * 366 * 86_400
 """A longer time is a mistake."""
+MOST_HISTORY_MS: Final = 36_525 * DAY_MS
+"""A hundred years: what is to stay for longer is to stay for ever."""
 _INT32: Final = (1 << 31) - 1
 _MOST_BYTES: Final = 1_000_000_000
 """librdkafka's own limit for a record."""

@@ -7,6 +7,8 @@ hide the second one that everybody saw. So a replay does as the live view did: o
 it was last gone (nothing of it had an expiry later than the time at which the next event came), all of them if
 anything of them still lives, else none.
 
+A history with a retention of its own may outlive all that: an event that is left out is written into it all the same.
+
 What is over now but was there when the batch in hand was written is kept in a file, until the log's time has passed
 its expiry: at most what one span of `result_expires` holds.
 """
@@ -20,7 +22,17 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from celery_kafka_backend import events
-from celery_kafka_backend.changes import GROUP, TASK, Change, Logged, Side, beats, later_expiry, merge_sides
+from celery_kafka_backend.changes import (
+    GROUP,
+    TASK,
+    Change,
+    Logged,
+    Side,
+    beats,
+    history_expiry,
+    later_expiry,
+    merge_sides,
+)
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.processors.fold import fold
 
@@ -59,9 +71,11 @@ class Bygone:
 
     Args:
         path: A file that is not there yet; "" for one that is removed by itself.
+        history_retention_ms: As `history_expiry` has it.
     """
 
-    def __init__(self, path: str = "") -> None:
+    def __init__(self, path: str = "", history_retention_ms: int | None = None) -> None:
+        self._history_ms = history_retention_ms
         self._db = sqlite3.connect(path, isolation_level=None)
         self._db.execute("PRAGMA journal_mode = OFF")
         self._db.execute("PRAGMA synchronous = OFF")
@@ -76,11 +90,11 @@ class Bygone:
 
     def settle(
         self, logged: list[Logged], came: Callable[[], tuple[Sequence[int], int]], now_ms: int
-    ) -> tuple[list[Change], list[Life]]:
-        """Return the changes of a batch that still matter, and what is over of tasks and groups, in part or all of it.
+    ) -> tuple[list[Change], list[Life], list[Change]]:
+        """Return the changes of a batch that still matter, what is over of tasks and groups, and what history keeps of that.
 
-        What is over is to be told to a store where its task still lives: something of it without an expiry, or with a later
-        one, is there already. It may be of a task that has a change, too.
+        Of a task all may be over, or a part. What is over is to be told to a store where its task still lives: something
+        of it without an expiry, or with a later one, is there already. It may be of a task that has a change, too.
 
         Args:
             logged: The batch's events, each partition's in the order of the log.
@@ -91,7 +105,7 @@ class Bygone:
         known = self._known({_subject(event) for event, _ in logged}) if self._rows else {}
         if not over and not known:
             self.kept_until_ms = 0
-            return fold(logged), []
+            return fold(logged), [], []
         times, horizon_ms = came()
         plain: list[Logged] = []
         stories: dict[Subject, list[tuple[Logged, int]]] = {}
@@ -107,9 +121,22 @@ class Bygone:
         kept = [life for life in gone if life.expires_at > horizon_ms]
         self.kept_until_ms = max((life.expires_at for life in kept), default=0)
         self._replace(known, kept, horizon_ms)
-        return [*fold(plain), *(life.change() for life in lives if not 0 < life.expires_at <= now_ms)], [
-            whole for last, whole in found if whole is not last or 0 < last.expires_at <= now_ms
-        ]
+        changes = [*fold(plain), *(life.change() for life in lives if not 0 < life.expires_at <= now_ms)]
+        over_now = [(last, whole) for last, whole in found if whole is not last or 0 < last.expires_at <= now_ms]
+        return changes, [whole for _, whole in over_now], self._history_of(over_now, now_ms)
+
+    def _history_of(self, over: Sequence[tuple[Life, Life]], now_ms: int) -> list[Change]:
+        """Return of each task, whose last life and whole story these are, what is in no change and yet in the history."""
+        if self._history_ms is None:
+            return []
+        found = []
+        for last, whole in over:
+            gone = 0 < last.expires_at <= now_ms
+            left_out = whole.logged if gone else whole.logged[: len(whole.logged) - len(last.logged)]
+            kept = [each for each in left_out if not 0 < history_expiry(each.event, self._history_ms) <= now_ms]
+            if kept:
+                found.append(Change(*last.subject, winner=None, side=None, history=kept, only_history=True))
+        return found
 
     def close(self) -> None:
         """Forget it all."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
@@ -24,7 +25,7 @@ from celery_kafka_backend.past import batches, reader
 from celery_kafka_backend.processors import marks
 from celery_kafka_backend.processors.extent import extent
 from celery_kafka_backend.processors.replay import replay
-from celery_kafka_backend.processors.verify import CHORD, Comparison, Key, compare, subject_of
+from celery_kafka_backend.processors.verify import CHORD, HISTORY, Comparison, Key, compare, subject_of
 from celery_kafka_backend.sinks.registry import open_view
 
 if TYPE_CHECKING:
@@ -194,8 +195,9 @@ def verify(
         )  # fmt: skip
     instant, lacks = _meet(a, b, {}, within_s)
     verdict = Verdict([instant], Comparison(), lacks)
+    same = partial(compare, a, b, tables=tables, limit=limit, history_expires=settings.history_retention_ms is not None)
     since = _least(a, b)
-    verdict.found = compare(a, b, tables=tables, limit=limit, partition=place)
+    verdict.found = same(partition=place)
     sure: set[Key] = set()
     for _ in range(ROUNDS):
         open_ones = [key for key in verdict.found.keys if key not in sure]
@@ -211,7 +213,7 @@ def verify(
         verdict.instants.append(instant)
         verdict.again += len(changing)
         since = _least(a, b)
-        _replace(verdict.found, changing, compare(a, b, tables=tables, only=changing, limit=limit), limit)
+        _replace(verdict.found, changing, same(only=changing), limit)
     else:
         verdict.changing = len([key for key in verdict.found.keys if key not in sure])
     if isinstance(b, LogSide):
@@ -291,7 +293,10 @@ def _leave_out_older(
         known = [a.earliest(ids), b.earliest(ids)]
         for key in chunk:
             subject = subject_of(*key)
-            began = min((each[subject] for each in known if each.get(subject)), default=0)
+            told = [each[subject] for each in known if each.get(subject)]
+            if key[0] == HISTORY:  # which may outlive all else that is known of its task
+                told.append(int(key[1].rsplit("/", 2)[1]))
+            began = min(told, default=0)
             if began < begins.get(Partition(log, place(key[0], subject)), 0):
                 older.add(key)
     older |= {key for key in verdict.found.keys if key[0] == CHORD and key in verdict.found.only_a}

@@ -33,7 +33,7 @@ from celery_kafka_backend.processors.backoff import PATIENCE_S, insist
 from celery_kafka_backend.processors.bygone import Bygone
 from celery_kafka_backend.processors.plan import begin, prepare
 from celery_kafka_backend.processors.selection import Chosen
-from celery_kafka_backend.sinks.registry import open_sink, open_view
+from celery_kafka_backend.sinks.registry import keeps_history, open_sink, open_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -68,6 +68,7 @@ class Replayed(msgspec.Struct):
         shown: Dry: how many of these say what a task shows …
         kept: … and in how many of these cases the store has that already, or something newer.
         expired: Tasks, groups and facts left out because they have expired, once per batch.
+        remembered: Of these, tasks and groups of which the history keeps events for longer.
         unwanted: Events left out because their task is not wanted.
         poison: Records that nobody can read.
         rejected: Tasks and groups that the store refused.
@@ -82,6 +83,7 @@ class Replayed(msgspec.Struct):
     shown: int = 0
     kept: int = 0
     expired: int = 0
+    remembered: int = 0
     unwanted: int = 0
     poison: int = 0
     rejected: int = 0
@@ -135,20 +137,21 @@ def feed(
     if not job.spans:
         return done
     pen: _Pen = _DryPen(target) if job.dry else _SinkPen(target, patience_s)
+    kept_ms = target.options.history_retention_ms if keeps_history(*target) else None
     pace = Pace(job.per_s)
     count = BATCH if job.per_s is None else max(1, min(BATCH, int(job.per_s * PACE_S)))
     # While the store works on a batch the next one is read and folded.
-    coming = ahead(_read(settings, job, count, wall_ms))
+    coming = ahead(_read(settings, job, count, wall_ms, kept_ms))
     # Into an empty store, until something lives there, what has expired cannot matter.
     settled = not job.fresh
     try:
         pen.open()
-        for batch, over, read in coming:
+        for batch, over, past, read in coming:
             done += read
             settled = settled or bool(batch.changes)
             late = pen.living(over) if settled and over else []
-            if late:  # by itself: of some of these tasks the batch has a change, too
-                pen.write(Batch(late, (), {}), done)
+            for apart in filter(None, (late, past)):  # of some of these tasks the batch has a change, too
+                pen.write(Batch(apart), done)
             pen.write(batch, done)
             on_progress(done)
             pace.take(read.records)
@@ -167,18 +170,22 @@ class _Read(NamedTuple):
     Attributes:
         batch: What to write.
         over: What is over.
+        past: What the history keeps of that.
         done: What was read.
     """
 
     batch: Batch
     over: list[Life]
+    past: list[Change]
     done: Replayed
 
 
-def _read(settings: Settings, job: Job, count: int, wall_ms: Callable[[], int]) -> Generator[_Read, None, None]:
+def _read(
+    settings: Settings, job: Job, count: int, wall_ms: Callable[[], int], history_retention_ms: int | None
+) -> Generator[_Read, None, None]:
     """Read what a job asks for, so many records at a time."""
     consumer = reader(settings)
-    part = _Part(settings, job, wall_ms)
+    part = _Part(settings, job, wall_ms, history_retention_ms)
     try:
         for messages, moved in batches(consumer, job.spans, count):
             yield part.read(messages, moved)
@@ -190,13 +197,15 @@ def _read(settings: Settings, job: Job, count: int, wall_ms: Callable[[], int]) 
 class _Part:
     """What a job's messages mean to the store."""
 
-    def __init__(self, settings: Settings, job: Job, wall_ms: Callable[[], int]) -> None:
+    def __init__(
+        self, settings: Settings, job: Job, wall_ms: Callable[[], int], history_retention_ms: int | None
+    ) -> None:
         self._job = job
         self._chords = names.chords(settings.topic_prefix)
         self._retention_ms = settings.retention_ms
         self._wall_ms = wall_ms
         self._chosen = Chosen(job.chosen) if job.chosen else None
-        self._bygone = Bygone()
+        self._bygone = Bygone(history_retention_ms=history_retention_ms)
         self._at = {at: start for at, (start, _) in job.spans.items()}
         # When the log got the latest record that we looked at of each partition that has more.
         self._times = {at: 0 for at in job.spans if at.topic != self._chords}
@@ -217,7 +226,7 @@ class _Part:
         for message, reason in found.poison:
             logger.warning("unreadable: %s/%s@%s: %s", message.topic(), message.partition(), message.offset(), reason)
         now_ms = self._wall_ms()
-        changes, over = self._bygone.settle(found.logged, lambda: self._came(messages, found.poison), now_ms)
+        changes, over, past = self._bygone.settle(found.logged, lambda: self._came(messages, found.poison), now_ms)
         self._note_needed(before, messages)
         facts = [fact for fact in found.facts if not 0 < fact.expires_at <= now_ms]
         done = Replayed(
@@ -227,10 +236,11 @@ class _Part:
             facts=len(facts),
             changes=len(changes),
             expired=len(over) + len(found.facts) - len(facts),
+            remembered=len(past),
             unwanted=unwanted,
             poison=len(found.poison),
         )
-        return _Read(Batch(changes, facts, self._positions(moved)), over, done)
+        return _Read(Batch(changes, facts, self._positions(moved)), over, past, done)
 
     def _note_needed(self, before: dict[Partition, int], messages: Sequence[Message]) -> None:
         if self._bygone.kept_until_ms:

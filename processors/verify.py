@@ -33,9 +33,6 @@ HISTORY: Final = "history"
 
 TTL_TOLERANCE_MS: Final = 1_000
 """Stores round expiry, some to whole seconds."""
-_OWN_TTL: Final = frozenset({HISTORY})
-"""Tables in which a store may decide how long a row stays."""
-
 EXPIRES_AT: Final = "expires_at"
 
 KEEP: Final = 100_000
@@ -129,6 +126,7 @@ def compare(
     limit: int = 100,
     only: Collection[Key] | None = None,
     partition: Callable[[str, str], int] = lambda _table, _subject: 0,
+    history_expires: bool = False,
     wall_ms: Callable[[], int] = system_wall_ms,
 ) -> Comparison:
     """Compare two views, as they are.
@@ -140,6 +138,8 @@ def compare(
         limit: How many differences to describe, up to `KEEP`; all are counted.
         only: Only these rows.
         partition: Which partition a table's subject is in.
+        history_expires: History has a retention of its own: its rows have the same expiry in every store. Else a store may
+            decide how long one stays, and none of an event that has expired is compared.
         wall_ms: The wall clock, ms since 1970.
     """
     result = Comparison()
@@ -148,9 +148,10 @@ def compare(
         now_ms = wall_ms()
         for row in view.rows():
             if (tables is None or row.table in tables) and (only is None or (row.table, row.key) in only):
-                if row.table == HISTORY and _is_over(row, now_ms):
-                    continue
-                yield row
+                if row.table != HISTORY or history_expires:
+                    yield row
+                elif not 0 < (said := _as_its_event_says(row)).expires_at <= now_ms + TTL_TOLERANCE_MS:
+                    yield said
 
     with ExitStack() as stack:
         left = _Ledger(stack, chosen(a), result.a, result.parts_a, partition)
@@ -174,13 +175,12 @@ def subject_of(table: str, key: str) -> str:
     return key
 
 
-def _is_over(row: Row, now_ms: int) -> bool:
+def _as_its_event_says(row: Row) -> Row:
     """Some stores let a history entry go when its event expires, others keep it as long as anything of its task."""
     try:
-        expires_at = codec.decode(row.columns["value"]).expires_at
+        return row._replace(expires_at=codec.decode(row.columns["value"]).expires_at or 0)
     except (CodecError, TypeError):  # what is damaged is compared as it is
-        return False
-    return 0 < (expires_at or 0) <= now_ms + TTL_TOLERANCE_MS
+        return row._replace(expires_at=0)
 
 
 class _Ledger:
@@ -213,9 +213,8 @@ class _Ledger:
 
 
 def _place(row: Row) -> bytes:
-    """Return 120 bits of a row's place, behind a byte that says how its expiry is to be compared."""
-    hashed = blake2b(f"{row.table}\0{row.key}".encode(errors="surrogatepass"), digest_size=16).digest()
-    return hashed[:15] + (b"\1" if row.table in _OWN_TTL else b"\0")
+    """Return 128 bits of a row's place."""
+    return blake2b(f"{row.table}\0{row.key}".encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _compare_file(a: bytes, b: bytes, just_gone: int, found: set[bytes], result: Comparison) -> int:
@@ -227,7 +226,7 @@ def _compare_file(a: bytes, b: bytes, just_gone: int, found: set[bytes], result:
         other = only_a.pop(place, None)
         if other is None:
             missing.append((place, expires_at))
-        elif other[0] != digest or not (place[15] or same_expiry(other[1], expires_at)):
+        elif other[0] != digest or not same_expiry(other[1], expires_at):
             different.append(place)
     missing += [(place, expires_at) for place, (_, expires_at) in only_a.items()]
     lacking = [place for place, expires_at in missing if not 0 < expires_at <= just_gone]
@@ -260,7 +259,7 @@ def _describe(a: Iterator[Row], b: Iterator[Row], found: set[bytes], wanted: set
         ours, theirs = (_columns(mine.get((table, key))) for mine in rows)
         names = sorted({*(ours or ()), *(theirs or ())})
         if ours is not None and theirs is not None:
-            names = [name for name in names if not _same(table, name, ours.get(name), theirs.get(name))]
+            names = [name for name in names if not _same(name, ours.get(name), theirs.get(name))]
         if names:
             into.differences.append(Difference(table, key, tuple(names), _only(ours, names), _only(theirs, names)))
         else:  # written in between, and the same now
@@ -270,9 +269,9 @@ def _describe(a: Iterator[Row], b: Iterator[Row], found: set[bytes], wanted: set
     into.keys, into.only_a = sorted(keys[0] | keys[1]), keys[0] - keys[1]
 
 
-def _same(table: str, name: str, a: Any, b: Any) -> bool:
+def _same(name: str, a: Any, b: Any) -> bool:
     if name == EXPIRES_AT:
-        return table in _OWN_TTL or same_expiry(a, b)
+        return same_expiry(a, b)
     return bool(a == b) and type(a) is type(b)
 
 

@@ -4,7 +4,8 @@
 
     tasks (cassandra_table)  Celery's own, as its backend makes it
     celery_kafka_view        a partition per task, saved group and chord; in it
-                               expiry, seen, pieces, hours   of the whole: until when, side record, hours with history
+                               expiry, seen, pieces          of the whole: until when, side record
+                               hours                         hours with history, for as long as that stays
                                name, k, event_id             a claim on what is shown; the greatest (k, event_id) counts
                                guard, document               … until when, and the document
     celery_kafka_history     a partition per task and hour, by HLC and event id
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 from cassandra.query import UNSET_VALUE, BatchStatement, BatchType
 
-from celery_kafka_backend.changes import TASK, Change, later_expiry, side_of
+from celery_kafka_backend.changes import TASK, Change, history_expiry, later_expiry, side_of
 from celery_kafka_backend.errors import Rejected, Unavailable
 from celery_kafka_backend.events import TOMBSTONES
 from celery_kafka_backend.sinks import cassandra_wire as wire
@@ -75,6 +76,7 @@ WHOLE: Final = (
     "UPDATE {view} USING TTL ? AND TIMESTAMP ? SET expiry = ?, pieces = pieces + ?, hours = hours + ?"
     " WHERE subject = ? AND id = ?"
 )
+HOURS: Final = "UPDATE {view} USING TTL ? AND TIMESTAMP ? SET hours = hours + ? WHERE subject = ? AND id = ?"
 SEEN: Final = "UPDATE {view} USING TTL ? AND TIMESTAMP ? SET seen = ? WHERE subject = ? AND id = ?"
 CLAIM: Final = (
     "INSERT INTO {view} (subject, id, name, k, event_id, guard) VALUES (?, ?, ?, ?, ?, ?) USING TTL ? AND TIMESTAMP ?"
@@ -117,6 +119,7 @@ class CassandraSink(Sink):
         self.url = self._place.url
         self._namespace = options.namespace
         self._history = options.history is not False
+        self._history_ms = options.history_retention_ms
         self._limit = MAX_BYTES
         self._batch_bytes = self._batch_units = 0
         self._connection: wire.Connection | None = None
@@ -178,6 +181,11 @@ class CassandraSink(Sink):
 
     def _units(self, changes: Iterable[Change], now_ms: int) -> Iterator[Unit]:
         for change in changes:
+            if change.only_history:
+                if self._history:
+                    yield Unit(change.id, [self._hours(change, now_ms)], 0)
+                    yield from self._log(change, now_ms)
+                continue
             yield self._claims(change, now_ms)
             if change.subject == TASK and change.winner is not None:
                 yield self._native(change, now_ms)
@@ -188,7 +196,11 @@ class CassandraSink(Sink):
 
     def _claims(self, change: Change, now_ms: int) -> Unit:
         whole = Term(change.expires_at or NEVER, now_ms)
-        statements = [self._whole(change.subject, change.id, whole, _pieces(change), _hours(change, self._history))]
+        apart = self._history_ms is not None  # else the history is over with the whole, and one statement says both
+        hours = _hours(change) if self._history and not apart else set()
+        statements = [self._whole(change.subject, change.id, whole, _pieces(change), hours)]
+        if self._history and apart and change.history:
+            statements.append(self._hours(change, now_ms))
         if change.side is not None:
             seen = change.side.seen
             statements.append(
@@ -206,6 +218,13 @@ class CassandraSink(Sink):
     def _whole(self, subject: str, each: str, term: Term, pieces: set[bytes], hours: set[int]) -> Any:
         ttl = ttl_s(term.until, term.since, MARGIN_S)
         return self._bound(WHOLE, ttl, term.stamp, term.pack(), pieces, hours, subject, each)
+
+    def _hours(self, change: Change, now_ms: int) -> Any:
+        """Return the statement that says in which hours there is history, for as long as any of it stays."""
+        until = reduce(later_expiry, (history_expiry(event, self._history_ms) for event, _ in change.history))
+        term = Term(until or NEVER, now_ms)
+        ttl = ttl_s(term.until, now_ms, MARGIN_S)
+        return self._bound(HOURS, ttl, term.stamp, _hours(change), change.subject, change.id)
 
     def _claim(self, at: tuple[str, str, str, int, str], guard: Guard, document: bytes | None, ttl: int) -> list[Any]:
         """Return the statements that put a row where it belongs, and delete those below that end before it would."""
@@ -260,11 +279,12 @@ class CassandraSink(Sink):
                     yield Unit(change.id, statements, size)
                     statements, size = [], 0
                 about = (event.kind, event.state, event.name, event.worker, event.exception)
+                expires_at = history_expiry(event, self._history_ms)
                 statements.append(
                     self._bound(
                         LOG, change.id, hour, event.hlc, event.id,
                         *(UNSET_VALUE if each is None else each for each in about),
-                        event.at, event.expires_at or 0, bytes(value), ttl_s(event.expires_at or NEVER, now_ms),
+                        event.at, expires_at, bytes(value), ttl_s(expires_at or NEVER, now_ms),
                     )
                 )  # fmt: skip
                 size += len(value)
@@ -358,7 +378,8 @@ def _retimed(change: Change, ttl_ms: int) -> Change:
     if side is not None and history:
         ends = reduce(later_expiry, (logged.event.expires_at or 0 for logged in history))
         side = msgspec.structs.replace(side, expires_at=ends)
-    return Change(change.subject, change.id, change.winner and timed(change.winner), side, history)
+    winner = change.winner and timed(change.winner)
+    return msgspec.structs.replace(change, winner=winner, side=side, history=history)
 
 
 def _shown(change: Change, now_ms: int) -> bytes | None:
@@ -376,8 +397,8 @@ def _hour(logged: Logged) -> int:
     return logged.event.hlc // HOUR_MS
 
 
-def _hours(change: Change, history: bool) -> set[int]:
-    return {_hour(logged) for logged in change.history} if history else set()
+def _hours(change: Change) -> set[int]:
+    return {_hour(logged) for logged in change.history}
 
 
 def sink(url: str, options: StoreOptions) -> Sink:

@@ -16,6 +16,9 @@ and a stock document over one of ours is known as such.
 if it arrives only then; its key guards on for as long as the side record lives. A side record
 (or the key of a saved group) that has expired counts as absent, so a sweep may come at any time.
 
+**History expires by itself**, each event as `history_expiry` says, before or after the result that it shows. So a store
+keeps its rows apart from all else of their task; and a change that is `only_history` adds rows, and does nothing else.
+
 Retry, batching, backoff and pause live in the host, once. Two errors matter:
 
 * `Unavailable` - the host pauses, backs off and calls `write` again with the same batch.
@@ -59,6 +62,7 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
         history: Keep the history of every task in this store. None: the store's own default.
         history_limit: Keep at most so many events per task, the latest by HLC; 0: all. A store on disk, such as SQLite,
             keeps all.
+        history_retention_ms: How long an event stays in the history: see `history_expiry`.
         serializer: Name of the app's result serializer (the SQL columns need none).
         options: The store's own options, as Celery names them.
         pauses_s: How long a reader waits before it asks a store again that did not answer, once each.
@@ -68,6 +72,7 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
     key_prefix: str = ""
     history: bool | None = None
     history_limit: int = 200
+    history_retention_ms: int | None = None
     serializer: str = "json"
     options: Mapping[str, Any] = {}
     pauses_s: tuple[float, ...] = (0.05, 0.2, 0.8)
@@ -93,7 +98,7 @@ class Row(NamedTuple):
     r"""One row of a dump.
 
     Two stores that folded the same events have the same rows in the tables that every store has
-    (in any order; only how long a *history* entry stays may differ)::
+    (in any order; only how long a *history* entry stays may differ, unless history has a retention of its own)::
 
         table       key               columns
         document    task id           document

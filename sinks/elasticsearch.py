@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 from elasticsearch import exceptions
 
+from celery_kafka_backend.changes import history_expiry
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
 from celery_kafka_backend.order import Rank, rank_of_key
 from celery_kafka_backend.sinks import elasticsearch_indices as indices
@@ -134,6 +135,7 @@ class ElasticSink(Sink):
         self.url = self._place.url
         self._namespace = options.namespace
         self._history = options.history is not False
+        self._history_ms = options.history_retention_ms
         self._limit = MAX_BYTES
         self._client: Elasticsearch | None = None
         self._partitions: set[str] = set()
@@ -218,12 +220,14 @@ class ElasticSink(Sink):
         return f"an event of {largest} bytes; the limit is {self._limit}" if largest > self._limit else ""
 
     def _operations(self, change: Change, now_ms: int) -> Iterator[Operation]:
-        key = self._place.prefixes[change.subject] + change.id
-        yield self._update(change.id, key, _MERGE, self._merged(change, now_ms), self._place.native)
+        if not change.only_history:
+            key = self._place.prefixes[change.subject] + change.id
+            yield self._update(change.id, key, _MERGE, self._merged(change, now_ms), self._place.native)
         if self._history:
             for event, value in change.history:
-                if not 0 < (event.expires_at or 0) <= now_ms:
-                    yield self._logged(change.id, event, value)
+                expires_at = history_expiry(event, self._history_ms)
+                if not 0 < expires_at <= now_ms:
+                    yield self._logged(change.id, event, value, expires_at)
 
     def _merged(self, change: Change, now_ms: int) -> dict[str, Any]:
         """Return the parameters of the update."""
@@ -243,9 +247,9 @@ class ElasticSink(Sink):
             params["workers"] = side.workers
         return params
 
-    def _logged(self, task: str, event: Event, value: bytes) -> Operation:
+    def _logged(self, task: str, event: Event, value: bytes, expires_at: int) -> Operation:
         """Return the creation of a history entry; one that is there already stays."""
-        index = indices.partition(self._place, event)
+        index = indices.partition(self._place, event.at, expires_at)
         if index not in self._partitions:
             assert self._client is not None
             indices.create(self._client, index, indices.HISTORY)
@@ -255,8 +259,8 @@ class ElasticSink(Sink):
         entry |= {name: found for name in about if (found := getattr(event, name))}
         entry["attempt"] = event.attempt
         entry |= {name: text for name in ("args", "kwargs", "message") if (text := _searchable(getattr(event, name)))}
-        if event.expires_at:
-            entry["x"] = event.expires_at
+        if expires_at:
+            entry["x"] = expires_at
         entry |= kept(bytes(value))
         action = {"create": {"_index": index, "_id": _digest(task, str(event.hlc), event.id)}}
         return Operation(task, _lines(action, entry))

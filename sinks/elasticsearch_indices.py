@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from elasticsearch import Elasticsearch
 
-    from celery_kafka_backend.events import Event
     from celery_kafka_backend.sinks.elasticsearch_wire import Place
 
 VERSION: Final = 1
@@ -137,15 +136,15 @@ def warnings(client: Elasticsearch, place: Place) -> list[str]:
 # -- the history's -----------------------------------------------------------------------------
 
 
-def partition(place: Place, event: Event) -> str:
-    """Return the index of an event, named for the day from which on it may be dropped."""
-    return f"{place.history}-{_last(event):%Y.%m.%d}" if event.expires_at else f"{place.history}-never"
+def partition(place: Place, at: int, expires_at: int) -> str:
+    """Return the index of an event that happened ``at``, named for the day from which on it may be dropped."""
+    return f"{place.history}-{_last(at, expires_at):%Y.%m.%d}" if expires_at else f"{place.history}-never"
 
 
-def _last(event: Event) -> datetime:
-    expires_at = min(event.expires_at or 0, _YEAR_9999_MS)
+def _last(at: int, expires_at: int) -> datetime:
+    expires_at = min(expires_at, _YEAR_9999_MS)
     day = datetime.fromtimestamp(expires_at // 1000, timezone.utc).replace(hour=0, minute=0, second=0)
-    lives = expires_at - event.at
+    lives = expires_at - at
     if lives <= 7 * DAY_MS:
         return day + timedelta(days=1)
     if lives <= 366 * DAY_MS:

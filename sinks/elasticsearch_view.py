@@ -117,15 +117,15 @@ class ElasticView(DriverView["Elasticsearch"]):
             pattern = f"{self._place.history}-*"
             found = self._search(pattern, {"term": {"task": task_id}}, [{"hlc": "asc"}, {"event": "asc"}])
             now_ms = _now_ms()
-            return [_bytes(entry) for _, entry in found if entry.get("x", NEVER) > now_ms]
+            return [_bytes(entry) for entry in _once(found) if entry.get("x", NEVER) > now_ms]
 
     def candidates(self, query: Query) -> Iterator[bytes]:
         """Search the history's indices by their fields, refreshed; text is left to `Query.matches`."""
         with translated(self.url):
             now_ms = _now_ms()
             wanted = {"bool": {"filter": list(_conditions(query))}}
-            by_time = [{"at": "desc" if query.newest_first else "asc"}]
-            for _, entry in self._search(f"{self._place.history}-*", wanted, by_time):
+            by_time = [{"at": "desc" if query.newest_first else "asc"}, {"event": "asc"}]
+            for entry in _once(self._search(f"{self._place.history}-*", wanted, by_time)):
                 if entry.get("x", NEVER) > now_ms:
                     yield _bytes(entry)
 
@@ -215,6 +215,15 @@ def _conditions(query: Query) -> Iterator[dict[str, Any]]:
     lengths = {"gte": query.least_s, "lte": query.most_s}
     if given_s := {name: seconds for name, seconds in lengths.items() if seconds is not None}:
         yield {"range": {"runtime_s": given_s}}
+
+
+def _once(found: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yield each entry once: one that was written again when its retention had changed is in two indices, side by side."""
+    before = ""
+    for key, entry in found:
+        if key != before:
+            yield entry
+        before = key
 
 
 def _any_of(*conditions: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from celery_kafka_backend.changes import GROUP, TASK, Side, later_expiry, merge_sides
+from celery_kafka_backend.changes import GROUP, TASK, Side, history_expiry, later_expiry, merge_sides
 from celery_kafka_backend.errors import Rejected, Unavailable
 from celery_kafka_backend.sinks.contract import (
     Row,
@@ -173,6 +173,10 @@ class MemorySink(Sink):
 
     def _apply(self, view: Space, change: Change, now_ms: int) -> bool:
         """Apply one change; return whether what is shown changed."""
+        if self._history:
+            self._log(view, change)
+        if change.only_history:
+            return False
         place = (change.subject, change.id)
         before = view.cells.get(place)
         old = _cell(before, now_ms)
@@ -191,14 +195,12 @@ class MemorySink(Sink):
                 document = None
             new = Cell(winner.key, winner.id, document, expires_at if document is not None else 0, side)
         view.cells[place] = _encode(new)
-        if self._history:
-            self._log(view, change)
         return wins
 
     def _log(self, view: Space, change: Change) -> None:
         entries = view.histories.setdefault(change.id, {})
         for event, value in change.history:
-            entries[event.hlc, event.id] = (bytes(value), event.expires_at or 0)
+            entries[event.hlc, event.id] = (bytes(value), history_expiry(event, self._options.history_retention_ms))
         limit = self._options.history_limit
         for excess in sorted(entries)[:-limit] if limit else ():
             del entries[excess]

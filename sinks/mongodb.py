@@ -34,7 +34,7 @@ import bson
 from bson.datetime_ms import DatetimeMS
 from pymongo import InsertOne, UpdateOne, errors
 
-from celery_kafka_backend.changes import GROUP, TASK, Side
+from celery_kafka_backend.changes import GROUP, TASK, Side, history_expiry
 from celery_kafka_backend.errors import Rejected, SettingsError
 from celery_kafka_backend.order import Rank, rank_of_key
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
@@ -94,6 +94,7 @@ class MongoSink(Sink):
         self.url = self._place.url
         self._namespace = options.namespace
         self._history = options.history is not False
+        self._history_ms = options.history_retention_ms
         self._limit = MAX_BSON
         self._client: MongoClient[dict[str, Any]] | None = None
         self._sweep_due = 0.0
@@ -158,13 +159,14 @@ class MongoSink(Sink):
             refused.append((change.id, reason)) if reason else changes.append(change)
         with translated(self.url):
             self._bury(changes, batch.chords, now_ms)
-            tasks = [change for change in changes if change.subject == TASK]
-            groups = [change for change in changes if change.subject == GROUP]
+            said = [change for change in changes if not change.only_history]
+            tasks = [change for change in said if change.subject == TASK]
+            groups = [change for change in said if change.subject == GROUP]
             self._send(self._collection(SIDE), [_side_write(change) for change in tasks], refused)
             for subject, found in ((TASK, tasks), (GROUP, groups)):
                 self._show(subject, found, now_ms, refused)
             if self._history:
-                self._send(self._collection(HISTORY), _log_writes(changes), refused)
+                self._send(self._collection(HISTORY), _log_writes(changes, self._history_ms), refused)
             self._chords(batch.chords, refused)
             positions = [
                 Write(
@@ -341,7 +343,7 @@ def _side_write(change: Change) -> Write:
     return Write(change.id, UpdateOne({"_id": change.id}, update, upsert=True))
 
 
-def _log_writes(changes: Iterable[Change]) -> list[Write]:
+def _log_writes(changes: Iterable[Change], retention_ms: int | None) -> list[Write]:
     """Return inserts: an event that is there already is refused as a duplicate, which is what is wanted."""
     writes = []
     for change in changes:
@@ -353,8 +355,8 @@ def _log_writes(changes: Iterable[Change]) -> list[Write]:
             }
             about = {"state": e.state, "name": e.name, "worker": e.worker, "exception": e.exception}
             entry |= {name: value for name, value in about.items() if value is not None}
-            if e.expires_at:
-                entry["x"] = DatetimeMS(e.expires_at)
+            if expires_at := history_expiry(e, retention_ms):
+                entry["x"] = DatetimeMS(expires_at)
             entry["value"] = bytes(value)
             writes.append(Write(change.id, InsertOne(entry)))
     return writes

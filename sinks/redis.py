@@ -5,7 +5,8 @@ Keys (``P`` is Celery's ``global_keyprefix``, ``N`` the pipeline's namespace)::
     Pcelery-task-meta-<id>         the document, as Celery's Redis backend stores it; also its channel
     Pcelery-taskset-meta-<gid>     a saved group, likewise
     {<either key>}:k               order key, event id and side record, packed (see redis_write.lua)
-    {<either key>}:h               history, if on: a sorted set by HLC of record values, the latest n
+    {<either key>}:h               history, if on: a sorted set by HLC of record values, the latest n; it goes with the
+                                   side record, or by a retention of its own
     {<task's key>}:w               clients that wait for this task, for a minute
     Pcelery-kafka-chord-<gid>      facts about a chord: name → 19 digits of order, then the value
     celery-kafka:N:positions       topic:partition → next offset
@@ -67,6 +68,8 @@ if TYPE_CHECKING:
 MAX_VALUE: Final = 512 * 1024 * 1024
 OLDEST: Final = (6, 2)
 """The first version with PXAT."""
+OVER: Final = Side(expires_at=1)
+"""A side record that leaves nothing, and changes nothing where there is one."""
 
 _WRITE: Final = resources.files(__package__).joinpath("redis_write.lua").read_bytes()
 _FACTS: Final = b"""-- ARGV: expiry, then name, order .. value
@@ -110,6 +113,7 @@ class RedisSink(Sink):
         # Only Redis' memory is dear: elsewhere history is on by default.
         self._history = bool(options.history)
         self._keep = b"%d" % options.history_limit
+        self._history_ms = options.history_retention_ms
         channel = f"celery-kafka:{options.namespace}:client:".encode()
         # array, sha, keys | side, shows, document, both expiries, id, channel, history; lengths in front.
         field = b"$%d\r\n%b\r\n"
@@ -239,7 +243,9 @@ class RedisSink(Sink):
         subject_id = change.id.encode()
         native = self._prefixes[change.subject] + subject_id
         winner = change.winner
-        side = change.side if change.side is not None else Side(expires_at=change.expires_at)
+        side = change.side
+        if side is None:
+            side = OVER if change.only_history else Side(expires_at=change.expires_at)
         shows, document, expiry = b"", b"", b"0"
         if winner is None:
             record = pack(0, "", side)
@@ -261,10 +267,12 @@ class RedisSink(Sink):
                 raise ValueError(f"an event of {largest} bytes; the server takes {self._limit}")
             history_key = b"$%d\r\n{%b}:h\r\n" % (n + 4, native)
             entries = [each for event, value in change.history for each in (b"%d" % event.hlc, value)]
-            history = packed(self._keep, *entries).partition(b"\r\n")[2]
+            kept = self._history_ms
+            term = (b"", b"") if kept is None else (b"%d" % kept, b"%d" % (now_ms - kept))
+            history = packed(self._keep, *term, *entries).partition(b"\r\n")[2]
         # fmt: off
         return self._template % (
-            13 + (2 + 2 * len(change.history) if history else 0), 4 if history else 3,
+            13 + (4 + 2 * len(change.history) if history else 0), 4 if history else 3,
             n, native, n + 4, native, n + 4, native, history_key,
             len(record), record, len(shows), shows, len(document), document, len(expiry), expiry,
             len(ends), ends, len(task_id), task_id, history,

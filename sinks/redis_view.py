@@ -103,6 +103,7 @@ class RedisView(DriverView["redis.Redis"]):
         self._prefixes = {subject: options.key_prefix.encode() + name for subject, name in NATIVE.items()}
         self._chord_prefix = options.key_prefix.encode() + CHORD
         self._channel = f"celery-kafka:{options.namespace}:client:"
+        self._history_ms = options.history_retention_ms
 
     @property
     def _client(self) -> redis.Redis:
@@ -145,10 +146,17 @@ class RedisView(DriverView["redis.Redis"]):
         return found
 
     def history(self, task_id: str) -> list[bytes]:
-        """Return the sorted set's members: of one HLC in the order of their bytes, hence of event ids."""
+        """Return the sorted sets' members, a task's and a group's: of one HLC in the order of their bytes, hence of event ids."""
+        pipe = self._client.pipeline(transaction=False)
+        for prefix in self._prefixes.values():
+            pipe.zrangebyscore(b"{%b%b}:h" % (prefix, task_id.encode()), self._alive(), "+inf", withscores=True)
         with translated(self.url):
-            (native,) = self._natives([task_id])
-            return cast("list[bytes]", self._client.zrange(b"{%b}:h" % native, 0, -1))
+            found: list[tuple[bytes, float]] = [entry for entries in pipe.execute() for entry in entries]
+        return [member for member, _ in sorted(found, key=lambda entry: entry[::-1])]
+
+    def _alive(self) -> str:
+        """Return after which HLC a history entry is there: each goes by itself, although a task's key goes as a whole."""
+        return f"({time.time_ns() // 1_000_000 - self._history_ms}" if self._history_ms else "-inf"
 
     def chord(self, group_id: str) -> dict[str, bytes]:
         """Read the chord's hash."""
@@ -193,7 +201,7 @@ class RedisView(DriverView["redis.Redis"]):
                 pipe = self._client.pipeline(transaction=False)
                 for key in dict.fromkeys(cast("list[bytes]", keys)):
                     if self._place(key) is not None:
-                        pipe.zrange(key, 0, -1)
+                        pipe.zrangebyscore(key, self._alive(), "+inf")
                 for members in pipe.execute():
                     yield from members
 
@@ -215,7 +223,7 @@ class RedisView(DriverView["redis.Redis"]):
         pipe = self._client.pipeline(transaction=False)
         for key, _, kind, _ in found:
             if kind == "history":
-                pipe.zrange(key, 0, -1, withscores=True)
+                pipe.zrangebyscore(key, self._alive(), "+inf", withscores=True)
             elif kind == "chord":
                 pipe.hgetall(key)
             else:
@@ -234,7 +242,9 @@ class RedisView(DriverView["redis.Redis"]):
             elif kind == "history":
                 for member, hlc in value:
                     event_id = msgspec.json.decode(member, type=_Identified).id
-                    yield Row("history", f"{subject_id}/{int(hlc)}/{event_id}", {"value": member}, expires_at)
+                    own = int(hlc) + self._history_ms if self._history_ms else 0
+                    until = min(filter(None, (own, expires_at)), default=0)
+                    yield Row("history", f"{subject_id}/{int(hlc)}/{event_id}", {"value": member}, until)
             else:
                 for name, fact in value.items():
                     if name != CHORD_EXPIRY:

@@ -6,7 +6,8 @@
 --       2 'd' show ARGV[3], 'x' show nothing, '' no event that a document may show
 --       3 document   4 its expiry, ms since 1970, '0' never   5 the side record's, if there is none yet
 --       6 task id, '' for a group   7 prefix of clients' channels
---       8 history limit   9… HLC, value, HLC, value …
+--       8 history limit   9 its own retention in ms, '0' for ever, '' as long as the side record
+--       10 with one: what happened by then is over   11… HLC, value, HLC, value …
 --
 -- A packed side record: order key >I4I4 | run >I4 | seen, sent, received, started, expires >I6 | attempts >I3
 -- | event id (1 byte: its length, or 255/254 for a UUID of 36/32 characters in 16 bytes)
@@ -117,9 +118,18 @@ end
 
 -- First what can be refused (a key of another type), so that nothing is half done.
 if KEYS[4] then
-  for i = 9, #ARGV, 2 do call('ZADD', KEYS[4], ARGV[i], ARGV[i + 1]) end
+  for i = 11, #ARGV, 2 do call('ZADD', KEYS[4], ARGV[i], ARGV[i + 1]) end
   if ARGV[8] ~= '0' then call('ZREMRANGEBYRANK', KEYS[4], 0, -1 - tonumber(ARGV[8])) end
-  if expires == '0' then call('PERSIST', KEYS[4]) else call('PEXPIREAT', KEYS[4], expires) end
+  local kept = expires
+  if ARGV[9] ~= '' then
+    kept = ARGV[9]
+    if kept ~= '0' then  -- from its latest event on, whichever came last
+      call('ZREMRANGEBYSCORE', KEYS[4], '-inf', ARGV[10])
+      local latest = call('ZRANGE', KEYS[4], -1, -1, 'WITHSCORES')[2]
+      kept = latest and string.format('%.0f', latest + kept) or '0'
+    end
+  end
+  if kept == '0' then call('PERSIST', KEYS[4]) else call('PEXPIREAT', KEYS[4], kept) end
 end
 if side ~= old then
   if expires == '0' then call('SET', KEYS[2], side) else call('SET', KEYS[2], side, 'PXAT', expires) end

@@ -102,6 +102,11 @@ def open_sink(url: str, options: StoreOptions) -> Sink:
     return store(url).sink(url, options)
 
 
+def keeps_history(url: str, options: StoreOptions) -> bool:
+    """Return whether the store at a URL is told to keep history, or does so by itself."""
+    return open_view(url, options).keeps_history if options.history is None else options.history
+
+
 def open_view(url: str, options: StoreOptions) -> View:
     """Return the read side of a view."""
     return store(url).view(url, options)

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
+from celery_kafka_backend.changes import GROUP, TASK, Partition, Side, history_expiry
 from celery_kafka_backend.errors import Rejected, SettingsError
 from celery_kafka_backend.sinks import sqlite_statements as statements
 from celery_kafka_backend.sinks.contract import Row, Shown, Sink, StoreOptions, View, document_row, side_row
@@ -70,6 +70,7 @@ class SqliteSink(Sink):
         self._path = path_of(url)
         self._timeout_s = float(options.options.get("timeout", 10.0))
         self._history = options.history is not False
+        self._history_ms = options.history_retention_ms
         self._limit = MAX_BLOB
         self._db: sqlite3.Connection | None = None
         self._sweep_due = 0.0
@@ -137,8 +138,9 @@ class SqliteSink(Sink):
 
     def _apply(self, db: sqlite3.Connection, changes: Sequence[Change], batch: Batch, now_ms: int) -> None:
         self._bury(db, changes, batch, now_ms)
-        tasks = [change for change in changes if change.subject == TASK]
-        groups = [change for change in changes if change.subject == GROUP]
+        said = [change for change in changes if not change.only_history]
+        tasks = [change for change in said if change.subject == TASK]
+        groups = [change for change in said if change.subject == GROUP]
         db.executemany(statements.MERGE_SIDE, [_side_values(change) for change in tasks])
         db.executemany(statements.MERGE_GROUP, [(change.id, change.expires_at) for change in groups])
         for subject, found in ((TASK, tasks), (GROUP, groups)):
@@ -169,15 +171,19 @@ class SqliteSink(Sink):
 
     def _log(self, db: sqlite3.Connection, changes: Iterable[Change]) -> None:
         entries = [
-            (change.id, e.hlc, e.id, e.kind, e.state, e.at, bytes(value), e.expires_at or 0)
+            (change.id, e.hlc, e.id, e.kind, e.state, e.at, bytes(value), history_expiry(e, self._history_ms))
             for change in changes
             for e, value in change.history
         ]
         db.executemany(statements.LOG, entries)
 
     def _bury(self, db: sqlite3.Connection, changes: Sequence[Change], batch: Batch, now_ms: int) -> None:
-        """Delete what has expired: of this batch's ids everything, else a bounded number of rows now and then."""
+        """Delete what has expired: of this batch's ids everything, else a bounded number of rows now and then.
+
+        With the next batch again, if there were as many: what comes in faster than it is deleted would stay for ever.
+        """
         span = "BETWEEN 1 AND ?"
+        sweeping, swept = time.monotonic() >= self._sweep_due, 0
         for subject, native, column in (
             (TASK, "celery_taskmeta", "task_id"),
             (GROUP, "celery_tasksetmeta", "taskset_id"),
@@ -188,9 +194,11 @@ class SqliteSink(Sink):
             if not db.execute(query, (now_ms, now_ms)).fetchone()[0]:
                 continue
             ids = [change.id for change in changes if change.subject == subject]
-            if time.monotonic() >= self._sweep_due:
+            if sweeping:
                 query = f"SELECT task_id FROM {ours} WHERE {dead} LIMIT ?"  # noqa: S608
-                ids += [row[0] for row in db.execute(query, (now_ms, now_ms, SWEEP_ROWS))]
+                found = [row[0] for row in db.execute(query, (now_ms, now_ms, SWEEP_ROWS))]
+                swept = max(swept, len(found))
+                ids += found
             places = [(each, now_ms) for each in ids]
             db.executemany(
                 f"DELETE FROM {native} WHERE {column} = ?1 AND EXISTS (SELECT 1 FROM {ours} WHERE task_id = ?1"  # noqa: S608
@@ -203,13 +211,14 @@ class SqliteSink(Sink):
                 places,
             )
         chords = [(fact.group, now_ms) for fact in batch.chords]
-        if time.monotonic() >= self._sweep_due:
-            self._sweep_due = time.monotonic() + SWEEP_EVERY_S
-            db.execute(
+        if sweeping:
+            gone = db.execute(
                 f"DELETE FROM ckb_history WHERE (task_id, hlc, event_id) IN"  # noqa: S608
                 f" (SELECT task_id, hlc, event_id FROM ckb_history WHERE expires_at {span} LIMIT ?)",
                 (now_ms, SWEEP_ROWS),
             )
+            again_s = 0.0 if max(swept, gone.rowcount) == SWEEP_ROWS else SWEEP_EVERY_S
+            self._sweep_due = time.monotonic() + again_s
             query = f"SELECT group_id FROM ckb_chord_expiry WHERE expires_at {span} LIMIT ?"  # noqa: S608
             chords += [(row[0], now_ms) for row in db.execute(query, (now_ms, SWEEP_ROWS))]
         db.executemany(

@@ -162,6 +162,15 @@ def delivery(pipeline: Pipeline) -> Iterator[Finding]:
     else:
         kept = duration(settings.retention_ms / 1000)
         yield Finding(OK, "retention", f"results {duration(seconds)}, events {kept}")
+    kept_ms = settings.history_retention_ms
+    if kept_ms is not None and not 0 < kept_ms <= settings.retention_ms:
+        yield Finding(
+            WARN,
+            "retention",
+            f"history stays {duration(kept_ms / 1000) if kept_ms else 'for ever'}, events {duration(settings.retention_ms / 1000)}:"
+            " a view that is rebuilt lacks the older history",
+            f"raise {SETTING}['retention_ms'], or keep a copy of the view, or of `pipeline export`",
+        )
 
 
 def kafka(broker: Broker) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ import msgspec
 from celery.exceptions import BackendStoreError
 
 from celery_kafka_backend import codec, topics
+from celery_kafka_backend.changes import history_expiry
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import Pipeline, pipeline_of
@@ -123,7 +124,7 @@ def _left(pipeline: Pipeline, url: str, task_id: str, deadline: float) -> Left:
         while view.documents([task_id]) and time.monotonic() < deadline:
             time.sleep(POLL_S)
         left = Left(mask(url), "shown" if view.documents([task_id]) else "gone")
-        _count_history(view, task_id, left)
+        _count_history(view, task_id, left, pipeline.settings.history_retention_ms)
     except (StoreError, SettingsError) as exc:
         return Left(mask(url), "unknown", error=str(exc))
     finally:
@@ -131,20 +132,20 @@ def _left(pipeline: Pipeline, url: str, task_id: str, deadline: float) -> Left:
     return left
 
 
-def _count_history(view: View, task_id: str, left: Left) -> None:
-    ends: list[int | None] = []
+def _count_history(view: View, task_id: str, left: Left, retention_ms: int | None) -> None:
+    ends: list[int] = []
     claims = set()
     for value in view.history(task_id):
         try:
             event = codec.decode(value)
         except CodecError:
-            ends.append(None)
+            ends.append(0)
             continue
-        ends.append(event.expires_at)
+        ends.append(history_expiry(event, retention_ms))
         if event.claim is not None:
             claims.add(event.claim.path)
     left.history, left.claims = len(ends), len(claims)
-    left.history_until = None if None in ends else max((end for end in ends if end), default=None)
+    left.history_until = max(ends, default=0) if all(ends) else None
 
 
 def show(found: Report) -> None:

@@ -17,11 +17,11 @@ from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.moment import Moment, Span
 from celery_kafka_backend.cli.output import duration, when
 from celery_kafka_backend.cli.records import following, messages, spans
-from celery_kafka_backend.cli.sources import CLOCKS_MS, audited, keeps_history, log_name, log_of
+from celery_kafka_backend.cli.sources import CLOCKS_MS, audited, log_name, log_of
 from celery_kafka_backend.errors import CodecError, SettingsError, StoreError
 from celery_kafka_backend.query import Query
 from celery_kafka_backend.settings import mask
-from celery_kafka_backend.sinks.registry import open_view
+from celery_kafka_backend.sinks.registry import keeps_history, open_view
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -260,7 +260,7 @@ def _positions(pipeline: Pipeline, topic: str, home: int) -> list[int]:
     for url in pipeline.settings.views:
         view = open_view(url, pipeline.options(url))
         try:
-            if keeps_history(pipeline, url, view):
+            if keeps_history(url, pipeline.options(url)):
                 found.append(view.positions().get(Partition(topic, home), 0))
         except (StoreError, SettingsError):
             continue

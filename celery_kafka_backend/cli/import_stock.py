@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import msgspec
 
+from celery_kafka_backend.changes import history_expiry
 from celery_kafka_backend.claims import stub
 from celery_kafka_backend.cli.actor import who
 from celery_kafka_backend.cli.arrivals import Arriving, event_of
@@ -52,7 +53,7 @@ class Tally(msgspec.Struct):
         tasks: Results and states appended.
         groups: Saved groups appended.
         ours: Left out: this backend wrote them.
-        expired: Left out: their time is over.
+        expired: Left out: their time is over, in results and in history.
         broken: Left out: nobody can read them, or Kafka would not take them.
         problems: Which those are, and why; the first 1,000.
     """
@@ -187,7 +188,7 @@ class Importing:
             if event is None:
                 self.tally.ours += 1
                 return
-            if event.expires_at is not None and event.expires_at <= system_wall_ms():
+            if self._over(event):
                 self.tally.expired += 1
                 return
             record = self._recorder.record(event if self._shelf is None else self._claimed(event))
@@ -200,6 +201,11 @@ class Importing:
             self.tally.tasks += 1
         if self._shelf is not None:
             yield self._recorder.publisher.publish(record, wait_s=self._timeout_s)
+
+    def _over(self, event: Event) -> bool:
+        """Whether no view would show anything of an event, nor keep it in its history."""
+        now_ms, kept_ms = system_wall_ms(), self._settings.history_retention_ms
+        return all(0 < ends <= now_ms for ends in (event.expires_at or 0, history_expiry(event, kept_ms)))
 
     def _claimed(self, event: Event) -> Event:
         """Return the event with its document in the object store, if that is large and there is one."""

@@ -209,10 +209,11 @@ def _work(pipeline: Pipeline, asked: Asked, prepared: Prepared) -> Replayed:
 
 def _say_after(asked: Asked, prepared: Prepared, done: Replayed, spent_s: float) -> None:
     would = "would be " if asked.dry else ""
+    kept = f" ({done.remembered} of them are in the history)" if done.remembered else ""
     unwanted = f", {done.unwanted} records of other tasks" if asked.wanted else ""
     click.echo(
         f"{mask(asked.url)}: {done.events} events and {done.facts} chord facts of {done.records} records, "
-        f"{done.changes} tasks and groups {would}written; left out: {done.expired} expired, {done.poison} unreadable, "
+        f"{done.changes} tasks and groups {would}written; left out: {done.expired} expired{kept}, {done.poison} unreadable, "
         f"{done.rejected} refused by the store{unwanted}. {duration(spent_s)}."
     )
     if asked.dry:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from celery_kafka_backend.cli.context import Pipeline
 
 DAY_S: Final = 86_400
+A_YEAR_S: Final = 365.0 * DAY_S
+"""Of what is kept for ever, what that brings."""
 BUSY: Final = 0.5
 """How busy a process may be at the peak: the rest is for catching up, and for rebalances."""
 OUTAGE_S: Final = 600
@@ -56,6 +58,7 @@ class Load(NamedTuple):
         expires_s: How long results stay.
         replication: Copies in Kafka.
         history: Whether Redis keeps every event too.
+        history_s: … and for how long.
     """
 
     tasks_per_day: float
@@ -66,6 +69,7 @@ class Load(NamedTuple):
     expires_s: float
     replication: int
     history: bool
+    history_s: float
 
 
 class Needs(NamedTuple):
@@ -100,10 +104,10 @@ def needs(load: Load) -> Needs:
     peak = mean * load.peak
     processes = max(1, math.ceil(peak / (figures.FOLD_EVENTS_PER_S * BUSY)))
     in_log = load.events_per_task * figures.LOG_BYTES_PER_EVENT + load.result_bytes * figures.LOG_BYTES_PER_RESULT_BYTE
-    in_redis = figures.REDIS_BYTES_PER_TASK + load.result_bytes * figures.REDIS_BYTES_PER_RESULT_BYTE
+    result = load.result_bytes * figures.REDIS_BYTES_PER_RESULT_BYTE
+    in_redis = (figures.REDIS_BYTES_PER_TASK + result) * load.expires_s
     if load.history:
-        in_redis += load.events_per_task * figures.REDIS_HISTORY_BYTES_PER_EVENT
-        in_redis += load.result_bytes * figures.REDIS_BYTES_PER_RESULT_BYTE
+        in_redis += (load.events_per_task * figures.REDIS_HISTORY_BYTES_PER_EVENT + result) * load.history_s
     per_day = load.tasks_per_day * in_log
     return Needs(
         mean_events_per_s=mean,
@@ -112,7 +116,7 @@ def needs(load: Load) -> Needs:
         partitions=max(FEWEST_PARTITIONS, PARTITIONS_PER_PROCESS * processes),
         log_bytes=per_day * load.retention_s / DAY_S * load.replication,
         log_bytes_per_day=per_day,
-        redis_bytes=load.tasks_per_day * load.expires_s / DAY_S * in_redis,
+        redis_bytes=load.tasks_per_day / DAY_S * in_redis,
         process_bytes=processes * figures.MATERIALIZER_BYTES,
         catch_up_s=OUTAGE_S * peak / (processes * figures.FOLD_EVENTS_PER_S - peak),
     )
@@ -150,15 +154,18 @@ def command(
       celery -A proj pipeline size --tasks-per-day 5e7 --result-bytes 2000 --retention 3d --peak 3
     """
     pipeline = pipeline_of(ctx)
+    expires_s = _expires_s(pipeline) if expires is None else expires
+    own_ms = pipeline.settings.history_retention_ms
     load = Load(
         tasks_per_day,
         events_per_task,
         result_bytes,
         peak,
         pipeline.settings.retention_ms / 1000 if retention is None else retention,
-        _expires_s(pipeline) if expires is None else expires,
+        expires_s,
         pipeline.settings.replication_factor,
         bool(pipeline.settings.history.get("redis")) if history is None else history,
+        expires_s if own_ms is None else own_ms / 1000 or A_YEAR_S,
     )
     found = needs(load)
     if as_json:
@@ -171,8 +178,8 @@ def command(
 
 def _expires_s(pipeline: Pipeline) -> float:
     expires = pipeline.app.conf.result_expires
-    if not expires:  # for ever: what a year brings
-        return 365.0 * DAY_S
+    if not expires:
+        return A_YEAR_S
     return float(getattr(expires, "total_seconds", lambda: expires)())
 
 
@@ -185,7 +192,8 @@ def show(load: Load, found: Needs, configured: int) -> None:
     processes = f"{found.processes} process{many} per view, {bytes_of(found.process_bytes)} of memory; {each}"
     partitions = f"{found.partitions} for the log (kafka_backend_settings['partitions'] is {configured})"
     disk = f"{bytes_of(found.log_bytes)}: {bytes_of(found.log_bytes_per_day)} a day, kept {duration(load.retention_s)}"
-    kept = f"results kept {duration(load.expires_s)}, {'with' if load.history else 'without'} history"
+    history = f"with history kept {duration(load.history_s)}" if load.history else "without history"
+    kept = f"results kept {duration(load.expires_s)}, {history}"
     lines = (
         ("events", rates),
         ("processes", processes),

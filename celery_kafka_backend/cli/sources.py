@@ -11,11 +11,13 @@ from celery_kafka_backend import topics
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.context import chosen_views
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
+from celery_kafka_backend.cli.output import duration
 from celery_kafka_backend.cli.records import messages, spans
 from celery_kafka_backend.errors import SettingsError, StoreError
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.contract import matching
-from celery_kafka_backend.sinks.registry import open_view
+from celery_kafka_backend.sinks.registry import keeps_history, open_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,7 +59,7 @@ def audited(pipeline: Pipeline, chosen: str | None, timeout_s: float, *, only_lo
         view = open_view(url, pipeline.options(url))
         try:
             if _usable(pipeline, url, view, must=bool(chosen)):
-                yield Source(mask(url), view.search)
+                yield Source(mask(url), _searching(pipeline, mask(url), view))
                 return
         finally:
             view.close()
@@ -68,14 +70,22 @@ def audited(pipeline: Pipeline, chosen: str | None, timeout_s: float, *, only_lo
         broker.close()
 
 
-def keeps_history(pipeline: Pipeline, url: str, view: View) -> bool:
-    """Return whether a view is told to keep history, or does so by itself."""
-    told = pipeline.options(url).history
-    return view.keeps_history if told is None else told
+def _searching(pipeline: Pipeline, name: str, view: View) -> Callable[[Query], Iterator[Logged]]:
+    """Return a view's search; where the log reaches further back than its history, and the question too, say so."""
+    kept_ms, log_ms = pipeline.settings.history_retention_ms, pipeline.settings.retention_ms
+
+    def search(query: Query) -> Iterator[Logged]:
+        begins = system_wall_ms() - (kept_ms or 0)
+        if kept_ms and kept_ms < log_ms and (query.since or 0) < begins:
+            note = f"note: {name} keeps history for {duration(kept_ms / 1000)} (history_retention_ms); --log reaches further"
+            click.secho(note, fg="yellow", err=True)
+        return view.search(query)
+
+    return search
 
 
 def _usable(pipeline: Pipeline, url: str, view: View, *, must: bool) -> bool:
-    if not keeps_history(pipeline, url, view):
+    if not keeps_history(url, pipeline.options(url)):
         if must:
             scheme = url.partition("://")[0]
             raise Stop(

@@ -10,13 +10,12 @@ from celery_kafka_backend import topics
 from celery_kafka_backend.cli.cutover import Standing, standing
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.records import firsts
-from celery_kafka_backend.cli.sources import keeps_history
 from celery_kafka_backend.errors import SettingsError, StoreError
 from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.pointer import pointers
 from celery_kafka_backend.query import Query
 from celery_kafka_backend.settings import mask
-from celery_kafka_backend.sinks.registry import open_sink, open_view
+from celery_kafka_backend.sinks.registry import keeps_history, open_sink, open_view
 from celery_kafka_backend.topics import view_name
 
 if TYPE_CHECKING:
@@ -79,7 +78,8 @@ class Reading(msgspec.Struct):
         warnings: What endangers it.
         error: Why the view could not be read.
         results_kept_s: How long it keeps a result, where the task does not say otherwise; None: for ever.
-        keeps_history: Whether it keeps history, as long as results.
+        keeps_history: Whether it keeps history.
+        history_kept_s: … and how long an event stays in it; None: for ever. So far back an audit of this view reaches.
         history_from: When the oldest event that it has of it happened, ms since 1970; None: it has none, or cannot
             tell without reading all.
     """
@@ -93,6 +93,7 @@ class Reading(msgspec.Struct):
     error: str = ""
     results_kept_s: float | None = None
     keeps_history: bool = False
+    history_kept_s: float | None = None
     history_from: int | None = None
 
 
@@ -191,7 +192,7 @@ def _view(
     options = pipeline.options(url)
     view = open_view(url, options)
     try:
-        keeps = keeps_history(pipeline, url, view)
+        keeps = keeps_history(url, options)
         # The view's own word for how far it is: the commit comes a moment later.
         there = view.positions()
         positions = {(at.topic, at.partition): offset for at, offset in there.items()}
@@ -204,6 +205,8 @@ def _view(
     found = _reading(broker, view_name(url), url, marks, positions)
     found.error, found.keeps_history, found.history_from = error, keeps, since
     found.results_kept_s = pipeline.app.backend.expires or None
+    own_ms = pipeline.settings.history_retention_ms
+    found.history_kept_s = found.results_kept_s if own_ms is None else own_ms / 1000 or None
     if positions:  # only of a view that is there: opening a sink makes what is missing
         sink = open_sink(url, options)
         try:

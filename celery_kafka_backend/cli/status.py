@@ -109,14 +109,21 @@ def show(state: State) -> None:
 
 
 def _kept(reading: Reading, now_ms: int) -> str:
-    span = f"for {duration(reading.results_kept_s)}" if reading.results_kept_s else "for ever"
-    results = f"results are kept {span} (result_expires)"
+    results = f"results are kept {_span(reading.results_kept_s)} (result_expires)"
     if not reading.keeps_history:
         return f"{results}; no history: an audit reads the log"
+    if reading.history_kept_s == reading.results_kept_s:
+        kept = f"{results}, and their history as long"
+    else:
+        kept = f"{results}, history {_span(reading.history_kept_s)} (history_retention_ms)"
     if reading.history_from is None:
-        return f"{results}, and their history as long"
+        return kept
     back = duration((now_ms - reading.history_from) / 1000)
-    return f"{results}, and their history as long: from {when(reading.history_from)} ({back} back)"
+    return f"{kept}: from {when(reading.history_from)} ({back} back)"
+
+
+def _span(seconds: float | None) -> str:
+    return f"for {duration(seconds)}" if seconds else "for ever"
 
 
 def _show(reading: Reading, now_ms: int) -> None:

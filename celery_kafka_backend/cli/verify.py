@@ -13,12 +13,11 @@ from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import chosen_view, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.output import console, print_json, short, table, when
-from celery_kafka_backend.cli.sources import keeps_history
 from celery_kafka_backend.processors.instant import LogSide, ViewSide, verify
 from celery_kafka_backend.processors.plan import Target
 from celery_kafka_backend.processors.verify import HISTORY, TABLES, Table
 from celery_kafka_backend.settings import mask
-from celery_kafka_backend.sinks.registry import open_view
+from celery_kafka_backend.sinks.registry import keeps_history, open_view
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -70,7 +69,7 @@ def command(ctx: click.Context, first: str, second: str, within: float, limit: i
             if url == LOG:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="celery-kafka-verify-"))
                 options = msgspec.structs.replace(
-                    pipeline.options(one), history=_keeps_history(pipeline, one), options={}
+                    pipeline.options(one), history=keeps_history(one, pipeline.options(one)), options={}
                 )
                 target = Target(f"sqlite:///{folder}/log.db", options)
                 fold = LogSide(pipeline.settings, target, say)
@@ -86,15 +85,10 @@ def command(ctx: click.Context, first: str, second: str, within: float, limit: i
     return Exit.OK if verdict.found.equal else Exit.DIFFERENT
 
 
-def _keeps_history(pipeline: Pipeline, url: str) -> bool:
-    with closing(open_view(url, pipeline.options(url))) as view:
-        return keeps_history(pipeline, url, view)
-
-
 def _tables(pipeline: Pipeline, one: str, other: str) -> Collection[str] | None:
     """Return what both have; None: all, for two of one kind have also that store's own tables."""
     schemes = {"sqlite" if url == LOG else url.partition("://")[0] for url in (one, other)}
-    both_keep = all(_keeps_history(pipeline, url) for url in (one, other) if url != LOG)
+    both_keep = all(keeps_history(url, pipeline.options(url)) for url in (one, other) if url != LOG)
     if len(schemes) == 1 and both_keep:
         return None
     return TABLES if both_keep else TABLES - {HISTORY}

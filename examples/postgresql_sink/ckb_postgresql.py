@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import ckb_postgresql_statements as statements
 import psycopg
 
-from celery_kafka_backend.changes import GROUP, TASK, Batch, Partition, Side
+from celery_kafka_backend.changes import GROUP, TASK, Batch, Partition, Side, history_expiry
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.contract import Row, Shown, Sink, StoreOptions, View, document_row, side_row
@@ -169,7 +169,7 @@ class PostgresSink(Sink):
     def _execute(self, cursor: psycopg.Cursor[Any], batch: Batch, now_ms: int) -> None:
         changes = batch.changes
         self._bury(cursor, batch, now_ms)
-        cursor.executemany(statements.MERGE_SIDE, [_side_values(change) for change in changes])
+        cursor.executemany(statements.MERGE_SIDE, [_side_values(each) for each in changes if not each.only_history])
         winners = [_winner(change, now_ms) for change in changes if change.winner is not None]
         cursor.executemany(statements.WIN, winners)
         for subject, renew, show, hide in (
@@ -182,7 +182,7 @@ class PostgresSink(Sink):
             cursor.executemany(show, shown)
             cursor.executemany(hide, [one for one in mine if one["document"] is None])
         if self._history:
-            cursor.executemany(statements.LOG, list(_entries(changes)))
+            cursor.executemany(statements.LOG, list(_entries(changes, self._options.history_retention_ms)))
         facts = sorted(batch.chords)
         cursor.executemany(statements.FACT, [(one.group, one.name, one.order, one.value) for one in facts])
         cursor.executemany(statements.FACT_EXPIRY, [(one.group, one.expires_at) for one in facts])
@@ -194,11 +194,13 @@ class PostgresSink(Sink):
         dead = {(change.subject, change.id) for change in batch.changes}
         chords = {fact.group for fact in batch.chords}
         if time.monotonic() >= self._sweep_due:
-            self._sweep_due = time.monotonic() + SWEEP_EVERY_S
             bound = {"now": now_ms, "limit": SWEEP_ROWS}
-            dead |= set(cursor.execute(statements.EXPIRED, bound).fetchall())
+            found = cursor.execute(statements.EXPIRED, bound).fetchall()
+            dead |= set(found)
             chords |= {group for (group,) in cursor.execute(statements.EXPIRED_CHORDS, bound).fetchall()}
-            cursor.execute(statements.SWEEP_HISTORY, bound)
+            swept = max(len(found), cursor.execute(statements.SWEEP_HISTORY, bound).rowcount)
+            # With the next batch again, if there were as many: what comes in faster than it is deleted would stay for ever.
+            self._sweep_due = time.monotonic() + (0.0 if swept == SWEEP_ROWS else SWEEP_EVERY_S)
         for statement in statements.BURY:
             cursor.executemany(statement, [{"subject": s, "id": i, "now": now_ms} for s, i in sorted(dead)])
         for statement in statements.BURY_CHORD:
@@ -245,10 +247,11 @@ def _text(value: Any) -> Any:
     return value.replace("\0", "\N{REPLACEMENT CHARACTER}") if isinstance(value, str) else value
 
 
-def _entries(changes: Sequence[Change]) -> Iterator[tuple[Any, ...]]:
+def _entries(changes: Sequence[Change], retention_ms: int | None) -> Iterator[tuple[Any, ...]]:
     for change in changes:
         for event, value in change.history:
-            yield change.id, event.hlc, event.id, event.kind, event.state, event.at, bytes(value), event.expires_at or 0
+            expires_at = history_expiry(event, retention_ms)
+            yield change.id, event.hlc, event.id, event.kind, event.state, event.at, bytes(value), expires_at
 
 
 class PostgresView(View):

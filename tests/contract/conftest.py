@@ -63,9 +63,9 @@ class Place:
         self._open.append(found)
         return found
 
-    def dump(self) -> list[Row]:
+    def dump(self, **options: Any) -> list[Row]:
         """Every row, in a stable order."""
-        view = registry.open_view(self.url, StoreOptions())
+        view = registry.open_view(self.url, StoreOptions(**options))
         try:
             return sorted(view.rows(), key=lambda row: (row.table, row.key))
         finally:

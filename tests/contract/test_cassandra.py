@@ -394,6 +394,19 @@ def test_rows_live_as_long_as_they_are_shown_and_guards_a_day_longer(place: _Cas
     assert all(3_590 < found.ttl <= 3_601 for found in place._session.execute(query))
 
 
+def test_a_history_is_found_when_all_else_of_its_task_is_gone(place: _Cassandra) -> None:
+    """The hours that it is in are known for as long as it stays."""
+    sink = place.sink(history_retention_ms=FAR - R)
+    sink.write(batch(sent(0, expires_at=PAST), stated("SUCCESS", 3_600_000, expires_at=PAST)))
+    query = f"SELECT expiry, hours FROM {place._keyspace}.celery_kafka_view WHERE subject = 'task' AND id = 't'"
+    deadline = time.monotonic() + 120
+    while (found := place._session.execute(query).one()).expiry is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(found.hours) == 2
+    assert len(place.view().history("t")) == 2
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_key_guards_as_long_as_its_side_record_stays(place: _Cassandra, turned: bool) -> None:
     """A result that expires first does not uncover an older state that would stay longer."""

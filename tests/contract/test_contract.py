@@ -179,7 +179,7 @@ def apply(place: Place, batches: list[list[Any]], **options: Any) -> list[Row]:
         facts = [item for item in items if isinstance(item, ChordFact)]
         sink.write(batch(*(item for item in items if not isinstance(item, ChordFact)), chords=facts))
     sink.close()
-    return place.dump()
+    return place.dump(**options)
 
 
 @st.composite
@@ -192,29 +192,34 @@ def deliveries(draw: st.DrawFn) -> list[list[Any]]:
     return [items[a:b] for a, b in itertools.pairwise([0, *cuts, len(items)])]
 
 
-@pytest.mark.parametrize("limit", [0, 2])
-def test_order_duplicates_and_batching_leave_no_trace(place: Place, limit: int) -> None:
-    """Every key, column and expiry of the dump is the same."""
-    at_once = apply(place, [ITEMS], history_limit=limit)
+@pytest.mark.parametrize(("limit", "retention_ms"), [(0, FAR - R), (2, None)])
+def test_order_duplicates_and_batching_leave_no_trace(place: Place, limit: int, retention_ms: int | None) -> None:
+    """Every key, column and expiry of the dump is the same, whether or not history has a retention of its own."""
+    options = {"history_limit": limit, "history_retention_ms": retention_ms}
+    at_once = apply(place, [ITEMS], **options)
 
     @settings(tried_on(20), derandomize=True)
     @given(batches=deliveries())
     def delivered(batches: list[list[Any]]) -> None:
-        assert apply(place, batches, history_limit=limit) == at_once
+        assert apply(place, batches, **options) == at_once
 
     delivered()
 
 
-def test_every_store_has_the_same_rows(place: Place, tmp_path: Any) -> None:
+@pytest.mark.parametrize("retention_ms", [None, FAR - R])
+def test_every_store_has_the_same_rows(place: Place, retention_ms: int | None, tmp_path: Any) -> None:
     """The memory store is the reference."""
+    kept = {"history_retention_ms": retention_ms}
     from tests.contract.conftest import _Memory  # noqa: PLC0415
 
     def comparable(rows: list[Row]) -> list[Row]:
         shared = [row for row in rows if row.table != "native"]
+        if retention_ms is not None:
+            return shared
         return [row._replace(expires_at=0) if row.table == "history" else row for row in shared]
 
     reference = _Memory(f"memory://{tmp_path}")
-    assert comparable(apply(place, [ITEMS])) == comparable(apply(reference, [ITEMS]))
+    assert comparable(apply(place, [ITEMS], **kept)) == comparable(apply(reference, [ITEMS], **kept))
     reference.empty()
 
 

@@ -15,6 +15,7 @@ from celery import Celery, states
 from celery_kafka_backend.changes import Batch, ChordFact, Logged, Partition
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
 from celery_kafka_backend.events import Opaque
+from celery_kafka_backend.query import Query
 from celery_kafka_backend.sinks import registry
 from celery_kafka_backend.sinks.contract import StoreOptions
 from tests.contract.factories import (
@@ -641,6 +642,19 @@ def test_history_is_dropped_by_the_index(
     found = json.loads(service.ask(server.port, "GET", f"/{index}-kafka-history-*/_alias")[1])
     assert found.keys() == names.keys()
     assert len(view.history("t")) == 4
+
+
+def test_an_event_that_was_written_under_two_retentions_is_there_once(elasticsearch_url: str, sink: Any) -> None:
+    """Each has an index of its own, named for the day from which on it may be dropped."""
+    events = [sent(0), stated("SUCCESS", 0)]
+    sink.write(batch(*events))
+    other = registry.open_sink(elasticsearch_url, StoreOptions(history_retention_ms=FAR))
+    other.write(batch(*events))
+    other.close()
+    view = registry.open_view(elasticsearch_url, StoreOptions())
+    assert len(view.history("t")) == 2
+    assert len(list(view.search(Query()))) == len(list(view.search(Query(newest_first=True)))) == 2
+    view.close()
 
 
 def test_a_translog_that_may_lose_is_said(server: service.ElasticServer, elasticsearch_url: str, sink: Any) -> None:

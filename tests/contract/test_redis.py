@@ -16,7 +16,7 @@ from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
 from celery_kafka_backend.sinks import registry
 from celery_kafka_backend.sinks.contract import StoreOptions
 from celery_kafka_backend.sinks.redis_view import REGISTERED
-from tests.contract.factories import R, batch, event_id, stated
+from tests.contract.factories import R, batch, event_id, sent, stated
 from tests.services import redis as service
 
 if TYPE_CHECKING:
@@ -247,6 +247,24 @@ def test_an_eviction_policy_is_warned_of(own: service.RedisServer, opened: Any) 
 def test_an_option_that_redis_py_does_not_know_is_a_setting(redis_url: str, options: dict[str, Any]) -> None:
     with pytest.raises(SettingsError):
         registry.open_sink(redis_url, StoreOptions(options=options)).open()
+
+
+def test_a_history_with_a_retention_of_its_own_goes_with_its_latest_event(redis_url: str) -> None:
+    """Whichever came last, and however few are kept; what is over leaves no room taken."""
+    day_ms = 86_400_000
+    now = time.time_ns() // 1_000_000 - R
+    sink = registry.open_sink(redis_url, StoreOptions(history=True, history_limit=2, history_retention_ms=day_ms))
+    sink.open()
+    key = "{celery-task-meta-t}:h"
+    with redis.Redis.from_url(redis_url) as client:
+        for at in (now - 5, now - 7, now - 6, now - day_ms - 1):
+            sink.write(batch(stated("PROGRESS", at, run=None)))
+        assert [int(score) for _, score in client.zrange(key, 0, -1, withscores=True)] == [R + now - 6, R + now - 5]
+        left_ms = client.pttl(key)
+        assert R + now - 5 + day_ms - time.time_ns() // 1_000_000 - 1 <= left_ms <= day_ms
+        sink.write(batch(sent(now - day_ms - 1, task="over")))
+        assert not client.exists("{celery-task-meta-over}:h")
+    sink.close()
 
 
 def test_all_keys_of_a_task_share_a_slot(redis_url: str) -> None:

@@ -372,3 +372,29 @@ def test_status_says_how_far_back_audit_and_replay_reach(audit):
     assert "audit and replay reach back to" in drawn
     assert "Kafka keeps them for 7.0 d" in drawn
     assert "results are kept for 24.0 h (result_expires), and their history as long: from" in drawn
+
+
+def test_history_with_a_retention_of_its_own_is_told_wherever_it_matters(audit, monkeypatch):
+    settings = audit.app.app.conf.kafka_backend_settings
+    monkeypatch.setitem(settings, "history_retention_ms", 90 * 86_400_000)
+    (view,) = json.loads(told(audit, "status", "--json").stdout)["views"]
+    assert (view["results_kept_s"], view["history_kept_s"]) == (86_400, 90 * 86_400)
+    assert (
+        "results are kept for 24.0 h (result_expires), history for 90.0 d (history_retention_ms): from"
+        in told(audit, "status").stdout
+    )
+    assert (
+        "history stays 90.0 d, events 7.0 d: a view that is rebuilt lacks the older history"
+        in told(audit, "doctor").stdout
+    )
+    (left,) = json.loads(told(audit, "forget", audit.world["FORGET"], "--json").stdout)["views"]
+    assert left["history_until"] > (time.time() + 89 * 86_400) * 1000
+    assert told(audit, "search", "--since", "100d").stderr == ""
+    monkeypatch.setitem(settings, "history_retention_ms", 3_600_000)
+    assert (
+        "keeps history for 60 min (history_retention_ms); --log reaches further"
+        in told(audit, "search", "--since", "3h").stderr
+    )
+    assert told(audit, "search", "--since", "30m").stderr == ""
+    monkeypatch.setitem(settings, "history_retention_ms", 0)
+    assert "history for ever (history_retention_ms)" in told(audit, "status").stdout

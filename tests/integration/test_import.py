@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 
 import msgspec
 import pytest
@@ -144,6 +145,25 @@ def test_from_mongodb_likewise(kafka, mongodb_url, topic_prefix, tmp_path, seria
     document = next(row for row in rows(move.new, topic_prefix) if row[:2] == ("document", "good"))
     done = AsyncResult("good", app=move.ours).date_done
     assert document[3] == int(done.timestamp() * 1000) + 3_600_000
+
+
+@pytest.mark.mongodb
+def test_a_result_that_is_over_arrives_in_a_history_that_is_kept_for_longer(kafka, mongodb_url, topic_prefix, tmp_path):
+    from pymongo import MongoClient  # noqa: PLC0415 - the cases of the other stores run without it
+
+    move = Move(kafka, topic_prefix, mongodb_url, f"sqlite:///{tmp_path}/new.db", result_expires=3600)
+    move.ended("over", 1)
+    with MongoClient(mongodb_url) as client:
+        yesterday = {"date_done": datetime.now(timezone.utc) - timedelta(days=1)}
+        client.get_default_database().celery_taskmeta.update_one({"_id": "over"}, {"$set": yesterday})
+    found = move.import_()[1]
+    assert (found["expired"], found["tasks"]) == (1, 0)
+    move.ours.conf.kafka_backend_settings["history_retention_ms"] = 90 * 86_400_000
+    found = move.import_()[1]
+    assert (found["expired"], found["tasks"]) == (0, 1)
+    move.show()
+    assert AsyncResult("over", app=move.ours).state == states.PENDING
+    assert [event["kind"] for event in move("history", "over", "--no-log", "--json")[1]] == ["success"]
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ import shutil
 import sqlite3
 import threading
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -18,7 +20,7 @@ from celery_kafka_backend.processors.instant import LogSide, ViewSide, verify
 from celery_kafka_backend.processors.plan import Target
 from celery_kafka_backend.processors.replay import replay
 from celery_kafka_backend.processors.verify import TABLES, compare
-from celery_kafka_backend.sinks.registry import open_view
+from celery_kafka_backend.sinks.registry import open_sink, open_view
 from tests.contract.factories import group_saved, sent, stated
 from tests.patience import PATIENCE_S, until
 
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from celery_kafka_backend.sinks.contract import Row
+    from celery_kafka_backend.settings import Settings
+    from celery_kafka_backend.sinks.contract import Row, StoreOptions
 
 __all__ = ["log", "mock_bootstrap", "mock_log"]  # fixtures
 
@@ -169,6 +172,34 @@ class ReadLater(ViewSide):
         yield from super().rows()
 
 
+def own(log: Log, retention_ms: int | None) -> tuple[Settings, StoreOptions]:
+    """Settings, and what a store is told, for a history with a retention of its own."""
+    config = msgspec.structs.replace(settings(log.bootstrap, log.prefix), history_retention_ms=retention_ms)
+    return config, msgspec.structs.replace(options(log.prefix), history_retention_ms=retention_ms)
+
+
+def test_a_history_that_outlives_the_results_is_replayed_and_verified(mock_log: Log, tmp_path: Path) -> None:
+    config, kept = own(mock_log, 90 * 86_400_000)
+    live, copy = memory(), f"sqlite:///{tmp_path}/right.db"
+    with running(mock_log, open_sink(live, kept)):
+        mock_log.run_tasks(30, expires_in_ms=1)
+        mock_log.run_tasks(10)
+        until(lambda: caught_up(open_view(live, kept), mock_log))
+    done = replay(config, Target(copy, kept))
+    assert done.remembered > 0
+    a, b = (ViewSide(open_view(url, kept)) for url in (live, copy))
+    assert {row.table: row.expires_at for row in b.rows() if row.table == "history"}["history"] > 0
+    found = verify(config, a, b, tables=TABLES).found
+    assert found.equal, found.differences
+    assert {name: table.rows for name, table in found.b.items()} == {"document": 10, "side": 10, "history": 120}
+    with closing(LogSide(config, Target(f"sqlite:///{tmp_path}/folded.db", kept))) as fold:
+        found = verify(config, a, fold, tables=TABLES).found
+    assert found.equal, found.differences
+    spoilt = _spoilt(tmp_path, 1, "UPDATE ckb_history SET expires_at = expires_at - 1001 WHERE rowid = 7")
+    (wrong,) = verify(config, a, ViewSide(open_view(spoilt, kept)), tables=TABLES).found.differences
+    assert (wrong.table, wrong.columns) == ("history", ("expires_at",))
+
+
 def test_views_that_are_written_all_the_while_are_the_same_as_of_one_instant(mock_log: Log, tmp_path: Path) -> None:
     urls = memory(), memory()
     config = settings(mock_log.bootstrap, mock_log.prefix)
@@ -226,12 +257,16 @@ def test_a_view_that_promises_nothing_is_not_held_against_the_log(mock_log: Log,
 
 
 @pytest.mark.kafka
-def test_what_began_before_the_log_is_not_counted(log: Log, tmp_path: Path) -> None:
-    """Kafka has deleted the first part of what a view shows."""
+@pytest.mark.parametrize(("retention_ms", "rows"), [(None, 5), (90 * 86_400_000, 3)])
+def test_what_began_before_the_log_is_not_counted(
+    log: Log, tmp_path: Path, retention_ms: int | None, rows: int
+) -> None:
+    """Kafka has deleted the first part of what a view shows, or of what only its history still knows."""
+    config, kept = own(log, retention_ms)
     url = memory()
-    view = open_view(url, options(log.prefix))
-    with running(log, Wrapped(url, log.prefix, lambda _: None)):
-        log.run_tasks(50)
+    view = open_view(url, kept)
+    with running(log, open_sink(url, kept)):
+        log.run_tasks(50, expires_in_ms=86_400_000 if retention_ms is None else 1)
         until(lambda: caught_up(view, log))
         deleted = log.ends()
         time.sleep(0.1)  # so that the first record that stays is later than all of these
@@ -240,6 +275,7 @@ def test_what_began_before_the_log_is_not_counted(log: Log, tmp_path: Path) -> N
     admin = AdminClient({"bootstrap.servers": log.bootstrap})
     for answer in admin.delete_records([TopicPartition(*at, offset) for at, offset in deleted.items()]).values():
         answer.result(30)
-    verdict = against_log(log, url, tmp_path)
+    with closing(LogSide(config, Target(f"sqlite:///{tmp_path}/folded.db", kept))) as fold:
+        verdict = verify(config, ViewSide(view), fold, tables=TABLES)
     assert verdict.found.equal, verdict.found.differences
-    assert verdict.beyond == 50 * 5  # document, side record and three entries of history
+    assert verdict.beyond == 50 * rows  # document, side record and three entries of history; or these alone

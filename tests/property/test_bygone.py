@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend import events
-from celery_kafka_backend.changes import Change, Logged, beats, merge_sides
+from celery_kafka_backend.changes import Change, Logged, beats, history_expiry, merge_sides
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.processors.bygone import Bygone
 from celery_kafka_backend.processors.fold import fold
@@ -50,10 +50,15 @@ def logs(draw: st.DrawFn) -> list[tuple[Logged, int]]:
 class Live:
     """A view that was written when each event came, and is looked at now."""
 
-    def __init__(self) -> None:
+    def __init__(self, history_retention_ms: int | None = None) -> None:
         self.found: dict[tuple[str, str], tuple[int, Event | None, Any]] = {}
+        self.history: dict[str, int] = {}
+        self._kept = history_retention_ms
 
     def write(self, change: Change, at: int) -> None:
+        self.history |= {event.id: history_expiry(event, self._kept) for event, _ in change.history}
+        if change.only_history:
+            return
         place = (change.subject, change.id)
         expires, winner, side = self.found.get(place, (0, None, None))
         known = place in self.found and not 0 < expires <= at
@@ -78,28 +83,37 @@ class Live:
             if not 0 < expires <= NOW
         }
 
+    def remembered(self) -> dict[str, int]:
+        """What is in the history, and until when."""
+        return {each: until for each, until in self.history.items() if not 0 < until <= NOW}
 
-@given(st.data(), logs())
+
+@given(st.data(), logs(), st.none() | st.sampled_from([0, 5, 20, 45]))
 @tried_on(300)
-def test_a_replay_shows_what_a_live_view_shows(data: st.DataObject, log: list[tuple[Logged, int]]):
-    live, copy = Live(), Live()
+def test_a_replay_shows_and_remembers_what_a_live_view_does(
+    data: st.DataObject, log: list[tuple[Logged, int]], kept: int | None
+):
+    """With a history of whatever retention, which changes nothing of what is shown."""
+    live, copy, plain = Live(kept), Live(kept), Live()
     for logged, at in log:
         for change in fold([logged]):
             live.write(change, at)
+            plain.write(change, at)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(log)), max_size=5)))
-    bygone = Bygone()
+    bygone = Bygone(history_retention_ms=kept)
     for start, end in zip([0, *cuts], [*cuts, len(log)], strict=True):
         _settle(bygone, copy, log[start:end], log[end][1] if end < len(log) else 10**9)
     bygone.close()
-    assert copy.shown() == live.shown()
+    assert copy.shown() == live.shown() == plain.shown()
+    assert copy.remembered() == live.remembered()
 
 
 def _settle(bygone: Bygone, copy: Live, batch: list[tuple[Logged, int]], horizon: int) -> None:
     """As `replay` does: what is over is told only to a view in which something of it still lives."""
-    changes, over = bygone.settle([each for each, _ in batch], lambda: ([at for _, at in batch], horizon), NOW)
+    changes, over, past = bygone.settle([each for each, _ in batch], lambda: ([at for _, at in batch], horizon), NOW)
     living = copy.shown()
     late = [life.change() for life in over if life.subject in living]
-    for told in (late, changes):
+    for told in (late, past, changes):
         assert len({(change.subject, change.id) for change in told}) == len(told)
         for change in told:
             copy.write(change, NOW)
@@ -138,8 +152,8 @@ def test_what_expired_is_told_to_a_view_in_which_the_task_never_ends():
 def test_what_is_out_of_date_is_not_kept():
     bygone = Bygone()
     gone = [(_event(f"t{n}", 1, at=1, expires_at=2), 1) for n in range(10)]
-    changes, over = bygone.settle([each for each, _ in gone], lambda: ([1] * 10, 2), NOW)
-    assert (changes, len(over)) == ([], 10)
+    changes, over, past = bygone.settle([each for each, _ in gone], lambda: ([1] * 10, 2), NOW)
+    assert (changes, len(over), past) == ([], 10, [])
     later = bygone.settle([_event("t1", 0, at=30, expires_at=60)], lambda: ([30], 30), NOW)[0]
     assert later[0].side is not None
     assert later[0].side.seen == 30

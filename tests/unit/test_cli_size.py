@@ -17,6 +17,7 @@ LOAD = Load(
     expires_s=DAY_S,
     replication=3,
     history=False,
+    history_s=DAY_S,
 )
 
 
@@ -48,3 +49,8 @@ def test_the_figures_give_back_what_was_measured():
         found = needs(load)
         assert found.log_bytes / 8_000 == pytest.approx(log, rel=0.02)
         assert found.redis_bytes / 8_000 == pytest.approx(redis, rel=0.02)
+
+
+def test_history_takes_room_for_as_long_as_it_is_kept():
+    none, day, month = (needs(LOAD._replace(history=s > 0, history_s=s * DAY_S)).redis_bytes for s in (0, 1, 30))
+    assert month - none == pytest.approx(30 * (day - none))

@@ -122,3 +122,10 @@ def test_cassandra_s_settings_by_name():
     assert options("cassandra://", {"cassandra": {"keyspace": "other"}}, cassandra_keyspace="k", **bundle) == {
         "secure_bundle_path": "/b.zip", "keyspace": "other",
     }  # fmt: skip
+
+
+def test_a_history_s_retention_reaches_every_store():
+    app = Celery("options", set_as_current=False)
+    settings = parse("kafka://b/?view=redis://h/0&view=memory://m", {"history_retention_ms": 90 * 86_400_000})
+    assert {store_options(app, settings, view).history_retention_ms for view in settings.views} == {90 * 86_400_000}
+    assert store("redis://h/0").history_retention_ms is None

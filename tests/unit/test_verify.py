@@ -69,6 +69,13 @@ def test_a_store_may_keep_history_for_longer() -> None:
     assert compare(view(row("a", 1, 5, "history")), view(row("a", 1, 0, "history"))).equal
 
 
+def test_history_with_a_retention_of_its_own_expires_alike_in_every_store() -> None:
+    a, b = row("a/1/x", 1, NOW, "history"), row("a/1/x", 1, 0, "history")
+    (found,) = compare(view(a), view(b), history_expires=True).differences
+    assert (found.columns, found.a, found.b) == (("expires_at",), {"expires_at": NOW}, {"expires_at": 0})
+    assert compare(view(a), view(a._replace(expires_at=NOW + 1_000)), history_expires=True).equal
+
+
 def test_a_stores_own_tables_are_not_compared() -> None:
     assert compare(view(row("a", table="native")), view()).equal
 
