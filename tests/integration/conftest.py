@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from tests.integration import locked_kafka
@@ -141,6 +143,19 @@ class Fleet:
     def pipeline(self) -> None:
         """Start the processors."""
         self.start("pipeline", "pipeline", "run", ready="assigned")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Freeze the processors meanwhile."""
+        root = psutil.Process(self.processes["pipeline"].pid)
+        tree = [root, *root.children(recursive=True)]
+        for process in tree:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in tree:
+                process.send_signal(signal.SIGCONT)
 
     @property
     def app(self) -> Any:

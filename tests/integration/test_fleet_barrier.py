@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import time
 
-import psutil
 import pytest
 import redis
 from celery import VERSION
@@ -28,20 +26,6 @@ REVOKED_AT_ONCE = VERSION[:2] >= (5, 6)
 """Whether a task that waits for its time says that it was revoked before that time comes."""
 REQUEUES_UNREAD = VERSION[:2] < (5, 7)
 """Whether a worker puts a lost child's task back (`reject_on_worker_lost`) without asking whether it had succeeded."""
-
-
-@contextlib.contextmanager
-def paused(fleet):
-    """Freeze `pipeline run` and all that it started."""
-    root = psutil.Process(fleet.processes["pipeline"].pid)
-    tree = [root, *root.children(recursive=True)]
-    for process in tree:
-        process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for process in tree:
-            process.send_signal(signal.SIGCONT)
 
 
 def kinds(fleet, task_id):
@@ -70,7 +54,7 @@ def test_a_child_killed_after_its_success_has_succeeded(fleet, tmp_path, acknowl
     tasks = fleet.app
     runs = tmp_path / "runs"
     killed = tasks.stored_and_killed if acknowledged == "late" else tasks.stored_and_killed_early
-    with paused(fleet):
+    with fleet.paused():
         chained = killed.s(str(runs)) | tasks.listed.s()
         last = chained.apply_async(link_error=tasks.note_error.s())
         first = last.parent
@@ -85,7 +69,7 @@ def test_a_child_killed_after_its_success_has_succeeded(fleet, tmp_path, acknowl
 
 def test_a_child_killed_before_its_success_is_lost(fleet):
     """The barrier must not invent a success either."""
-    with paused(fleet):
+    with fleet.paused():
         died = fleet.app.die.delay()
         until(lambda: f"[{died.id}]" in fleet.log("worker") and "WorkerLostError" in fleet.log("worker"), "not lost")
     with pytest.raises(Exception, match="SIGKILL"):
@@ -94,7 +78,7 @@ def test_a_child_killed_before_its_success_is_lost(fleet):
 
 def test_a_revoke_of_what_has_succeeded_is_not_even_written(fleet, tmp_path):
     tasks, control = fleet.app, fleet.app.app.control
-    with paused(fleet):
+    with fleet.paused():
         done = tasks.touch.delay(str(tmp_path / "done"))
         until(lambda: f"[{done.id}] succeeded" in fleet.log("worker"), "not done")
         waiting = tasks.add.apply_async((1, 1), countdown=3600 if REVOKED_AT_ONCE else 20)
@@ -115,7 +99,7 @@ def test_a_saved_group_is_restored_by_whoever_saved_it_and_by_a_worker(fleet, tm
     tasks = fleet.app
     results = [tasks.add.delay(1, 1), tasks.add.delay(2, 2)]
     saved = GroupResult(f"group-{os.getpid()}", results, app=tasks.app)
-    with paused(fleet):
+    with fleet.paused():
         began = time.monotonic()
         saved.save()
         took = time.monotonic() - began
@@ -134,7 +118,7 @@ def test_a_forget_holds_at_once_for_its_process_and_later_for_all(fleet):
     tasks = fleet.app
     result = tasks.add.delay(3, 4)
     assert result.get(timeout=PATIENCE_S) == 7
-    with paused(fleet):
+    with fleet.paused():
         result.forget()
         assert AsyncResult(result.id, app=tasks.app).state == "PENDING"
         assert shown(fleet, result.id).document is not None
@@ -144,7 +128,7 @@ def test_a_forget_holds_at_once_for_its_process_and_later_for_all(fleet):
 
 def test_a_forget_holds_for_what_the_view_has_not_even_seen(fleet, tmp_path):
     tasks = fleet.app
-    with paused(fleet):
+    with fleet.paused():
         done = tasks.touch.delay(str(tmp_path / "unseen"))
         until(lambda: f"[{done.id}] succeeded" in fleet.log("worker"), "not done")
         done.forget()
@@ -157,7 +141,7 @@ def test_a_forget_holds_for_what_the_view_has_not_even_seen(fleet, tmp_path):
 def test_a_client_can_wait_for_the_view_to_catch_up(fleet, tmp_path):
     tasks = fleet.app
     backend = tasks.app.backend
-    with paused(fleet):
+    with fleet.paused():
         told = tasks.touch.delay(str(tmp_path / "told"))
         until(lambda: f"[{told.id}] succeeded" in fleet.log("worker"), "not done")
         assert told.state == "PENDING"
@@ -184,7 +168,10 @@ def test_what_follows_a_failed_task_is_failed_without_reading_the_view(fleet, tm
 
 
 def _node(fleet):
-    return next(iter(fleet.app.app.control.inspect(timeout=PATIENCE_S, limit=1).ping()))
+    """Return the worker's name once it answers: what is sent before it listens is lost, and it is "ready" before."""
+    node = fleet.node("worker")
+    until(lambda: fleet.app.app.control.inspect([node], timeout=2).ping(), "it answers a ping")
+    return node
 
 
 def _group_in_worker(fleet, path, group_id):
