@@ -285,7 +285,8 @@ def caught_up(view: View, log: Log) -> bool:
         there = view.positions()
     except (Unavailable, sqlite3.OperationalError):
         return False
-    return all(there.get(at, 0) >= end for at, end in log.ends().items())
+    ends = log.ends() | log.ends(topics.chords(log.prefix))
+    return all(there.get(at, 0) >= end for at, end in ends.items())
 
 
 def assert_same(view: View, other: View) -> None:
