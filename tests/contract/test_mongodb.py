@@ -85,7 +85,7 @@ def test_a_server_that_is_away_or_frozen_is_unavailable_and_the_next_write_recon
     own.restart()
     shown = again(lambda: view.documents(["t"]))
     assert shown == {"t": stated("SUCCESS", 20).document}, "what was acknowledged outlives SIGKILL"
-    sink.write(found)
+    again(lambda: sink.write(found))  # it has its own client
     assert view.positions() == {Partition("x", 0): 1}
     for each in (sink, view):
         each.close()

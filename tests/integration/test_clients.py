@@ -137,7 +137,7 @@ def test_many_waiters_of_one_process_all_hear(fleet, kind):
         patch=PATCH[kind],
     )
     assert found["heard"] == [True] * 40
-    assert found["ticks"] > 10
+    assert found["ticks"] > 1, "whoever waits holds up all others"
     for task_id in found["ids"]:
         history(fleet, task_id, events.SENT, events.SUCCESS)
 
