@@ -6,6 +6,7 @@ held is this file's doing: the product has no such points.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -84,6 +85,7 @@ class Watched(ChordProcessor):
 
 def main():
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    faulthandler.register(signal.SIGUSR1)  # for whoever waits for us in vain
     given = json.loads(sys.argv[1])
     settings = make_settings(given["servers"], given["prefix"])
     assert isinstance(settings, settings_module.Settings)

@@ -509,7 +509,13 @@ class Process:
             assert not ended, f"ended instead of saying {what!r}: {self.said}\n{self.log.read_text()}"
             return False
 
-        until(heard, lambda: f"{what!r}, but {self.said}\n{self.log.read_text()}")
+        until(heard, lambda: f"{what!r}, but {self.said}\n{self._standing()}")
+
+    def _standing(self):
+        """Its log, with where each of its threads stands."""
+        self.signal(signal.SIGUSR1)
+        time.sleep(1)
+        return self.log.read_text()
 
     def signal(self, number):
         self.popen.send_signal(number)
