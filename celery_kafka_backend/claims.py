@@ -22,7 +22,7 @@ import json
 import os
 import re
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -45,11 +45,11 @@ CHILDREN_BYTES: Final = 16_384
 """Of children a stub carries so much; more are in the object alone."""
 READ_S: Final = 60.0
 """Bound on reading an object."""
+THREAD: Final = "celery-kafka-claim"
 
 _PATH: Final = re.compile(r"(?:\d{4}-\d{2}-\d{2}|never)/[0-9a-f]{32}")
 _DAY: Final = re.compile(r"\d{4}-\d{2}-\d{2}")
 _MARK: Final = TYPE.encode()
-_Answer = TypeVar("_Answer")
 
 
 class _Stub(msgspec.Struct):
@@ -168,7 +168,7 @@ class Claims:
                     os.fsync(file.fileno())
 
         try:
-            _bounded(write, timeout_s)
+            threads.within(timeout_s, write, THREAD)
         except Exception as exc:
             raise NotAcknowledged(
                 f"the claim check store {self.url} did not take {len(document)} bytes: {_said(exc)}"
@@ -187,7 +187,7 @@ class Claims:
         fs, root = self._store()
         where = f"{self.url.rstrip('/')}/{claim.path}"
         try:
-            found: bytes = _bounded(lambda: fs.cat_file(f"{root}/{claim.path}"), timeout_s)
+            found: bytes = threads.within(timeout_s, lambda: fs.cat_file(f"{root}/{claim.path}"), THREAD)
         except FileNotFoundError:
             raise ClaimLost(f"{where} ({claim.bytes} bytes) is not there: removed or expired") from None
         except Exception as exc:
@@ -250,30 +250,3 @@ def _day(at_ms: int | None) -> str:
 
 def _said(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {mask(str(exc))[:300]}"
-
-
-def _bounded(work: Callable[[], _Answer], timeout_s: float) -> _Answer:
-    """Return what ``work`` does, in a thread: a driver may have no bound of its own.
-
-    Raises:
-        TimeoutError: It took longer; it is left to itself.
-    """
-    answers: list[_Answer] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            answers.append(work())
-        except BaseException as exc:  # noqa: BLE001 - raised in the caller's thread
-            errors.append(exc)
-
-    threads.start(run, "celery-kafka-claim").join(timeout_s)
-    if errors:
-        _raise(errors[0])
-    if not answers:
-        raise TimeoutError(f"no answer within {timeout_s:g} s")
-    return answers[0]
-
-
-def _raise(exc: BaseException) -> NoReturn:
-    raise exc

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -220,8 +218,11 @@ class Reads(older.KeyValueBackend):  # type: ignore[misc]
             raise Unsure("the worker's main process has spent too much time on such reads just now")
         began = time.monotonic()
         try:
-            # Whoever waits inside gives up a little sooner: his error says why.
-            return _within(bound_s, partial(read, 0.9 * bound_s))
+            # A view that is frozen holds its socket for half a minute. Whoever waits inside gives up a little sooner: his
+            # error says why.
+            return threads.within(bound_s, partial(read, 0.9 * bound_s), "celery-kafka-barrier")
+        except TimeoutError:
+            raise Unsure(f"no answer within {bound_s:g} s") from None
         finally:
             allowance.spend(time.monotonic() - began)
 
@@ -262,24 +263,3 @@ class Reads(older.KeyValueBackend):  # type: ignore[misc]
             return self.barrier.caught_up(ids, self.reader.positions, bound)
         except Unsure as exc:
             raise BackendGetMetaError(f"cannot tell whether the view is up to date: {exc}") from exc
-
-
-def _within(bound_s: float, read: Callable[[], _Found]) -> _Found:
-    """Read in a thread of its own: a view that is frozen holds its socket for half a minute.
-
-    Raises:
-        Unsure: It takes longer.
-    """
-    found: Future[_Found] = Future()
-
-    def answer() -> None:
-        try:
-            found.set_result(read())
-        except BaseException as exc:  # noqa: BLE001 - the caller's
-            found.set_exception(exc)
-
-    threads.start(answer, "celery-kafka-barrier")
-    try:
-        return found.result(bound_s)
-    except FutureTimeout:
-        raise Unsure(f"no answer within {bound_s:g} s") from None

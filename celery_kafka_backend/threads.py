@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import signal
 import threading
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kombu.utils.compat import detect_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+T = TypeVar("T")
 
 
 def start(target: Callable[..., object], name: str, *args: Any) -> threading.Thread:
@@ -31,3 +34,23 @@ def start(target: Callable[..., object], name: str, *args: Any) -> threading.Thr
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return thread
+
+
+def within(timeout_s: float, work: Callable[[], T], name: str) -> T:
+    """Return what ``work`` does, or raise what it raises, in a thread of its own: a driver may have no bound.
+
+    Raises:
+        TimeoutError: It takes longer; it is left to itself.
+    """
+    found: Future[T] = Future()
+
+    def answer() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as exc:  # noqa: BLE001 - the caller's
+            found.set_exception(exc)
+
+    start(answer, name).join(timeout_s)
+    if not found.done():
+        raise TimeoutError(f"no answer within {timeout_s:g} s")
+    return found.result()

@@ -128,7 +128,7 @@ def test_many_waiters_of_one_process_all_hear(fleet, kind):
         waiting = [threading.Thread(target=work, args=(n,)) for n in range(10) for work in (ask, ask_groups, fail)]
         for one in waiting:
             one.start()
-        nap = fleet_app.nap.delay(0.5)
+        nap = fleet_app.nap.delay(3)
         while any(one.is_alive() for one in waiting) or not nap.ready():
             time.sleep(0.01)
             ticks += 1
@@ -137,7 +137,7 @@ def test_many_waiters_of_one_process_all_hear(fleet, kind):
         patch=PATCH[kind],
     )
     assert found["heard"] == [True] * 40
-    assert found["ticks"] > 1, "whoever waits holds up all others"
+    assert found["ticks"] > 10
     for task_id in found["ids"]:
         history(fleet, task_id, events.SENT, events.SUCCESS)
 

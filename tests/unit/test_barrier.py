@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ from celery_kafka_backend.barrier import Allowance, Barrier, document_after, gre
 from celery_kafka_backend.changes import GROUP, Partition
 from celery_kafka_backend.errors import SettingsError, Unavailable, Unsure
 from celery_kafka_backend.events import Event
-from celery_kafka_backend.reads import _within
+from celery_kafka_backend.reads import Reads
 from celery_kafka_backend.sinks.contract import Shown
 
 NOW = 1_900_000_000_000
@@ -82,17 +83,22 @@ def test_an_allowance_is_spent_and_comes_back():
 
 
 def test_a_store_that_hangs_holds_an_event_loop_no_longer_than_its_bound():
+    def within(bound_s, read):
+        settings, recorder = SimpleNamespace(barrier_timeout_s=bound_s), SimpleNamespace(role=events.PARENT)
+        barrier = SimpleNamespace(allowance=Allowance(60, 1))
+        return Reads._within_bounds(SimpleNamespace(settings=settings, recorder=recorder, barrier=barrier), read)
+
     hanging = threading.Event()
     with pytest.raises(Unsure, match=r"no answer within 0\.05 s"):
-        _within(0.05, hanging.wait)
+        within(0.05, lambda _bound_s: hanging.wait())
     hanging.set()
-    assert _within(60, lambda: 7) == 7
+    assert within(60, lambda _bound_s: 7) == 7
 
-    def away():
+    def away(_bound_s):
         raise Unavailable("away")
 
     with pytest.raises(Unavailable):
-        _within(60, away)
+        within(60, away)
 
 
 class FoldingAtTheWorstMoment:
