@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import traceback
 from contextlib import ExitStack
@@ -429,6 +430,15 @@ def as_it_must_be(result, must):
     return result.state == "SUCCESS" and result.result == must
 
 
+def send_again(dropped):
+    """What stops us may arrive inside a finalizer, and there the interpreter drops it: a moment later, once more."""
+    number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(dropped.exc_type)
+    if number is None:
+        sys.__unraisablehook__(dropped)
+    else:
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a twelfth of the files; every check all the same")
@@ -441,6 +451,7 @@ def main():
     # As Ctrl-C: everything that was started ends before we do.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = send_again
     display = Display()
     began = time.monotonic()
     try:

@@ -123,6 +123,38 @@ def test_whoever_stops_the_demo_stops_everything(demo: Demo, moment: str, how: s
     nothing_is_left(demo, 0)
 
 
+FINALIZED = """
+import os, signal, sys, time
+import run
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(0.01)
+
+signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+sys.unraisablehook = run.send_again
+Finalized()
+print("dropped", flush=True)
+time.sleep({patience})
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stop_that_falls_into_a_finalizer_stops_all_the_same(name: str) -> None:
+    """The interpreter only prints what a finalizer raises; whoever pressed Ctrl-C then waited in vain."""
+    said = subprocess.run(
+        [sys.executable, "-c", FINALIZED.format(name=name, patience=PATIENCE_S)],
+        cwd=RUN.parent,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert said.stdout == "dropped\n"
+    assert said.returncode == (-signal.SIGINT if name == "SIGINT" else 128 + signal.SIGTERM)
+
+
 def test_not_even_kill_9_leaves_something_running(demo: Demo) -> None:
     """Nobody can clean up then but those who notice that they are alone."""
     demo.until_said("A chord over")
