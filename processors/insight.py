@@ -41,6 +41,7 @@ from confluent_kafka import KafkaException, TopicPartition
 from celery_kafka_backend import partials, topics
 from celery_kafka_backend.errors import CodecError, Crashed, PublishError, SettingsError, Unavailable
 from celery_kafka_backend.kafka import translate
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.partials import MINUTE_MS
 from celery_kafka_backend.past import batches, reader
 from celery_kafka_backend.processors import minutes
@@ -244,7 +245,7 @@ class Insight:
         if not self._opened:
             self._store.open()
             self._opened = True
-        self._store.write(rows, time.time_ns() // 1_000_000)
+        self._store.write(rows, system_wall_ms())
 
     def complain(self, text: str) -> None:
         """Log an error, each text once a minute."""
@@ -345,7 +346,7 @@ def insight_app(settings: Settings, view: str, options: StoreOptions) -> Any:
             work.take(event)
 
     async def clean() -> None:
-        work.clean(time.time_ns() // 1_000_000 // MINUTE_MS)
+        work.clean(system_wall_ms() // MINUTE_MS)
 
     async def revoked(*_: Any, **__: Any) -> None:
         await work.hand_over()

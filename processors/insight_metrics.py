@@ -10,6 +10,7 @@ from celery_kafka_backend import metrics
 from celery_kafka_backend.errors import PipelineError
 from celery_kafka_backend.insight import Insight
 from celery_kafka_backend.monitor import Series
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.sinks.insight import open_insight
 from celery_kafka_backend.windows import WINDOWS
 
@@ -49,7 +50,7 @@ class InsightProbe:
         return self._found
 
     def _series(self) -> Iterator[Series]:
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = system_wall_ms()
         written = self._insight.written_at()
         if written:
             yield Series(metrics.INSIGHT_AGE, (), ((now_ms - written) / 1000,))

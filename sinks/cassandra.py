@@ -26,7 +26,6 @@ the same documents to our readers. Of two events with one order key, a stock cli
 
 from __future__ import annotations
 
-import time
 from contextlib import contextmanager
 from functools import reduce
 from itertools import groupby
@@ -38,6 +37,7 @@ from cassandra.query import UNSET_VALUE, BatchStatement, BatchType
 from celery_kafka_backend.changes import TASK, Change, history_expiry, later_expiry, side_of
 from celery_kafka_backend.errors import Rejected, Unavailable
 from celery_kafka_backend.events import TOMBSTONES
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.sinks import cassandra_wire as wire
 from celery_kafka_backend.sinks.cassandra_guard import (
     MARGIN_S,
@@ -99,10 +99,6 @@ LOG: Final = (
 POSITION: Final = "INSERT INTO {position} (namespace, topic, part, next) VALUES (?, ?, ?, ?) USING TIMESTAMP ?"
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
 class Unit(NamedTuple):
     """Statements on one partition, written together, and the change that they belong to."""
 
@@ -148,7 +144,7 @@ class CassandraSink(Sink):
         """Write tasks, groups, history and facts; then the positions."""
         if self._connection is None:
             self.open()
-        now_ms = _now_ms()
+        now_ms = system_wall_ms()
         refused: dict[str, str] = {}
         changes = []
         for given in batch.changes:

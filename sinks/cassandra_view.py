@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import contextmanager
 from datetime import timezone
 from itertools import groupby, islice
@@ -12,6 +11,7 @@ import cassandra
 
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
 from celery_kafka_backend.errors import Unavailable
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.sinks import cassandra_wire as wire
 from celery_kafka_backend.sinks.cassandra_guard import (
     NEVER,
@@ -48,10 +48,6 @@ HISTORY: Final = "SELECT hlc, event_id, value, expires_at FROM {history} WHERE t
 POSITIONS: Final = "SELECT topic, part, next FROM {position} WHERE namespace = ?"
 ALL_ROWS: Final = "SELECT subject, id, name, k, event_id, guard, document, expiry, seen, pieces, hours FROM {view}"
 ALL_HISTORY: Final = "SELECT task_id, hlc, event_id, value, expires_at FROM {history}"
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 class Cell:
@@ -145,7 +141,7 @@ class CassandraView(DriverView[wire.Connection]):
         with self._reading():
             cells = [cell for subject in (TASK, GROUP) for cell in self._cells(subject, [task_id])]
             hours = sorted({hour for cell in cells for hour in cell.hours})
-            now_ms = _now_ms()
+            now_ms = system_wall_ms()
             found: list[Any] = []
             for start in range(0, len(hours), CHUNK):
                 found += self._connection.read(HISTORY, task_id, hours[start : start + CHUNK])
@@ -177,8 +173,8 @@ class CassandraView(DriverView[wire.Connection]):
                 states = self._connection.read(STATES, tasks) if tasks else ()
                 stock = {task_id: status for task_id, _, status in _latest_stock(states)}
                 for rows in chunk:
-                    yield from _dumped(rows[0].subject, Cell(rows, _now_ms()), stock)
-            now_ms = _now_ms()
+                    yield from _dumped(rows[0].subject, Cell(rows, system_wall_ms()), stock)
+            now_ms = system_wall_ms()
             for row in self._connection.read(ALL_HISTORY):
                 if not 0 < row.expires_at <= now_ms:
                     key = f"{row.task_id}/{row.hlc}/{row.event_id}"
@@ -187,7 +183,7 @@ class CassandraView(DriverView[wire.Connection]):
     def candidates(self, query: Query) -> Iterator[bytes]:  # noqa: ARG002 - by its partitions, which are tasks'
         """Read the whole history: nothing but a task and its hours can be looked up here."""
         with self._reading():
-            now_ms = _now_ms()
+            now_ms = system_wall_ms()
             for row in self._connection.read(ALL_HISTORY):
                 if not 0 < row.expires_at <= now_ms:
                     yield bytes(row.value)
@@ -231,7 +227,7 @@ def _partitions(rows: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _cells(rows: Iterable[Any]) -> Iterator[Cell]:
-    now_ms = _now_ms()
+    now_ms = system_wall_ms()
     for _, found in groupby(rows, key=lambda row: row.id):
         yield Cell(list(found), now_ms)
 

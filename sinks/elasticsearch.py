@@ -37,7 +37,7 @@ from elasticsearch import exceptions
 
 from celery_kafka_backend.changes import history_expiry
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
-from celery_kafka_backend.order import Rank, rank_of_key
+from celery_kafka_backend.order import Rank, rank_of_key, system_wall_ms
 from celery_kafka_backend.sinks import elasticsearch_indices as indices
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
 from celery_kafka_backend.sinks.elasticsearch_indices import NEVER
@@ -72,10 +72,6 @@ RETRIES: Final = 10
 SWEEP_EVERY_S: Final = 10.0
 SWEEP_ROWS: Final = 2_000
 SWEEP_TIMEOUT_S: Final = 60.0
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def _compact(script: str) -> str:
@@ -178,7 +174,7 @@ class ElasticSink(Sink):
         """Write tasks, groups, history and facts; then the positions."""
         if self._client is None:
             self.open()
-        now_ms = _now_ms()
+        now_ms = system_wall_ms()
         refused: list[tuple[str, str]] = []
         operations: list[Operation] = []
         with translated(self.url):

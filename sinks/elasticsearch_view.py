@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from elasticsearch import exceptions
 
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, document_row, side_row
 from celery_kafka_backend.sinks.elasticsearch_indices import NEVER
 from celery_kafka_backend.sinks.elasticsearch_native import stock_document, taken
@@ -38,10 +38,6 @@ def chord_id(group: str) -> str:
 def positions_id(namespace: str) -> str:
     """Return the id of the document with a pipeline's positions."""
     return f"celery-kafka-positions-{namespace}"
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 class ElasticView(DriverView["Elasticsearch"]):
@@ -83,7 +79,7 @@ class ElasticView(DriverView["Elasticsearch"]):
         prefix = self._place.prefixes[subject]
         for start in range(0, len(ids), CHUNK):
             keys = [prefix + each for each in ids[start : start + CHUNK]]
-            now_ms = _now_ms()
+            now_ms = system_wall_ms()
             for found in self._mget(self._place.native, keys):
                 yield found["_id"][len(prefix) :], _shown(found["_source"], now_ms, task=subject == TASK)
 
@@ -116,13 +112,13 @@ class ElasticView(DriverView["Elasticsearch"]):
         with translated(self.url):
             pattern = f"{self._place.history}-*"
             found = self._search(pattern, {"term": {"task": task_id}}, [{"hlc": "asc"}, {"event": "asc"}])
-            now_ms = _now_ms()
+            now_ms = system_wall_ms()
             return [_bytes(entry) for entry in _once(found) if entry.get("x", NEVER) > now_ms]
 
     def candidates(self, query: Query) -> Iterator[bytes]:
         """Search the history's indices by their fields, refreshed; text is left to `Query.matches`."""
         with translated(self.url):
-            now_ms = _now_ms()
+            now_ms = system_wall_ms()
             wanted = {"bool": {"filter": list(_conditions(query))}}
             by_time = [{"at": "desc" if query.newest_first else "asc"}, {"event": "asc"}]
             for entry in _once(self._search(f"{self._place.history}-*", wanted, by_time)):
@@ -133,7 +129,7 @@ class ElasticView(DriverView["Elasticsearch"]):
         """Search for all facts of a group that has not expired."""
         with translated(self.url):
             for chord in self._mget(self._place.beside, [chord_id(group_id)]):
-                if chord["_source"]["x"] > _now_ms():
+                if chord["_source"]["x"] > system_wall_ms():
                     facts = self._facts([group_id], {group_id: chord["_source"]})
                     return {fact["n"]: _bytes(fact) for fact in facts}
         return {}
@@ -175,7 +171,7 @@ class ElasticView(DriverView["Elasticsearch"]):
     def rows(self) -> Iterator[Row]:
         """Scan the indices; each is of one moment, together they are not."""
         with translated(self.url):
-            now_ms = _now_ms()
+            now_ms = system_wall_ms()
             alive: dict[str, Any] = {"range": {"ckb.x": {"gt": now_ms}}}
             for key, source in self._search(self._place.native, alive):
                 for subject, prefix in self._place.prefixes.items():

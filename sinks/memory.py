@@ -20,6 +20,7 @@ import msgspec
 
 from celery_kafka_backend.changes import GROUP, TASK, Side, history_expiry, later_expiry, merge_sides
 from celery_kafka_backend.errors import Rejected, Unavailable
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.sinks.contract import (
     Row,
     Shown,
@@ -105,10 +106,6 @@ def _renew_locks() -> None:
 os.register_at_fork(after_in_child=_renew_locks)
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
 def _gone(expires_at: int, now_ms: int) -> bool:
     return 0 < expires_at <= now_ms
 
@@ -143,7 +140,7 @@ class MemorySink(Sink):
 
     def write(self, batch: Batch) -> None:
         view = space(self.url)
-        now_ms = _now_ms()
+        now_ms = system_wall_ms()
         refused = []
         heard = []
         with view.lock:
@@ -278,7 +275,7 @@ class MemoryView(View):
         return view
 
     def _cells(self, subject: str, ids: Iterable[str]) -> dict[str, Cell]:
-        view, now_ms = self._open(), _now_ms()
+        view, now_ms = self._open(), system_wall_ms()
         with view.lock:
             cells = {each: _cell(view.cells.get((subject, each)), now_ms) for each in ids}
         return {each: cell for each, cell in cells.items() if cell is not _EMPTY}
@@ -293,7 +290,7 @@ class MemoryView(View):
         return {each: c.document for each, c in self._cells(GROUP, ids).items() if c.document is not None}
 
     def history(self, task_id: str) -> list[bytes]:
-        view, now_ms = self._open(), _now_ms()
+        view, now_ms = self._open(), system_wall_ms()
         with view.lock:
             entries = sorted(view.histories.get(task_id, {}).items())
         return [value for _, (value, expires_at) in entries if not _gone(expires_at, now_ms)]
@@ -301,7 +298,7 @@ class MemoryView(View):
     def chord(self, group_id: str) -> dict[str, bytes]:
         view = self._open()
         with view.lock:
-            if _gone(view.chord_expiries.get(group_id, 0), _now_ms()):
+            if _gone(view.chord_expiries.get(group_id, 0), system_wall_ms()):
                 return {}
             return {name: value for name, (_, value) in view.chords.get(group_id, {}).items()}
 
@@ -311,7 +308,7 @@ class MemoryView(View):
             return dict(view.positions)
 
     def rows(self) -> Iterator[Row]:
-        view, now_ms = self._open(), _now_ms()
+        view, now_ms = self._open(), system_wall_ms()
         with view.lock:
             cells = sorted((place, _cell(cell, now_ms)) for place, cell in view.cells.items())
             entries = [(each, at, entry) for each, log in view.histories.items() for at, entry in log.items()]

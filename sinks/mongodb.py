@@ -36,7 +36,7 @@ from pymongo import InsertOne, UpdateOne, errors
 
 from celery_kafka_backend.changes import GROUP, TASK, Side, history_expiry
 from celery_kafka_backend.errors import Rejected, SettingsError
-from celery_kafka_backend.order import Rank, rank_of_key
+from celery_kafka_backend.order import Rank, rank_of_key, system_wall_ms
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
 from celery_kafka_backend.sinks.mongodb_native import EMPTY_GROUP, HIDDEN, group_fields, task_fields
 from celery_kafka_backend.sinks.mongodb_view import MongoView
@@ -73,10 +73,6 @@ SWEEP_ROWS: Final = 2000
 _NOTHING: Final = {TASK: HIDDEN, GROUP: EMPTY_GROUP}
 _TTL: Final = 0
 _ENDS: Final = "ckb.x_1"
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 class Write(NamedTuple):
@@ -151,7 +147,7 @@ class MongoSink(Sink):
         """Write side records, then documents, history and facts; then the positions."""
         if self._client is None:
             self.open()
-        now_ms = _now_ms()
+        now_ms = system_wall_ms()
         refused: list[tuple[str, str]] = []
         changes = []
         for change in batch.changes:

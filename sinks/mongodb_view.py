@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +12,7 @@ from bson.min_key import MinKey
 from pymongo import errors
 
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.query import expression
 from celery_kafka_backend.sinks.contract import Page, Row, Shown, StoreOptions, Subscription, document_row, side_row
 from celery_kafka_backend.sinks.mongodb_native import document_of, stock_document
@@ -45,7 +45,7 @@ CHUNK: Final = 1000
 
 
 def _now() -> DatetimeMS:
-    return DatetimeMS(time.time_ns() // 1_000_000)
+    return DatetimeMS(system_wall_ms())
 
 
 class MongoView(DriverView["MongoClient[dict[str, Any]]"]):

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import re
 import struct
-import time
 from importlib import resources
 from typing import TYPE_CHECKING, Final, cast
 
@@ -37,7 +36,7 @@ import redis
 
 from celery_kafka_backend.changes import TASK, Side
 from celery_kafka_backend.errors import Rejected, SettingsError
-from celery_kafka_backend.order import key_text
+from celery_kafka_backend.order import key_text, system_wall_ms
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.contract import (
     Sink,
@@ -219,7 +218,7 @@ class RedisSink(Sink):
         refused += [(names[place], error) for place, error in errors.items()]
 
     def _commands(self, batch: Batch, names: list[str], refused: list[tuple[str, str]]) -> Iterator[bytes]:
-        now_ms = time.time_ns() // 1_000_000
+        now_ms = system_wall_ms()
         for change in batch.changes:
             try:
                 command = self._command(change, now_ms)

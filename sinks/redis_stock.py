@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import redis
 
 from celery_kafka_backend.changes import GROUP, TASK
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.sinks.contract import Page, Stock
 from celery_kafka_backend.sinks.redis_wire import NATIVE, tells_expiry, translated, unpack
 
@@ -54,7 +54,7 @@ def _read(client: redis.Redis, keys: list[_Key], *, absolute: bool) -> Iterator[
         pipe.pexpiretime(cast("str", key.native)) if absolute else pipe.pttl(key.native)
         pipe.get(b"{%b}:k" % key.native)
     replies: list[Any] = pipe.execute(raise_on_error=False)
-    now_ms = time.time_ns() // 1_000_000
+    now_ms = system_wall_ms()
     for key, document, expiry, side in zip(keys, replies[::3], replies[1::3], replies[2::3], strict=True):
         if isinstance(document, redis.ResponseError):
             yield Stock(key.subject, key.id, None, problem=f"the key {key.native!r} is no string: {document}")

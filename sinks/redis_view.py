@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import msgspec
 
 from celery_kafka_backend.changes import GROUP, TASK, Partition
 from celery_kafka_backend.errors import Unavailable
-from celery_kafka_backend.order import KEY_DIGITS
+from celery_kafka_backend.order import KEY_DIGITS, system_wall_ms
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.contract import Page, Row, Shown, StoreOptions, Subscription, document_row, side_row
 from celery_kafka_backend.sinks.per_process import DriverView, PerProcess
@@ -156,7 +155,7 @@ class RedisView(DriverView["redis.Redis"]):
 
     def _alive(self) -> str:
         """Return after which HLC a history entry is there: each goes by itself, although a task's key goes as a whole."""
-        return f"({time.time_ns() // 1_000_000 - self._history_ms}" if self._history_ms else "-inf"
+        return f"({system_wall_ms() - self._history_ms}" if self._history_ms else "-inf"
 
     def chord(self, group_id: str) -> dict[str, bytes]:
         """Read the chord's hash."""
@@ -230,7 +229,7 @@ class RedisView(DriverView["redis.Redis"]):
                 pipe.get(key)
             pipe.pexpiretime(cast("str", key)) if absolute else pipe.pttl(key)
         replies: list[Any] = pipe.execute()
-        now_ms = 0 if absolute else time.time_ns() // 1_000_000
+        now_ms = 0 if absolute else system_wall_ms()
         for (_, subject, kind, subject_id), value, expiry in zip(found, replies[::2], replies[1::2], strict=True):
             if not value or expiry == -2:
                 continue  # expired between SCAN and here

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side, history_expiry
 from celery_kafka_backend.errors import Rejected, SettingsError
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.sinks import sqlite_statements as statements
 from celery_kafka_backend.sinks.contract import Row, Shown, Sink, StoreOptions, View, document_row, side_row
 from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, task_row
@@ -52,10 +53,6 @@ _ADDED: Final = {"name": "VARCHAR(155)", "args": "BLOB", "kwargs": "BLOB", "work
     "retries": "INTEGER", "queue": "VARCHAR(155)", "stamps": "BLOB", "children": "BLOB"
 }  # fmt: skip
 """Columns that Celery's tables may lack, when its backend made them without ``result_extended``."""
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def _union(a: str, b: str) -> str:
@@ -127,7 +124,7 @@ class SqliteSink(Sink):
         with translated(self._path):
             try:
                 db.execute("BEGIN IMMEDIATE")
-                self._apply(db, accepted, batch, _now_ms())
+                self._apply(db, accepted, batch, system_wall_ms())
                 db.execute("COMMIT")
             except BaseException:
                 if db.in_transaction:
@@ -319,7 +316,7 @@ class SqliteView(View):
     def shown(self, ids: Sequence[str]) -> dict[str, Shown]:
         columns = f"task_id, k, event_id, document, shown_until, expires_at, {statements.SIDE_COLUMNS}"
         query = f"SELECT {columns} FROM ckb_task WHERE task_id IN ({{}}) AND expires_at NOT BETWEEN 1 AND ?"  # noqa: S608
-        now_ms, found = _now_ms(), {}
+        now_ms, found = system_wall_ms(), {}
         for task_id, key, event_id, document, until, expires_at, *side in self._select(query, ids, now_ms):
             shown = None if 0 < until <= now_ms else document
             found[task_id] = Shown(shown, key, event_id, _side(expires_at, *side))
@@ -339,7 +336,7 @@ class SqliteView(View):
         query = (
             "SELECT task_id, document FROM ckb_group WHERE task_id IN ({}) AND document IS NOT NULL"
             " AND expires_at NOT BETWEEN 1 AND ?1 AND shown_until NOT BETWEEN 1 AND ?1"
-        ).replace("?1", str(_now_ms()))
+        ).replace("?1", str(system_wall_ms()))
         return dict(self._select(query, ids))
 
     def history(self, task_id: str) -> list[bytes]:
@@ -347,7 +344,7 @@ class SqliteView(View):
             "SELECT value FROM ckb_history WHERE task_id IN ({}) AND expires_at NOT BETWEEN 1 AND ?"
             " ORDER BY hlc, event_id"
         )
-        return [value for (value,) in self._select(query, [task_id], _now_ms())]
+        return [value for (value,) in self._select(query, [task_id], system_wall_ms())]
 
     def candidates(self, query: Query) -> Iterator[bytes]:
         where, values = search_condition(query)
@@ -356,7 +353,7 @@ class SqliteView(View):
             f"SELECT value FROM ckb_history WHERE {where} AND expires_at NOT BETWEEN 1 AND ? ORDER BY at {direction}"  # noqa: S608
         )
         with self._reading() as db:
-            for (value,) in db.execute(statement, (*values, _now_ms())):
+            for (value,) in db.execute(statement, (*values, system_wall_ms())):
                 yield value
 
     def chord(self, group_id: str) -> dict[str, bytes]:
@@ -364,14 +361,14 @@ class SqliteView(View):
             "SELECT name, value FROM ckb_chord JOIN ckb_chord_expiry USING (group_id)"
             " WHERE group_id IN ({}) AND expires_at NOT BETWEEN 1 AND ?"
         )
-        return dict(self._select(query, [group_id], _now_ms()))
+        return dict(self._select(query, [group_id], system_wall_ms()))
 
     def positions(self) -> dict[Partition, int]:
         with self._reading() as db:
             return {Partition(t, p): offset for t, p, offset in db.execute("SELECT * FROM ckb_position")}
 
     def rows(self) -> Iterator[Row]:
-        now_ms = _now_ms()
+        now_ms = system_wall_ms()
         alive = f"expires_at NOT BETWEEN 1 AND {now_ms}"
         shown = f"document IS NOT NULL AND shown_until NOT BETWEEN 1 AND {now_ms} AND {alive}"
         with self._reading() as db:
