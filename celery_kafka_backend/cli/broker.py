@@ -53,7 +53,6 @@ _PASSING: Final = {
 }
 """For a moment after a topic has been created, or a broker has gone."""
 AGAIN_AFTER_S: Final = 0.1
-SHUT_OUT: Final = "another operator's requeue, drop or rerun began, and ended this one"
 _NO_GROUP: Final = 69  # GROUP_ID_NOT_FOUND, for which confluent-kafka has no name
 
 Answer = TypeVar("Answer")

@@ -7,14 +7,14 @@ what that one left open, and what is read after that is all that was ever done.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from celery_kafka_backend import topics
-from celery_kafka_backend.cli.broker import SHUT_OUT
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.records import batches, firsts
+from celery_kafka_backend.cli.transaction import SHUT_OUT, commit, is_shut_out, undo
 from celery_kafka_backend.letters import (
     DROP,
     HEADER_ACTION,
@@ -46,12 +46,6 @@ if TYPE_CHECKING:
 BATCH: Final = 100
 BATCH_BYTES: Final = 8 << 20
 SETTLE_S: Final = 0.02
-
-_SHUT_OUT: Final = {
-    KafkaError._FENCED,  # noqa: SLF001 - confluent-kafka's name for it
-    KafkaError.PRODUCER_FENCED,
-    KafkaError.INVALID_PRODUCER_EPOCH,
-}
 
 
 class Refused(NamedTuple):
@@ -204,9 +198,9 @@ class Dealing:
             if done:
                 headers: Any = [(HEADER_ACTION, action.encode())]
                 producer.produce(topic, encode(deeds), KEY, headers=headers, on_delivery=self._note)
-            _commit(producer, self._broker.timeout_s)
+            commit(producer, self._broker.timeout_s)
         except (KafkaException, SystemError) as exc:
-            raise self._failed(producer, _error_of(exc)) from exc
+            raise self._failed(undo(producer, self._broker.timeout_s, exc)) from exc
         self.done += done
 
     def _note(self, error: KafkaError | None, message: Message) -> None:
@@ -259,16 +253,8 @@ class Dealing:
             raise KafkaException(KafkaError(KafkaError._TIMED_OUT))  # noqa: SLF001
         return done
 
-    def _failed(self, producer: Producer, error: KafkaError) -> Stop:
-        """Undo the batch, and return what to say."""
-        try:
-            producer.abort_transaction(self._broker.timeout_s)
-        except KafkaException as exc:
-            # A record that could not be delivered does not say that we were shut out; this does. Otherwise Kafka itself
-            # undoes it, after `kafka.TRANSACTION_MS`.
-            if exc.args[0].code() in _SHUT_OUT:
-                error = exc.args[0]
-        if error.code() in _SHUT_OUT:
+    def _failed(self, error: KafkaError) -> Stop:
+        if is_shut_out(error):
             return Stop(
                 Exit.NOT_DONE,
                 f"{SHUT_OUT} after {len(self.done)}",
@@ -276,25 +262,3 @@ class Dealing:
             )
         writes = [Right(OPERATOR, "topic", name, "Write") for name in (self._log.events, self._log.chords)]
         return self._broker.translated(error, f"{len(self.done)} dealt with, then", *writes)
-
-
-def _error_of(error: KafkaException | SystemError) -> KafkaError:
-    """Return what Kafka complains of.
-
-    confluent-kafka raises a fatal error, as that we were shut out, from within `flush`, and goes on to hand out delivery
-    reports: the first Python function that is called then ends with a SystemError, whose cause is that error.
-    """
-    found = error if isinstance(error, KafkaException) else error.__cause__
-    if not isinstance(found, KafkaException):
-        raise error
-    return cast("KafkaError", found.args[0])
-
-
-def _commit(producer: Producer, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            return producer.commit_transaction(timeout_s)
-        except KafkaException as exc:
-            if not exc.args[0].retriable() or time.monotonic() > deadline:
-                raise

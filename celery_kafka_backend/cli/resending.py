@@ -17,10 +17,10 @@ from kombu.exceptions import KombuError
 from kombu.utils import json as kombu_json
 
 from celery_kafka_backend import codec, events
-from celery_kafka_backend.cli.broker import SHUT_OUT
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.records import batches
 from celery_kafka_backend.cli.sources import log_of
+from celery_kafka_backend.cli.transaction import SHUT_OUT, commit, is_shut_out, undo
 from celery_kafka_backend.errors import CodecError
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.producer import headers as names
@@ -152,10 +152,10 @@ class Resending:
             for one, run in zip(some, runs, strict=True):
                 record = recorder.record(self._intent(one, run))
                 producer.produce(record.topic, record.value, record.key, headers=list(record.headers))
-            producer.commit_transaction(self._broker.timeout_s)
-        except KafkaException as exc:
-            error = exc.args[0]
-            if error.fatal():
+            commit(producer, self._broker.timeout_s)
+        except (KafkaException, SystemError) as exc:
+            error = undo(producer, self._broker.timeout_s, exc)
+            if is_shut_out(error):
                 raise self._stopped(SHUT_OUT) from exc
             raise self._broker.translated(error, f"{len(self.sent)} sent, then") from exc
 
