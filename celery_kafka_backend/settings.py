@@ -147,6 +147,9 @@ _FIXED_PRODUCER: Final[dict[str, tuple[object, ...]]] = {
     "acks": _ALL,
     "request.required.acks": _ALL,
     "enable.idempotence": (True, "true", "True", "1", "t"),
+    # Two would let librdkafka report a record as stored that the broker refused (ADR 29).
+    "max.in.flight": (1, "1"),
+    "max.in.flight.requests.per.connection": (1, "1"),
     # Whoever reads one task's part of the log must find it where every producer puts it.
     "partitioner": ("murmur2_random", "murmur2"),
 }

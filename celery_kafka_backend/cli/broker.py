@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _PRODUCERS_ONLY: Final = frozenset(
     {
         "linger.ms", "compression.type", "partitioner", "delivery.timeout.ms", "request.timeout.ms",
-        "queue.buffering.max.messages", "acks", "enable.idempotence",
+        "queue.buffering.max.messages", "acks", "enable.idempotence", "max.in.flight.requests.per.connection",
     }
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend.errors import NotAcknowledged, SettingsError, TooLarge
 from celery_kafka_backend.producer.publisher import CAST_S, Publisher, Record
 from tests.patience import PATIENCE_S, until
+from tests.services import mock_kafka
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,23 @@ def test_a_delivery_knows_where_its_record_is(broker, publisher):
     assert delivery.done
     assert delivery.stored.partition.topic == "where"
     assert delivery.stored.offset >= 0
+
+
+def test_what_was_refused_once_is_not_reported_as_stored_because_of_what_came_behind_it(publisher):
+    """With two requests under way librdkafka did so, and the first one's records were nowhere."""
+    with mock_kafka.broker() as slow:
+        made = publisher(slow.address)
+        made.publish(Record("refused", b"k", b"before")).wait(PATIENCE_S)
+        slow.answer_after(ms=100)
+        slow.refuse_records()
+        deliveries = []
+        for n in range(5):
+            deliveries.append(made.publish(Record("refused", b"k", b"%d" % n)))
+            time.sleep(0.02)  # so that each has a request of its own, where the machine is quick enough
+        for one in deliveries:
+            one.wait(PATIENCE_S)
+        assert [one.stored.offset for one in deliveries] == [1, 2, 3, 4, 5]
+        assert read(slow.address, "refused", 6) == [b"before", b"0", b"1", b"2", b"3", b"4"]
 
 
 def test_a_fork_parks_the_inherited_handle_and_both_sides_deliver(broker, publisher):

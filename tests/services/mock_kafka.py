@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from confluent_kafka import cimpl
+from confluent_kafka import KafkaError, cimpl
 
 from tests.services.errors import ServiceError
 
@@ -20,11 +20,42 @@ if TYPE_CHECKING:
 
 FIRST_JOIN_MS = 50
 PRODUCER = 0  # the kind of handle; a mock cluster takes either
+PRODUCE = 0  # the request, in Kafka's protocol
+BROKER = 1
+
+
+class MockBroker(NamedTuple):
+    """A broker that does as it is told."""
+
+    library: ctypes.CDLL
+    cluster: ctypes.c_void_p
+    address: str
+
+    def answer_after(self, ms: int) -> None:
+        """Let every answer take so long from now on."""
+        self.library.rd_kafka_mock_broker_set_rtt(self.cluster, BROKER, ms)
+
+    def refuse_records(self) -> None:
+        """Answer the next request that brings records as a broker that does not lead their partition (yet)."""
+        error = ctypes.c_int(KafkaError.NOT_LEADER_FOR_PARTITION)
+        push = self.library.rd_kafka_mock_push_request_errors
+        push(self.cluster, ctypes.c_int16(PRODUCE), ctypes.c_size_t(1), error)
 
 
 @contextlib.contextmanager
 def running() -> Iterator[str]:
     """Run one broker; yields its address.
+
+    Raises:
+        ServiceError: librdkafka made none.
+    """
+    with broker() as one:
+        yield one.address
+
+
+@contextlib.contextmanager
+def broker() -> Iterator[MockBroker]:
+    """Run one broker that can be told what to answer.
 
     Raises:
         ServiceError: librdkafka made none.
@@ -38,7 +69,7 @@ def running() -> Iterator[str]:
             library.rd_kafka_mock_group_initial_rebalance_delay_ms(cluster, ctypes.c_int32(FIRST_JOIN_MS))
             address = library.rd_kafka_mock_cluster_bootstraps
             address.restype = ctypes.c_char_p
-            yield address(cluster).decode()
+            yield MockBroker(library, cluster, address(cluster).decode())
         finally:
             library.rd_kafka_mock_cluster_destroy(cluster)
     finally:

@@ -187,6 +187,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("producer", {"acks": ["all"]}, "'all'"),
     ("producer", {"request.required.acks": 0}, "'all'"),
     ("producer", {"enable.idempotence": "false"}, "True"),
+    ("producer", {"max.in.flight": 5}, "1"),
+    ("client", {"max.in.flight.requests.per.connection": "2"}, "1"),
     ("producer", {"transactional.id": "x"}, "transactional.id"),
     ("consumer", {"enable.auto.commit": "true"}, "False"),
     ("consumer", {"auto.offset.reset": "latest"}, "'earliest'"),
