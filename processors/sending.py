@@ -144,9 +144,12 @@ class Sender:
                 done = once(wanted, lost)
             except PartsMissing as exc:
                 # Finished by another owner, most likely: read on to there, then look again.
-                lost = exc
+                again, lost = lost is not None, exc
                 while wanted() and held.position < exc.end:
                     time.sleep(_LOOK_S)
+                if again:  # the declaration: without it nobody knows what to send, nor what to fail
+                    self.waiting[group] = str(exc)
+                    self._pause(wanted, BACKOFF_MAX_S)
             except (*body.TRANSIENT, StoreError, KafkaAway, KafkaException) as exc:
                 attempt += 1
                 self.statistics.retries += 1
