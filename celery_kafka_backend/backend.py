@@ -29,6 +29,7 @@ from celery_kafka_backend.producer.recorder import (
 from celery_kafka_backend.producer.stubs import is_declared
 from celery_kafka_backend.reports import keep_secrets
 from celery_kafka_backend.settings import mask
+from celery_kafka_backend.sinks import registry
 from celery_kafka_backend.waiting import ResultConsumer
 from celery_kafka_backend.writes import Ending
 
@@ -65,7 +66,7 @@ class KafkaBackend(older.AsyncBackendMixin, Chords):  # type: ignore[misc]
         super().__init__(app, url, **kwargs)
         self.settings = _settings(self.app, url)
         self.url = url or self.app.conf.result_backend
-        self.recorder: Recorder = recorder_for(self.app, self.settings)
+        self.recorder: Recorder = _recorder(self.app, self.settings)
         if self.settings.metrics_port is not None and _in_worker():
             _measure(self.recorder)
         self.result_consumer = self.ResultConsumer(
@@ -203,10 +204,19 @@ def _settings(app: Celery, url: str | None) -> Settings:
         raise _end_of_worker(exc) from None
 
 
+def _recorder(app: Celery, settings: Settings) -> Recorder:
+    try:
+        return recorder_for(app, settings)
+    except SettingsError as exc:
+        wrong = configure.improperly_configured(exc)
+        raise (_end_of_worker(wrong) if _in_worker() else wrong) from exc
+
+
 def _open(recorder: Recorder) -> None:
     """Make the worker's connection: it is to end at once if a setting is wrong, not to fail every task."""
     with suppress(NotAcknowledged):  # no token yet: said in the log, and asked for again
         try:
+            registry.store(recorder.settings.views[0])  # its driver: a worker reads results, too
             recorder.publisher.open()
             if recorder.settings.claim_check:
                 Claims(recorder.settings)

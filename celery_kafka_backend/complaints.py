@@ -194,14 +194,23 @@ def named(options: Mapping[str, Any], name: str) -> Any:
         SettingsError: There is no such thing.
     """
     given = options.get(name)
-    if not isinstance(given, str):
-        return given
+    return imported(f"{SETTING}['client'][{name!r}]", given) if isinstance(given, str) else given
+
+
+def imported(setting: str, path: str) -> Any:
+    """Return what is at a dotted path.
+
+    Args:
+        setting: Whose value the path is.
+        path: ``package.module.function``.
+
+    Raises:
+        SettingsError: There is no such thing.
+    """
     try:
-        return symbol_by_name(given)
+        return symbol_by_name(path)
     except Exception as exc:
-        raise SettingsError(
-            f"{SETTING}['client'][{name!r}]", f"{given!r} cannot be imported: {exc}", "give 'package.module.function'"
-        ) from exc
+        raise SettingsError(setting, f"{path!r} cannot be imported: {exc}", "give 'package.module.function'") from exc
 
 
 def unusable(settings: Settings, why: str) -> SettingsError:

@@ -195,7 +195,8 @@ class Writes(Reads):
         return bool(task.acks_late if task is not None else self.app.conf.task_acks_late)
 
     def _state_event(self, task_id: str, result: Any, encoded: Any, state: str, traceback: Any, request: Any) -> Event:
-        own = request if field(request, "id") == task_id else None
+        # Another task's says nothing of this one; one without an id is Celery's own for a message of an unknown task.
+        own = request if field(request, "id") in (None, task_id) else None
         planned = self._planned(task_id)
         who = planned.who if planned else self._identity(task_id, state, request)
         meta = self._meta(task_id, encoded, state, traceback, own)

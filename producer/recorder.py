@@ -22,15 +22,16 @@ from celery import current_task
 from celery._state import _task_stack
 from celery.app.task import Context
 from celery.utils.saferepr import saferepr
-from kombu.utils.imports import symbol_by_name
 
 from celery_kafka_backend import codec, events, order, topics
+from celery_kafka_backend.complaints import imported
 from celery_kafka_backend.errors import TooLarge
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.producer import headers as names
 from celery_kafka_backend.producer.courier import ONCE, Courier
 from celery_kafka_backend.producer.detour import Detour
 from celery_kafka_backend.producer.publisher import Record, publisher_for
+from celery_kafka_backend.settings import SETTING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -119,7 +120,7 @@ class Recorder:
             return None
         if redact == "all":
             return lambda _name, _args, _kwargs: ("…", "…")
-        found: Callable[[str, Any, Any], tuple[Any, Any]] = symbol_by_name(redact)
+        found: Callable[[str, Any, Any], tuple[Any, Any]] = imported(f"{SETTING}['redact']", redact)
         return found
 
     # -- who and when ------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from celery import Celery
+from celery.exceptions import ImproperlyConfigured
 
 from tests.patience import PATIENCE_S
 
@@ -58,6 +60,11 @@ def refusal(**environment):
         ),
         (
             GOOD,
+            '{"redact": "fleet_app.no_such_function"}',
+            ["kafka_backend_settings['redact']: 'fleet_app.no_such_function' cannot be imported", "module.function"],
+        ),
+        (
+            GOOD,
             '{"client": {"sasl.pasword": "p4ssw0rd"}}',
             ["kafka_backend_settings['client']['sasl.pasword']", "CONFIG"],
         ),
@@ -68,6 +75,25 @@ def test_a_wrong_setting_ends_the_worker_with_one_line(backend, settings, words)
     assert SECRET not in said
     for word in words:
         assert word in said
+
+
+def test_a_driver_that_is_not_installed_ends_the_worker(tmp_path):
+    (tmp_path / "bson.py").write_text("raise ModuleNotFoundError(\"No module named 'bson'\", name='bson')\n")
+    said = refusal(
+        PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(__file__).parent)]),
+        FLEET_BROKER="memory://",
+        FLEET_BACKEND=f"kafka://127.0.0.1:9/?view=mongodb://reader:{SECRET}@127.0.0.1:9/results",
+    )
+    assert "mongodb:// needs the package 'bson', which is not installed" in said
+    assert "pip install 'celery-kafka-backend[mongodb]'" in said
+    assert SECRET not in said
+
+
+def test_a_client_is_told_of_a_setting_that_names_nothing():
+    app = Celery(broker="memory://", backend=GOOD, set_as_current=False)
+    app.conf.kafka_backend_settings = {"redact": "no_such_module.function"}
+    with pytest.raises(ImproperlyConfigured, match=r"\['redact'\]: 'no_such_module.function' cannot be imported"):
+        app.backend  # noqa: B018 - Celery makes it when it is asked for
 
 
 @pytest.mark.kafka

@@ -9,6 +9,8 @@ from uuid import uuid4
 import pytest
 from celery import Celery, states
 from celery.app.task import Context
+from celery.exceptions import NotRegistered
+from celery.utils.objects import Bunch
 from kombu.serialization import register_json, registry
 
 from celery_kafka_backend import codec
@@ -88,3 +90,15 @@ def test_a_user_s_own_json_is_used(json_of_ones_own):
     backend = backend_of({})
     found = backend._documents(backend._meta("t", 1, states.SUCCESS, None, Context({"id": "t"})))
     assert bytes(found["doc"]) == b'{"mine": 1}'
+
+
+def test_a_message_of_an_unknown_task_fails_as_with_celery_s_own_backends():
+    """Celery's consumer hands over a request without an id."""
+    backend = backend_of({"result_extended": True})
+    request = Bunch(name="x", chord=None, root_id="t", errbacks=None)
+    error = NotRegistered("x")
+    encoded = backend.encode_result(error, states.FAILURE)
+    theirs = json.loads(backend.encode(backend._get_result_meta(encoded, states.FAILURE, None, request)))
+    ours = json.loads(backend._state_event("t", error, encoded, states.FAILURE, None, request).document)
+    assert list(ours) == [*theirs, "task_id"]
+    assert {**ours, "date_done": None} == {**theirs, "date_done": None, "task_id": "t"}
