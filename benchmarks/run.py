@@ -37,6 +37,7 @@ BENCHES = {
     "metrics_cost": "a fold and a worker with metrics, against the same without",
     "insight": "a fold with statistics, against the same without; one Faust worker merging them; how old `top` is",
     "catch_up": "how long the view lags after a ten-minute outage",
+    "take_over": "until the view is up to date after kill -9 of a materializer (only with --long or by name)",
     "barrier": "a read that a lagging view does not fool, against a plain read",
     "waiting": "100,000 results waited for in one process, and 1,000 processes that wait, against Celery's Redis backend (only with --long or by name)",
     "history": "a task's history straight from the log, against bare consuming, and around a time",
@@ -51,7 +52,7 @@ BENCHES = {
 }
 LONG = frozenset(
     {"fold_mongodb", "fold_elasticsearch", "fold_cassandra", "waiting", "export", "replay"}
-    | {"memory", "chord_memory", "process_model"}
+    | {"memory", "chord_memory", "process_model", "take_over"}
 )
 RUNS = 5
 

@@ -188,7 +188,8 @@ def consumer_config(settings: Settings, group: str | None) -> dict[str, Any]:
             # A broker that was frozen holds a commit that nobody will answer, and every heartbeat behind it. At the
             # default of 60 s the group stood still for so long after the broker was back.
             "socket.timeout.ms": 10_000,
-            "heartbeat.interval.ms": 2_000,
+            # A dead member is missed 8 s after its last heartbeat, and the others hear of that with their next one.
+            "heartbeat.interval.ms": 1_000,
             "max.poll.interval.ms": 300_000,
             "partition.assignment.strategy": "cooperative-sticky",
             "fetch.wait.max.ms": 100,
