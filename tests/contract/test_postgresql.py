@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from celery import VERSION
 
 from celery_kafka_backend.changes import Partition
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
@@ -85,7 +86,12 @@ def test_celery_s_table_gets_the_columns_that_it_lacks(postgresql_url: str, data
     document = json_document("t", "SUCCESS", 7, name="proj.add", worker="celery@a", retries=0, queue="slow")
     sink.write(batch(stated("SUCCESS", 10, document=document, attempt=0)))
     job = {"backend": postgresql_url.replace("postgresql://", "db+postgresql+psycopg://"), "tasks": ["t"], "groups": []}
-    (answer,) = read([{**job, "conf": {"result_extended": True}}])
+    asked = [{**job, "conf": {"result_extended": True}}]
+    if VERSION[:2] < (5, 7):
+        with pytest.raises(AssertionError, match="UnpicklingError"):
+            read(asked)  # such a Celery keeps results in SQL as pickles, and reads nothing else
+        return
+    (answer,) = read(asked)
     assert [answer["tasks"]["t"][each] for each in ("state", "result", "name", "queue")] == [
         "SUCCESS",
         7,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 RUN = Path(__file__).parents[2] / "examples" / "demo" / "run.py"
 MARK = "CKB_DEMO_TEST"
+BILLIARD = tuple(int(number) for number in version("billiard").split(".")[:3])
 
 
 class Demo:
@@ -62,7 +64,10 @@ class Demo:
 @pytest.fixture
 def demo(request: pytest.FixtureRequest) -> Iterator[Demo]:
     """A running demo; its parametrization is its arguments."""
-    one = Demo(*getattr(request, "param", ()))
+    arguments = getattr(request, "param", ())
+    if "--no-redis" in arguments and BILLIARD < (4, 3, 2):
+        pytest.skip("billiard before 4.3.2: a child that is terminated may leave the queue of them all locked")
+    one = Demo(*arguments)
     yield one
     for process in one.left():
         processes.kill(process)
