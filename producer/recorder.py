@@ -109,7 +109,7 @@ class Recorder:
         """``result_backend_always_retry`` and its bounds; the backend puts them here."""
         self.retries = _Retry()
         self.sending = threading.local()
-        """What this thread knows of the message that it is sending: ``properties``."""
+        """What this thread knows of the message that it is sending: ``properties``, ``queue``."""
         self.host = socket.gethostname()
         self._redact = self._redactor(settings.redact)
         self._hints: dict[str, int] = {}

@@ -19,7 +19,7 @@ from celery.app import trace
 
 from celery_kafka_backend import events, older, order, ownership
 from celery_kafka_backend.errors import PipelineError, PublishError, SettingsError
-from celery_kafka_backend.producer import greenlets
+from celery_kafka_backend.producer import greenlets, schedule
 from celery_kafka_backend.producer import headers as names
 from celery_kafka_backend.producer.recorder import (
     BEGAN,
@@ -35,7 +35,7 @@ from celery_kafka_backend.producer.recorder import (
 from celery_kafka_backend.producer.stubs import is_declared, stub, without_bodies
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from celery_kafka_backend.producer.recorder import Recorder
 
@@ -81,7 +81,11 @@ def _recorder() -> Recorder | None:
 
 @_harmless
 def before_publish(
-    headers: dict[str, Any] | None = None, body: Any = None, properties: dict[str, Any] | None = None, **_: Any
+    headers: dict[str, Any] | None = None,
+    body: Any = None,
+    properties: dict[str, Any] | None = None,
+    declare: Sequence[Any] | None = None,
+    **_: Any,
 ) -> None:
     """Put run and HLC into the message, and replace embedded chord bodies by stubs."""
     recorder = _recorder()
@@ -103,14 +107,25 @@ def before_publish(
     headers[names.HLC] = clock.tick()
     headers[names.SENT_AT] = clock.wall_ms()
     headers[names.TASK] = task_id
-    if recorder.settings.record_messages:
-        recorder.sending.properties = dict(properties or {})
+    headers.pop(names.BEAT, None)
+    if scheduled := _scheduled(task_id, properties or {}, request):
+        headers[names.BEAT] = scheduled
+    recorder.sending.properties = dict(properties or {})
+    recorder.sending.queue = getattr(declare[0], "name", None) if declare and len(declare) == 1 else None
     if isinstance(body, tuple) and len(body) == 3 and isinstance(body[2], dict):
         embed = body[2]
         if is_declared(embed.get("chord")):
             embed["chord"] = stub(embed["chord"])
         if embed.get("chain"):
             embed["chain"] = without_bodies(embed["chain"])
+
+
+def _scheduled(task_id: str, properties: dict[str, Any], request: Any) -> str | None:
+    """Return the schedule entry that a message comes from, if any."""
+    if request is not None:
+        # What a task sends no schedule does; but its retry comes from where it came from.
+        return cast("str | None", field(request, names.BEAT)) if request.id == task_id else None
+    return properties.get(names.BEAT) or schedule.entry()
 
 
 def _run(recorder: Recorder, task_id: str, headers: dict[str, Any], request: Any) -> int:
@@ -154,6 +169,7 @@ def after_publish(
     stamped = headers.get("stamped_headers")
     stamps = headers.get("stamps") or {}
     exchange = getattr(exchange, "name", exchange)
+    priority = getattr(recorder.sending, "properties", {}).get("priority")
     recorder.cast(
         recorder.event(
             events.SENT,
@@ -161,9 +177,10 @@ def after_publish(
             who,
             name=name,
             attempt=headers.get("retries") or 0,
-            queue=routing_key if not exchange else None,
+            queue=getattr(recorder.sending, "queue", None) or (routing_key if not exchange else None),
             exchange=exchange or None,
             routing_key=routing_key,
+            priority=priority if isinstance(priority, int) else None,
             eta=millis(headers.get("eta")),
             message_expires=millis(headers.get("expires")),
             parent=headers.get("parent_id"),

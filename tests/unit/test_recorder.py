@@ -6,6 +6,9 @@ import pytest
 from celery import Celery
 from celery._state import _task_stack
 from celery.app.task import Context
+from celery.beat import Scheduler
+from celery.signals import before_task_publish
+from kombu import Exchange, Queue
 
 from celery_kafka_backend import codec, events, order
 from celery_kafka_backend import settings as settings_module
@@ -80,6 +83,46 @@ def test_a_publication_starts_a_run_of_the_wall_clock_and_is_sent(make):
     (sent,) = published(recorder)
     assert (sent.kind, sent.task, sent.run, sent.queue, sent.key) == (events.SENT, "t1", order.run_at(NOW), "celery", 0)
     assert sent.args is None
+
+
+def test_what_is_sent_tells_its_queue_and_priority_as_the_caller_chose_them(make):
+    recorder = make()
+    headers, queue = message(), Queue("prices", Exchange("shop", type="topic"), routing_key="shop.prices")
+    body = ((), {}, {})
+    signals.before_publish(headers=headers, body=body, properties={"priority": 7}, declare=[queue])
+    signals.after_publish(headers=headers, body=body, exchange=queue.exchange, routing_key=queue.routing_key)
+    (sent,) = published(recorder)
+    assert (sent.queue, sent.exchange, sent.routing_key, sent.priority) == ("prices", "shop", "shop.prices", 7)
+
+
+def test_what_beat_sends_tells_the_schedules_entry_and_so_do_its_retries_but_not_its_children(make):
+    recorder = make()
+    app = recorder.app
+    app.conf.beat_schedule = {"every-hour": {"task": "celery.backend_cleanup", "schedule": 3600.0}}
+    found = []
+
+    def publish(headers=None, **more):
+        found.append(headers)
+        signals.before_publish(headers=headers, **more)
+        signals.after_publish(headers=headers, **more)
+
+    before_task_publish.connect(publish)
+    try:
+        scheduler = Scheduler(app=app)
+        scheduler.apply_async(scheduler.schedule["every-hour"])
+    finally:
+        before_task_publish.disconnect(publish)
+    (headers,) = found
+    retry, child = message(headers["id"], retries=1), message("child")
+    task = running(app, headers["id"], **{names.BEAT: headers[names.BEAT]})
+    try:
+        publish(retry, body=((), {}, {}))
+        publish(child, body=((), {}, {}))
+    finally:
+        _task_stack.pop()
+        task.pop_request()
+    publish(message("in-a-database"), body=((), {}, {}), properties={names.BEAT: "every-day"})
+    assert [event.beat for event in published(recorder)] == ["every-hour", "every-hour", None, "every-day"]
 
 
 def test_arguments_are_recorded_only_with_result_extended_and_redacted(make):
