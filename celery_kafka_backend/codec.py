@@ -120,8 +120,8 @@ def decode(value: bytes | None) -> Event:
         raise _not_ours(event.v)
     if not event.task or not event.id:
         raise Unreadable("an event without a task or without an id")
-    doc = bytes(event.doc)
-    if doc and not doc.startswith(b"{"):
+    doc = event.doc
+    if doc is not NOTHING and (raw := bytes(doc)) and not raw.startswith(b"{"):
         raise Unreadable("a document that is not a JSON object")
     return event
 

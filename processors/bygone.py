@@ -101,7 +101,7 @@ class Bygone:
             came: Tells when the log got each of them, ms since 1970, and before when no later one came.
             now_ms: The wall clock.
         """
-        over = {_subject(event) for event, _ in logged if event.expires_at and event.expires_at <= now_ms}
+        over = {_subject(event) for event, _ in logged if (at := event.expires_at) and at <= now_ms}
         known = self._known({_subject(event) for event, _ in logged}) if self._rows else {}
         if not over and not known:
             self.kept_until_ms = 0

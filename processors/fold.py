@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from celery_kafka_backend import events
-from celery_kafka_backend.changes import GROUP, TASK, Change, Logged, beats, merge_sides, side_of
+from celery_kafka_backend.changes import GROUP, TASK, Change, Logged, beats, side_of_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from celery_kafka_backend.events import Event
 
 
 def fold(batch: Iterable[Logged]) -> list[Change]:
@@ -21,26 +23,27 @@ def fold(batch: Iterable[Logged]) -> list[Change]:
         Changes in order of first appearance; each has the batch's winner by order key, the merged
         side record, and all events for the history.
     """
-    tasks: dict[str, Change] = {}
-    groups: dict[str, Change] = {}
+    tasks: dict[str, list[Logged]] = {}
+    groups: dict[str, list[Logged]] = {}
     for logged in batch:
         event = logged.event
-        is_group = event.kind in events.GROUP_KINDS
-        changes = groups if is_group else tasks
-        side = None if is_group else side_of(event)
-        found = changes.get(event.task)
-        if found is None:
-            changes[event.task] = Change(
-                subject=GROUP if is_group else TASK,
-                id=event.task,
-                winner=event if event.key else None,
-                side=side,
-                history=[logged],
-            )
-            continue
-        found.history.append(logged)
-        if event.key and (found.winner is None or beats(event, found.winner)):
-            found.winner = event
-        if side is not None and found.side is not None:
-            found.side = merge_sides(found.side, side)
-    return [*tasks.values(), *groups.values()]
+        stories = groups if event.kind in events.GROUP_KINDS else tasks
+        story = stories.get(event.task)
+        if story is None:
+            stories[event.task] = [logged]
+        else:
+            story.append(logged)
+    changes = [Change(TASK, task, _winner(story), side_of_all(story), story) for task, story in tasks.items()]
+    changes += [Change(GROUP, group, _winner(story), None, story) for group, story in groups.items()]
+    return changes
+
+
+def _winner(story: list[Logged]) -> Event | None:
+    winner, key = None, 0
+    for event, _ in story:
+        if event.key >= key > 0 and winner is not None:
+            if beats(event, winner):
+                winner, key = event, event.key
+        elif event.key > key:
+            winner, key = event, event.key
+    return winner

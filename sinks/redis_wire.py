@@ -7,7 +7,7 @@ import re
 import select
 import struct
 from contextlib import contextmanager
-from itertools import islice
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import redis
@@ -30,9 +30,9 @@ NATIVE: Final = {TASK: b"celery-task-meta-", GROUP: b"celery-taskset-meta-"}
 CHORD: Final = b"celery-kafka-chord-"
 CHORD_EXPIRY: Final = b""
 """The one field of a chord's hash that is no fact: no fact's name is empty."""
-PIPELINE: Final = 1024
-"""Commands sent before the replies to the ones before are read: Redis works while we encode. They keep it busy for 10 ms:
-where another thread is at work, as in a replay, we wait 5 ms for the interpreter after each turn (256: 85 k events/s, so: 108 k)."""
+PIPELINE_BYTES: Final = 1 << 19
+"""Sent before the replies to the ones before are read: Redis works while we encode. This keeps it busy for 10 ms:
+where another thread is at work, as in a replay, we wait 5 ms for the interpreter after each turn."""
 SENTINEL_PORT: Final = 26379
 AWAY: Final = re.compile(
     r"\b(OOM|READONLY|LOADING|MASTERDOWN|MISCONF|BUSY|TRYAGAIN|CLUSTERDOWN|NOREPLICAS|UNKILLABLE|MOVED|ASK|UNBLOCKED)\b"
@@ -47,11 +47,12 @@ _OF_A_PIPELINE: Final = " of pipeline caused error: "
 
 # -- the packed side record --------------------------------------------------------------------
 
-_FIELDS: Final = struct.Struct(">QIHIHIHIHIHIBH")  # Python has no 6-byte integers: high and low part
+_FIELDS: Final = struct.Struct(">QIQIQIQB")  # Python has no 6-byte integers: two of them are 8 bytes and 4
 _ID: Final = _FIELDS.size
 _USUAL: Final = "celery@"
 """How nearly every node name starts: one byte in the record."""
 MAX_48: Final = (1 << 48) - 1
+MAX_24: Final = (1 << 24) - 1
 _LOW: Final = 0xFFFFFFFF
 _UUID_TAG: Final = 255
 _HEX_TAG: Final = 254
@@ -65,7 +66,7 @@ def pack_id(event_id: str) -> bytes:
     """Return an event id behind its length; a UUID in 16 bytes."""
     if len(event_id) in (36, 32):
         try:
-            raw = bytes.fromhex(event_id.replace("-", ""))
+            raw = bytes.fromhex(event_id if len(event_id) == 32 else event_id.replace("-", ""))
         except ValueError:
             raw = b""
         if len(raw) == 16:
@@ -79,24 +80,36 @@ def pack_id(event_id: str) -> bytes:
     return bytes((len(encoded),)) + encoded
 
 
+@lru_cache(1024)
+def _names(workers: tuple[str, ...]) -> bytes:
+    return "\n".join(workers).replace(_USUAL, "\1").encode()
+
+
 def pack(key: int, event_id: str, side: Side) -> bytes:
     """Return a side record as redis_write.lua reads it."""
-    seen, sent, received = min(side.seen, MAX_48), min(side.sent, MAX_48), min(side.received, MAX_48)
-    started, expires_at = min(side.started, MAX_48), min(side.expires_at, MAX_48)
-    attempts = min(side.attempts, 0xFFFFFF)
+    seen, sent, received, started, expires_at = side.seen, side.sent, side.received, side.started, side.expires_at
+    attempts = side.attempts
+    if attempts > MAX_24 or (seen | sent | received | started | expires_at) > MAX_48:
+        attempts = min(attempts, MAX_24)
+        seen, sent, received, started, expires_at = (
+            min(each, MAX_48) for each in (seen, sent, received, started, expires_at)
+        )
     # fmt: off
     fields = _FIELDS.pack(
-        key, side.run, seen >> 32, seen & _LOW, sent >> 32, sent & _LOW, received >> 32, received & _LOW,
-        started >> 32, started & _LOW, expires_at >> 32, expires_at & _LOW, attempts >> 16, attempts & 0xFFFF,
+        key, side.run, seen << 16 | sent >> 32, sent & _LOW, received << 16 | started >> 32, started & _LOW,
+        expires_at << 16 | attempts >> 8, attempts & 0xFF,
     )
     # fmt: on
-    return fields + pack_id(event_id) + "\n".join(side.workers).replace(_USUAL, "\1").encode()
+    return fields + pack_id(event_id) + _names(side.workers)
 
 
 def unpack(packed: bytes) -> tuple[int, str, Side]:
     """Return order key, event id and side record."""
-    key, run, *halves, high, low = _FIELDS.unpack_from(packed)
-    seen, sent, received, started, expires_at = (halves[i] << 32 | halves[i + 1] for i in range(0, 10, 2))
+    key, run, seen, sent, received, started, expires_at, attempts = _FIELDS.unpack_from(packed)
+    sent, started, attempts = (
+        (high & 0xFFFF) << bits | low
+        for high, bits, low in ((seen, 32, sent), (received, 32, started), (expires_at, 8, attempts))
+    )
     tag = packed[_ID]
     end = _ID + 1 + (16 if tag >= _HEX_TAG else tag)
     raw = packed[_ID + 1 : end]
@@ -104,13 +117,13 @@ def unpack(packed: bytes) -> tuple[int, str, Side]:
     workers = packed[end:].decode().replace("\1", _USUAL)
     side = Side(
         run=run,
-        seen=seen,
+        seen=seen >> 16,
         sent=sent,
-        received=received,
+        received=received >> 16,
         started=started,
-        attempts=high << 16 | low,
+        attempts=attempts,
         workers=tuple(sorted(workers.split("\n"))) if workers else (),
-        expires_at=expires_at,
+        expires_at=expires_at >> 16,
     )
     return key, event_id, side
 
@@ -248,7 +261,7 @@ class Wire:
         """
         errors: dict[int, str] = {}
         source, sent, read = iter(commands), 0, 0
-        while chunk := list(islice(source, PIPELINE)):
+        while chunk := list(_up_to(source, PIPELINE_BYTES)):
             self._connection.send_packed_command([b"".join(chunk)], check_health=False)
             if sent > read:
                 self._read(read, sent, errors, meanwhile)
@@ -285,6 +298,12 @@ class Wire:
 
     def close(self) -> None:
         self._connection.disconnect()
+
+
+def _up_to(commands: Iterator[bytes], size: int) -> Iterator[bytes]:
+    while size > 0 and (command := next(commands, b"")):
+        size -= len(command)
+        yield command
 
 
 def packed(*arguments: bytes) -> bytes:

@@ -148,7 +148,7 @@ class _Redis(Place):
             client.set(f"celery-task-meta-{task}", json_document(task, state, "stock"))
 
     def poison(self, sink: Sink) -> int:
-        sink._limit = 1000
+        sink._calls.limit = 1000
         return 1001
 
 

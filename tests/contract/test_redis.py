@@ -284,6 +284,47 @@ def test_all_keys_of_a_task_share_a_slot(redis_url: str) -> None:
     view.close()
 
 
+def test_in_a_cluster_a_call_stays_on_one_slot_and_elsewhere_serves_many_tasks() -> None:
+    from redis.crc import key_slot  # noqa: PLC0415
+
+    from celery_kafka_backend.sinks.redis_calls import TOGETHER, Calls  # noqa: PLC0415
+
+    def slots(calls: Calls) -> list[int]:
+        found = []
+        for call in calls.of_changes(changes, 0, []):
+            words = call.command.split(b"\r\n")[2::2]
+            found.append(len({key_slot(key) for key in words[3 : 3 + int(words[2])]}))
+        return found
+
+    changes = batch(*(stated("SUCCESS", 10, task=f"t{n:03}") for n in range(2 * TOGETHER + 1))).changes
+    calls = Calls(StoreOptions(history=True))
+    calls.limit = 10_000
+    assert slots(calls) == [TOGETHER, TOGETHER, 1]
+    calls.together = 1
+    assert slots(calls) == [1] * len(changes)
+
+
+def test_a_refused_task_costs_those_of_its_call_nothing(redis_url: str) -> None:
+    """However many there are, and whatever stood there: another's key is named and stays, the rest is written once."""
+    sink = registry.open_sink(redis_url, StoreOptions(history=True))
+    sink.open()
+    first = batch(*(stated("STARTED", 5, task=f"t{n:03}") for n in range(100)))
+    sink.write(first)
+    with redis.Redis.from_url(redis_url) as client:
+        client.delete("celery-task-meta-t042")
+        client.rpush("celery-task-meta-t042", "x")
+        with pytest.raises(Rejected) as caught:
+            sink.write(batch(*(stated("SUCCESS", 10, task=f"t{n:03}") for n in range(200))))
+        assert [each for each, _ in caught.value.reasons] == ["t042"]
+        assert client.lrange("celery-task-meta-t042", 0, -1) == [b"x"]
+        names = [f"t{n:03}" for n in range(200) if n != 42]
+        found = documents(redis_url, *names)
+        assert found.keys() == set(names)
+        assert all(b"SUCCESS" in document for document in found.values())
+        assert {client.zcard(f"{{celery-task-meta-{each}}}:h") for each in names[:41]} == {2}
+    sink.close()
+
+
 @pytest.mark.parametrize("key", ["celery-task-meta-READONLY", "{celery-task-meta-t}:h", "celery-kafka-chord-g"])
 def test_a_key_of_another_type_is_named_to_who_reads_all(redis_url: str, key: str) -> None:
     view = registry.open_view(redis_url, StoreOptions())

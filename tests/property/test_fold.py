@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from celery_kafka_backend import events
-from celery_kafka_backend.changes import GROUP, Logged, Side, beats, merge_sides, side_of
+from celery_kafka_backend.changes import GROUP, Logged, Side, beats, merge_sides, side_of, side_of_all
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.processors.fold import fold
 from tests.examples import tried_on
@@ -146,6 +147,12 @@ def test_merging_side_records_is_commutative_associative_and_idempotent(a: Side,
     assert merge_sides(merge_sides(a, b), c) == merge_sides(a, merge_sides(b, c))
     assert merge_sides(a, a) == a
     assert merge_sides(merge_sides(a, b), b) == merge_sides(a, b)
+
+
+@tried_on()
+@given(logs())
+def test_the_side_of_a_story_is_that_of_its_events_merged(log: list[Logged]):
+    assert side_of_all(log) == reduce(merge_sides, (side_of(event) for event, _ in log))
 
 
 @tried_on()
