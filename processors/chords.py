@@ -171,6 +171,7 @@ class ChordProcessor:
             if held.caught_up and held.unsigned:
                 self._refuse_unsigned(held)
             held.jobs = {job for job in held.jobs if not job.done()}
+        self.sender.go_on()
         self._now_and_then()
 
     def _gather(self) -> list[Message]:
@@ -257,7 +258,7 @@ class ChordProcessor:
             if not held.ledger.has_fired(declared.group, declared.generation):
                 why = "declared without our chord_key"
                 self._give_up(held, message, message.offset() or 0, why)
-                held.jobs.add(self.sender.refuse(held, declared, why))
+                self.sender.refuse(held, declared, why)
         held.unsigned.clear()
 
     def _remember(self, message: Message, record: Record | Gone) -> None:
@@ -302,7 +303,7 @@ class ChordProcessor:
             case Append(records):
                 self._append(held, records)
             case Fire() | Resend():
-                held.jobs.add(self.sender.submit(held, action))
+                self.sender.submit(held, action)
             case Forget(keys):
                 for key in keys:
                     # One that gets lost is repeated by the next sweep or rebuild.

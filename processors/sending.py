@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +27,6 @@ from celery_kafka_backend.processors.decision import Fire, Resend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from concurrent.futures import Future
 
     from celery import Celery
 
@@ -46,7 +46,6 @@ is still in memory will do. Later the log is read: of a chord that another has f
 CLOCKS_MS: Final = 60_000
 """Brokers' and hosts' clocks may differ by so much."""
 
-_LOOK_S: Final = 0.05
 _OUR_FAULT_S: Final = 30.0
 
 
@@ -56,6 +55,22 @@ class PartsMissing(PipelineError):  # noqa: N818 - named as in `errors`
     def __init__(self, missing: int, end: int) -> None:
         self.end = end
         super().__init__(f"{missing} records are not in the log")
+
+
+@dataclass
+class Deed:
+    """What is to be done for a chord, until it is done or is no longer ours to do."""
+
+    held: Held
+    group: str
+    asked: Callable[[], bool]
+    """Whether the ledger still asks for it."""
+    once: Callable[[Callable[[], bool], PartsMissing | None], Fired | Resent | None]
+    """Does it; is told who knows whether it is still wanted, and what it did not find the last time."""
+    attempts: int = 0
+    lost: PartsMissing | None = None
+    read_to: int = 0
+    """Not again before this much of the partition has been read."""
 
 
 class Sender:
@@ -92,21 +107,45 @@ class Sender:
         self._append = append
         self._topic = topics.chords(settings.topic_prefix)
         self._events_topic = topics.task_events(settings.topic_prefix)
+        self._lock = threading.Lock()
+        self._paused: list[tuple[float, Deed]] = []
+        """What failed, and when to try it again, on the monotonic clock."""
         self._thread = threading.local()
         self._readers: list[ChordReader] = []
         self._pool = ThreadPoolExecutor(SENDERS, "chord-body", initializer=app.set_current)
 
-    def submit(self, held: Held, action: Fire | Resend) -> Future[None]:
+    def submit(self, held: Held, action: Fire | Resend) -> None:
         """Carry an action out in a thread."""
-        return self._pool.submit(self._carry_out, held, action)
+        if isinstance(action, Fire):
+            decided, ledger = action.decided, held.ledger
+            self._try(Deed(held, decided.group, partial(ledger.is_open, decided), partial(self.once, held, action)))
+        else:
+            request, ledger = action.request, held.ledger
+            self._try(Deed(held, request.group, partial(ledger.is_asked, request), partial(self.again, held, action)))
 
-    def refuse(self, held: Held, declared: Declared, why: str) -> Future[None]:
+    def refuse(self, held: Held, declared: Declared, why: str) -> None:
         """Say of a body that it will not be sent, in a thread."""
 
         def once(_wanted: Callable[[], bool], _lost: PartsMissing | None) -> None:
             body.refuse(self.app, declared, why)
 
-        return self._pool.submit(self._insist, held, declared.group, lambda: True, once)
+        self._try(Deed(held, declared.group, lambda: True, once))
+
+    def go_on(self) -> None:
+        """Try again what has waited long enough, and let go of what is not ours to do any more; to be called now and then."""
+        now = time.monotonic()
+        with self._lock:
+            paused, self._paused = self._paused, []
+        early = []
+        for due, deed in paused:
+            if not self._wanted(deed):
+                self.waiting.pop(deed.group, None)
+            elif due <= now and deed.held.position >= deed.read_to:
+                self._try(deed)
+            else:
+                early.append((due, deed))
+        with self._lock:
+            self._paused += early
 
     def close(self) -> None:
         """Finish what is being done, leave what is not."""
@@ -117,60 +156,49 @@ class Sender:
 
     # -- until it is done --------------------------------------------------------------------
 
-    def _carry_out(self, held: Held, action: Fire | Resend) -> None:
-        if isinstance(action, Fire):
-            asked = partial(held.ledger.is_open, action.decided)
-            self._insist(held, action.decided.group, asked, partial(self.once, held, action))
+    def _wanted(self, deed: Deed) -> bool:
+        held = deed.held
+        return held.open and not self.stopping and not held.broken and deed.asked()
+
+    def _try(self, deed: Deed) -> None:
+        deed.held.jobs.add(self._pool.submit(self._attempt, deed))
+
+    def _attempt(self, deed: Deed) -> None:
+        """Do it once. Whoever fails gives the thread back: a body that always fails must not hold up the others."""
+        wanted = partial(self._wanted, deed)
+        if not wanted():
+            self.waiting.pop(deed.group, None)
+            return
+        try:
+            done = deed.once(wanted, deed.lost)
+        except PartsMissing as exc:
+            # Finished by another owner, most likely: read on to there, then look again.
+            first = deed.lost is None
+            deed.lost, deed.read_to = exc, exc.end
+            if first:
+                self._pause(deed, 0.0)
+            else:  # the declaration: without it nobody knows what to send, nor what to fail
+                self._pause(deed, BACKOFF_MAX_S, str(exc))
+        except (*body.TRANSIENT, StoreError, KafkaAway, KafkaException) as exc:
+            deed.attempts += 1
+            self.statistics.retries += 1
+            loud = deed.attempts in (1, 10) or deed.attempts % 100 == 0
+            level = logging.WARNING if loud and len(self.waiting) < SENDERS else logging.DEBUG
+            logger.log(level, "chord %s: its body waits, attempt %d: %r", deed.group, deed.attempts, exc)
+            self._pause(deed, min(BACKOFF_FIRST_S * 2 ** min(deed.attempts - 1, 10), BACKOFF_MAX_S), str(exc))
+        except Exception as exc:
+            logger.exception("chord %s: cannot send its body; tried again in %g s", deed.group, _OUR_FAULT_S)
+            self._pause(deed, _OUR_FAULT_S, repr(exc))
         else:
-            asked = partial(held.ledger.is_asked, action.request)
-            self._insist(held, action.request.group, asked, partial(self.again, held, action))
+            self.waiting.pop(deed.group, None)
+            if done is not None:
+                self._append(deed.held, done)
 
-    def _insist(
-        self,
-        held: Held,
-        group: str,
-        asked: Callable[[], bool],
-        once: Callable[[Callable[[], bool], PartsMissing | None], Fired | Resent | None],
-    ) -> None:
-        """Try until it is done or is no longer ours to do."""
-
-        def wanted() -> bool:
-            return held.open and not self.stopping and not held.broken and asked()
-
-        attempt = 0
-        lost: PartsMissing | None = None
-        while wanted():
-            try:
-                done = once(wanted, lost)
-            except PartsMissing as exc:
-                # Finished by another owner, most likely: read on to there, then look again.
-                again, lost = lost is not None, exc
-                while wanted() and held.position < exc.end:
-                    time.sleep(_LOOK_S)
-                if again:  # the declaration: without it nobody knows what to send, nor what to fail
-                    self.waiting[group] = str(exc)
-                    self._pause(wanted, BACKOFF_MAX_S)
-            except (*body.TRANSIENT, StoreError, KafkaAway, KafkaException) as exc:
-                attempt += 1
-                self.statistics.retries += 1
-                self.waiting[group] = str(exc)
-                level = logging.WARNING if attempt in (1, 10) or attempt % 100 == 0 else logging.DEBUG
-                logger.log(level, "chord %s: its body waits, attempt %d: %r", group, attempt, exc)
-                self._pause(wanted, min(BACKOFF_FIRST_S * 2 ** min(attempt - 1, 10), BACKOFF_MAX_S))
-            except Exception:
-                logger.exception("chord %s: cannot send its body; tried again in %g s", group, _OUR_FAULT_S)
-                self._pause(wanted, _OUR_FAULT_S)
-            else:
-                if done is not None:
-                    self._append(held, done)
-                break
-        self.waiting.pop(group, None)
-
-    @staticmethod
-    def _pause(wanted: Callable[[], bool], delay_s: float) -> None:
-        end = time.monotonic() + delay_s
-        while wanted() and time.monotonic() < end:
-            time.sleep(_LOOK_S)
+    def _pause(self, deed: Deed, delay_s: float, why: str = "") -> None:
+        if why:
+            self.waiting[deed.group] = why
+        with self._lock:
+            self._paused.append((time.monotonic() + delay_s, deed))
 
     # -- a decision --------------------------------------------------------------------------
 
