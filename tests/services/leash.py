@@ -18,6 +18,8 @@ def main() -> None:
     if sys.platform == "linux":
         # SIGKILL, for a frozen server would not act on anything else.
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # As in a terminal: what a shell starts with "&" ignores Ctrl-C, and so does all that it starts.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.getppid() != parent:  # it died before the line above
         sys.exit(1)
     os.execvp(command[0], command)
