@@ -138,6 +138,7 @@ class Finalized:
         time.sleep(0.01)
 
 signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.unraisablehook = run.send_again
 Finalized()
 print("dropped", flush=True)
