@@ -56,6 +56,9 @@ class _Stub(msgspec.Struct):
     claim: Claim | None = None
 
 
+_decoder = msgspec.json.Decoder(_Stub)  # here and not at the first use, which may be of two threads: see `settings`
+
+
 def stub(event: Event, claim: Claim, children: Any) -> bytes:
     """Return the document that stands for a claimed one."""
     reference = msgspec.structs.asdict(claim)
@@ -81,7 +84,7 @@ def reference(document: Any) -> Claim | None:
     if not isinstance(encoded, bytes) or len(encoded) > STUB_BYTES or _MARK not in encoded:
         return None
     try:
-        return msgspec.json.decode(encoded, type=_Stub).claim
+        return _decoder.decode(encoded).claim
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 

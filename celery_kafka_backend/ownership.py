@@ -35,6 +35,9 @@ class Mark(msgspec.Struct, frozen=True):
     at: int = 0
 
 
+_decoder = msgspec.json.Decoder(Mark)
+
+
 def group(prefix: str) -> str:
     """Return the group that keeps the mark."""
     return topics.group_id(prefix, "app")
@@ -49,7 +52,7 @@ def place(prefix: str, mark: Mark | None = None) -> TopicPartition:
 def mark_of(found: TopicPartition) -> Mark | None:
     """Return the mark that a committed offset carries, None if there is none."""
     try:
-        return msgspec.json.decode(found.metadata, type=Mark) if found.metadata else None
+        return _decoder.decode(found.metadata) if found.metadata else None
     except msgspec.DecodeError:
         return None
 

@@ -140,6 +140,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return f"<Settings {mask(self.bootstrap_servers)} prefix={self.topic_prefix!r} views={[mask(v) for v in self.views]}>"
 
 
+# msgspec looks at the types of a class when it is first used. Two threads that do so at once crash the process, and the
+# first two requests of a server are two threads; who imports is one.
+msgspec.convert({}, Settings)
+
 # What the backend itself relies on; another value breaks a promise, so it is refused. librdkafka knows some options
 # under two names.
 _ALL: Final = ("all", "-1", -1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 from urllib.parse import quote
 
@@ -348,3 +350,36 @@ def test_mask_never_leaks_a_password(ugly: str, encoded: str, times: int):
                 assert marker not in mask(f"kafka://b1:9092/?view=sqlite:///x&view={nested}&view=redis://r")
                 nested = quote(nested, safe="")
             assert marker not in mask(f"kafka://b1:9092/?view={nested}")
+
+
+FIRST_USE = """
+import faulthandler, threading, time, typing
+
+faulthandler.enable()
+set_attribute = typing._BaseGenericAlias.__setattr__
+
+def slowly(self, name, value):
+    if name == "__msgspec_cache__":  # msgspec is at work on the types, and another thread gets its turn
+        time.sleep(0.2)
+    set_attribute(self, name, value)
+
+typing._BaseGenericAlias.__setattr__ = slowly
+from celery_kafka_backend import settings
+
+def parse():
+    settings.parse("kafka://b1:9092/?view=redis://x", {"metrics_port": 0, "client": {}})
+
+first = threading.Thread(target=parse)
+first.start()
+time.sleep(0.1)
+parse()
+first.join()
+print("fine")
+"""
+
+
+def test_two_threads_may_be_the_first():
+    """What msgspec does at the first use of a class it does for one thread only."""
+    said = subprocess.run([sys.executable, "-c", FIRST_USE], capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout == "fine\n"
