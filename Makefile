@@ -18,8 +18,9 @@ BOUNDED := timeout --foreground --signal=INT --kill-after=60
 PYTEST := $(BIN)/python -m pytest -p faulthandler -o faulthandler_timeout=300
 
 QUICK_TESTS := $(wildcard tests/unit tests/property tests/contract)
-# Every test in these needs its store, and merely to read them loads its driver, in each of pytest's processes.
-OF_ONE_STORE := $(patsubst %,tests/contract/test_%.py,cassandra elasticsearch mongodb mongodb_stream redis)
+# Every test in these needs its store, and merely to read them loads its driver, in each of pytest's processes; those of
+# stock clients start a process for each answer.
+NOT_QUICK := $(patsubst %,tests/contract/test_%.py,cassandra elasticsearch mongodb mongodb_stream redis native)
 # Where Celery, kombu and the drivers matter: what workers, clients, processors and commands do.
 VERSION_TESTS := $(QUICK_TESTS) tests/end_to_end $(patsubst %,tests/integration/test_%.py,fleet fleet_canvas fleet_chords \
 	fleet_members fleet_repair fleet_barrier client_methods kafka_result waiting greenlets pools worker_life switching \
@@ -65,7 +66,7 @@ test: preflight $(READY) services lint  ## everything that CI checks
 test-quick: export PYTHONDONTWRITEBYTECODE =
 test-quick: export EXAMPLES_SHARE ?= 0.3
 test-quick: $(READY)  ## the tests that need no server
-	$(BOUNDED) 300 $(PYTEST) -n 3 $(QUICK_TESTS) $(OF_ONE_STORE:%=--ignore=%) -m "not kafka and not redis and not mongodb and not elasticsearch and not cassandra and not postgresql" $(ARGS)
+	$(BOUNDED) 300 $(PYTEST) -n 3 $(QUICK_TESTS) $(NOT_QUICK:%=--ignore=%) -m "not kafka and not redis and not mongodb and not elasticsearch and not cassandra and not postgresql" $(ARGS)
 
 delivery-table: $(READY)  ## docs/delivery.md at its real times: Kafka away for 5 s, 60 s and 4 min (20 minutes)
 	DELIVERY_TIMEOUT_S=120 $(BOUNDED) 3600 $(PYTEST) tests/integration/test_delivery_table.py $(ARGS)
