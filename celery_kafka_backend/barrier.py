@@ -51,6 +51,7 @@ ALLOWANCE_S: Final = 4.0
 ALLOWANCE_SHARE: Final = 0.2
 LEADER_S: Final = 0.05
 """Pause before asking again for a partition that has no leader at the moment."""
+_MOVING: Final = {KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE}
 CHUNK: Final = 1000
 KEPT: Final = 1000
 """Writes of this process that the view has not shown yet."""
@@ -358,9 +359,8 @@ class _Log:
         found = {}
         for place in places:
             at = TopicPartition(self._topic, place)
-            ask = partial(handle.get_watermark_offsets, at, timeout=_left(deadline))
             with self._translated("Describe"):
-                found[Partition(self._topic, place)] = greenlets.aside(ask)
+                found[Partition(self._topic, place)] = _ends(handle, at, deadline)
         return found
 
     def _places(self, ids: Sequence[str], there: int) -> set[int]:
@@ -471,6 +471,17 @@ def _config(settings: Settings) -> dict[str, Any]:
 
 def _left(deadline: float) -> float:
     return max(deadline - time.monotonic(), 0.001)  # 0 would be librdkafka's "for ever"
+
+
+def _ends(handle: Consumer, at: TopicPartition, deadline: float) -> tuple[int, int]:
+    """Return where a partition begins and ends; ask again while a new leader does not know yet that it is one."""
+    while True:
+        try:
+            return greenlets.aside(partial(handle.get_watermark_offsets, at, timeout=_left(deadline)))
+        except KafkaException as exc:
+            if exc.args[0].code() not in _MOVING or time.monotonic() + LEADER_S > deadline:
+                raise
+        time.sleep(LEADER_S)
 
 
 def _offset(message: Message) -> int:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 
 import msgspec
 import pytest
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from celery_kafka_backend import events, settings, topics
-from celery_kafka_backend.barrier import Allowance, Barrier, document_after, greatest
+from celery_kafka_backend.barrier import Allowance, Barrier, _ends, document_after, greatest
 from celery_kafka_backend.changes import GROUP, Partition
 from celery_kafka_backend.errors import SettingsError, Unavailable, Unsure
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.reads import Reads
 from celery_kafka_backend.sinks.contract import Shown
+from tests.patience import PATIENCE_S
 
 NOW = 1_900_000_000_000
 
@@ -55,6 +58,28 @@ def test_events_that_no_document_may_show_never_win():
     assert greatest([event(0, kind=events.RECEIVED)]) is None
     assert greatest([event(2), event(0), event(3), event(1)]).key == 3
     assert greatest([]) is None
+
+
+class Moving:
+    """A consumer whose partition's next leader does not know yet that it is one."""
+
+    def __init__(self, *codes):
+        self.codes = list(codes)
+
+    def get_watermark_offsets(self, _at, timeout):
+        if self.codes:
+            raise KafkaException(KafkaError(self.codes.pop(0)))
+        return 0, 7
+
+
+def test_a_partition_that_changes_its_leader_is_asked_again():
+    """A read would be unsure for a moment's sake, and a worker fail a task that has succeeded."""
+    at, moving = TopicPartition("t", 0), KafkaError.NOT_LEADER_FOR_PARTITION
+    assert _ends(Moving(moving, moving), at, time.monotonic() + PATIENCE_S) == (0, 7)
+    with pytest.raises(KafkaException):
+        _ends(Moving(moving, moving), at, time.monotonic())
+    with pytest.raises(KafkaException):
+        _ends(Moving(KafkaError.TOPIC_AUTHORIZATION_FAILED), at, time.monotonic() + PATIENCE_S)
 
 
 def test_the_partitioner_is_ours_to_set():

@@ -85,7 +85,7 @@ def test_what_is_final_is_not_tried_again(courier, handle, code, error):
 
 def test_a_topic_that_a_starting_broker_does_not_know_yet_is_asked_for_again(courier, handle):
     handle.answers.append(KafkaError.UNKNOWN_TOPIC_OR_PART)
-    assert courier.carry(record(), "SUCCESS of x", 0.3) is not None
+    assert courier.carry(record(), "SUCCESS of x", PATIENCE_S) is not None
     handle.answers.extend([KafkaError.UNKNOWN_TOPIC_OR_PART] * 50)
     with pytest.raises(NoSuchTopic, match="pipeline init"):
         courier.carry(record(), "SUCCESS of x", 0.3)
