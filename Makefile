@@ -64,7 +64,7 @@ test: preflight $(READY) services lint  ## everything that CI checks
 
 # pytest rewrites the asserts of all it reads, in each of its processes: a fifth of the time, unless it may keep that.
 test-quick: export PYTHONDONTWRITEBYTECODE =
-test-quick: export EXAMPLES_SHARE ?= 0.3
+test-quick: export EXAMPLES_SHARE ?= 0.2
 test-quick: $(READY)  ## the tests that need no server
 	$(BOUNDED) 300 $(PYTEST) -n 3 $(QUICK_TESTS) $(NOT_QUICK:%=--ignore=%) -m "not kafka and not redis and not mongodb and not elasticsearch and not cassandra and not postgresql" $(ARGS)
 
