@@ -51,7 +51,6 @@ ALLOWANCE_S: Final = 4.0
 ALLOWANCE_SHARE: Final = 0.2
 LEADER_S: Final = 0.05
 """Pause before asking again for a partition that has no leader at the moment."""
-_MOVING: Final = {KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE}
 CHUNK: Final = 1000
 KEPT: Final = 1000
 """Writes of this process that the view has not shown yet."""
@@ -479,7 +478,7 @@ def _ends(handle: Consumer, at: TopicPartition, deadline: float) -> tuple[int, i
         try:
             return greenlets.aside(partial(handle.get_watermark_offsets, at, timeout=_left(deadline)))
         except KafkaException as exc:
-            if exc.args[0].code() not in _MOVING or time.monotonic() + LEADER_S > deadline:
+            if exc.args[0].code() not in kafka.MOVING or time.monotonic() + LEADER_S > deadline:
                 raise
         time.sleep(LEADER_S)
 

@@ -219,6 +219,8 @@ def consumer_config(settings: Settings, group: str | None) -> dict[str, Any]:
     )
 
 
+MOVING: Final = {KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE}
+"""For a moment a partition has no leader, or one that does not know yet that it is."""
 DENIED: Final = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,

@@ -14,7 +14,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from celery_kafka_backend import topics
 from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import NotAcknowledged
-from celery_kafka_backend.kafka import consumer_config, translate
+from celery_kafka_backend.kafka import MOVING, consumer_config, translate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -42,13 +42,11 @@ Span = tuple[int, int]
 """From which offset to before which one."""
 _At = TypeVar("_At", bound=At)
 
-_PASSING: Final = {
+_PASSING: Final = MOVING | {
     KafkaError._ALL_BROKERS_DOWN,  # noqa: SLF001 - confluent-kafka's names for client-side codes
     KafkaError._TRANSPORT,  # noqa: SLF001
     KafkaError._RESOLVE,  # noqa: SLF001
     KafkaError._TIMED_OUT,  # noqa: SLF001
-    KafkaError.LEADER_NOT_AVAILABLE,
-    KafkaError.NOT_LEADER_FOR_PARTITION,
     # Of the group that Kafka wants named, and that nobody joins: see `consumer_config`.
     KafkaError.GROUP_AUTHORIZATION_FAILED,
 }

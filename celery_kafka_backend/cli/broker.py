@@ -12,7 +12,7 @@ from confluent_kafka.admin import AdminClient, ConfigResource  # type: ignore[at
 
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.complaints import CREDENTIALS, Complaints, NoToken
-from celery_kafka_backend.kafka import DENIED, consumer_config, producer_config, transaction_config
+from celery_kafka_backend.kafka import DENIED, MOVING, consumer_config, producer_config, transaction_config
 from celery_kafka_backend.past import EMBEDDED
 from celery_kafka_backend.rights import OPERATOR, Right, lacking
 from celery_kafka_backend.settings import SETTING
@@ -44,9 +44,7 @@ _MISSING: Final = {
     KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
     KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
 }
-_PASSING: Final = {
-    KafkaError.NOT_LEADER_FOR_PARTITION,
-    KafkaError.LEADER_NOT_AVAILABLE,
+_PASSING: Final = MOVING | {
     KafkaError.NOT_COORDINATOR,
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
     KafkaError.COORDINATOR_NOT_AVAILABLE,
