@@ -15,6 +15,7 @@ from collections import OrderedDict
 from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -80,6 +81,13 @@ class _Retry(threading.local):
     taken: tuple[str, int, int | None] | None = None
 
 
+class _Sending(threading.local):
+    """What a thread knows of the message that it is sending."""
+
+    properties: Mapping[str, Any] = MappingProxyType({})
+    queue: str | None = None
+
+
 class Recorder:
     """Appends what a process knows to the log.
 
@@ -108,8 +116,7 @@ class Recorder:
         self.result_retries = ONCE
         """``result_backend_always_retry`` and its bounds; the backend puts them here."""
         self.retries = _Retry()
-        self.sending = threading.local()
-        """What this thread knows of the message that it is sending: ``properties``, ``queue``."""
+        self.sending = _Sending()
         self.host = socket.gethostname()
         self._redact = self._redactor(settings.redact)
         self._hints: dict[str, int] = {}

@@ -169,7 +169,7 @@ def after_publish(
     stamped = headers.get("stamped_headers")
     stamps = headers.get("stamps") or {}
     exchange = getattr(exchange, "name", exchange)
-    priority = getattr(recorder.sending, "properties", {}).get("priority")
+    priority = recorder.sending.properties.get("priority")
     recorder.cast(
         recorder.event(
             events.SENT,
@@ -177,7 +177,7 @@ def after_publish(
             who,
             name=name,
             attempt=headers.get("retries") or 0,
-            queue=getattr(recorder.sending, "queue", None) or (routing_key if not exchange else None),
+            queue=recorder.sending.queue or (routing_key if not exchange else None),
             exchange=exchange or None,
             routing_key=routing_key,
             priority=priority if isinstance(priority, int) else None,
@@ -204,7 +204,7 @@ def _parcel(recorder: Recorder, headers: dict[str, Any], body: Any) -> events.Pa
         return None
     from celery_kafka_backend.producer.parcels import packed  # noqa: PLC0415 - for who records messages
 
-    return packed(recorder, headers, body, getattr(recorder.sending, "properties", {}))
+    return packed(recorder, headers, body, recorder.sending.properties)
 
 
 # -- the worker's parent ---------------------------------------------------------------------
