@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from celery_kafka_backend.changes import TASK, Side
 from celery_kafka_backend.order import key_text
-from celery_kafka_backend.sinks.redis_wire import CHORD, MAX_48, NATIVE, evalsha, pack, sha
+from celery_kafka_backend.sinks.redis_wire import CHORD, MAX_48, NATIVE, bulk, evalsha, pack, sha
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -154,12 +154,12 @@ class Calls:
         arguments = 3 + kinds * count + len(common) + 4 * count + (count + 2 * group.events if self._history else 0)
         pieces = [
             b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%b\r\n" % (arguments, _WRITE_SHA),
-            _bulk(b"%d" % (kinds * count)),
+            bulk(b"%d" % (kinds * count)),
             _keys(b"$%d\r\n%b" % (size, prefix), group.ids, b"\r\n"),
         ]
         start = b"$%d\r\n{%b" % (size + 4, prefix)
         pieces += (_keys(start, group.ids, b"}:%b\r\n" % kind) for kind in (b"k", b"w", b"h")[: kinds - 1])
-        pieces += map(_bulk, common)
+        pieces += map(bulk, common)
         pieces += group.arguments
         pieces += group.history
         return Call(b"".join(pieces), group.changes[0].id if count == 1 else "", group.changes)
@@ -188,11 +188,11 @@ class Calls:
         )  # fmt: skip
 
     def _events(self, change: Change) -> bytes:
-        pieces = [_bulk(b"%d" % len(change.history))]
+        pieces = [bulk(b"%d" % len(change.history))]
         for event, value in change.history:
             if len(value) > self.limit:
                 raise ValueError(f"an event of {len(value)} bytes; the server takes {self.limit}")
-            pieces += (_bulk(b"%d" % event.hlc), _bulk(value))
+            pieces += (bulk(b"%d" % event.hlc), bulk(value))
         return b"".join(pieces)
 
     def of_chords(self, facts: Iterable[ChordFact]) -> Iterator[Call]:
@@ -214,10 +214,6 @@ class Calls:
 
 
 _WRITE_SHA: Final = sha(WRITE)
-
-
-def _bulk(value: bytes) -> bytes:
-    return b"$%d\r\n%b\r\n" % (len(value), value)
 
 
 def _keys(start: bytes, ids: list[bytes], end: bytes) -> bytes:

@@ -306,9 +306,14 @@ def _up_to(commands: Iterator[bytes], size: int) -> Iterator[bytes]:
         yield command
 
 
+def bulk(value: bytes) -> bytes:
+    """Return an argument as RESP bytes."""
+    return b"$%d\r\n%b\r\n" % (len(value), value)
+
+
 def packed(*arguments: bytes) -> bytes:
     """Return a command as RESP bytes."""
-    return b"*%d\r\n%b" % (len(arguments), b"".join([b"$%d\r\n%b\r\n" % (len(each), each) for each in arguments]))
+    return b"*%d\r\n%b" % (len(arguments), b"".join(map(bulk, arguments)))
 
 
 def sha(script: bytes) -> bytes:
