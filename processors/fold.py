@@ -39,11 +39,8 @@ def fold(batch: Iterable[Logged]) -> list[Change]:
 
 
 def _winner(story: list[Logged]) -> Event | None:
-    winner, key = None, 0
+    winner = None
     for event, _ in story:
-        if event.key >= key > 0 and winner is not None:
-            if beats(event, winner):
-                winner, key = event, event.key
-        elif event.key > key:
-            winner, key = event, event.key
+        if event.key and (winner is None or beats(event, winner)):
+            winner = event
     return winner
