@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from celery import Celery
 
     from celery_kafka_backend.producer.recorder import Recorder
-    from celery_kafka_backend.settings import Settings
 
 logger = get_logger(__name__)
 
@@ -64,11 +63,12 @@ class KafkaBackend(older.AsyncBackendMixin, Chords):  # type: ignore[misc]
 
     def __init__(self, app: Celery | None = None, url: str | None = None, **kwargs: Any) -> None:
         super().__init__(app, url, **kwargs)
-        self.settings = _settings(self.app, url)
         self.url = url or self.app.conf.result_backend
-        self.recorder: Recorder = _recorder(self.app, self.settings)
-        if self.settings.metrics_port is not None and _in_worker():
-            _measure(self.recorder)
+        with _checked():
+            self.settings = configure.settings_of(self.app, url)
+            self.recorder: Recorder = recorder_for(self.app, self.settings)
+            if self.settings.metrics_port is not None and _in_worker():
+                _measure(self.recorder)
         self.result_consumer = self.ResultConsumer(
             self, self.app, self.accept, self._pending_results, self._pending_messages
         )
@@ -195,39 +195,33 @@ class KafkaBackend(older.AsyncBackendMixin, Chords):  # type: ignore[misc]
         self.recorder.cast(event)
 
 
-def _settings(app: Celery, url: str | None) -> Settings:
+@contextmanager
+def _checked() -> Iterator[None]:
+    """Let a wrong setting be Celery's exception; a worker is to end at once, with its text, not to fail every task."""
     try:
-        return configure.settings_of(app, url)
+        try:
+            yield
+        except SettingsError as exc:
+            raise configure.improperly_configured(exc) from exc
     except ImproperlyConfigured as exc:
         if not _in_worker():
             raise
         raise _end_of_worker(exc) from None
 
 
-def _recorder(app: Celery, settings: Settings) -> Recorder:
-    try:
-        return recorder_for(app, settings)
-    except SettingsError as exc:
-        wrong = configure.improperly_configured(exc)
-        raise (_end_of_worker(wrong) if _in_worker() else wrong) from exc
-
-
-def _open(recorder: Recorder) -> None:
-    """Make the worker's connection: it is to end at once if a setting is wrong, not to fail every task."""
-    with suppress(NotAcknowledged):  # no token yet: said in the log, and asked for again
-        try:
-            registry.store(recorder.settings.views[0])  # its driver: a worker reads results, too
-            recorder.publisher.open()
-            if recorder.settings.claim_check:
-                Claims(recorder.settings)
-        except SettingsError as exc:
-            raise _end_of_worker(configure.improperly_configured(exc)) from None
-
-
 def _end_of_worker(exc: ImproperlyConfigured) -> SystemExit:
     # A worker that starts logs any exception with its traceback; SystemExit ends it with this line alone.
     logger.critical("%s", exc)
     return SystemExit(exc.exit_code)
+
+
+def _open(recorder: Recorder) -> None:
+    """Make the worker's connection."""
+    with _checked(), suppress(NotAcknowledged):  # no token yet: said in the log, and asked for again
+        registry.store(recorder.settings.views[0])  # its driver: a worker reads results, too
+        recorder.publisher.open()
+        if recorder.settings.claim_check:
+            Claims(recorder.settings)
 
 
 def _worker_ready(sender: Any = None, **_: Any) -> None:
@@ -266,10 +260,7 @@ def _watch(backend: KafkaBackend) -> None:
 def _measure(recorder: Recorder) -> None:
     from celery_kafka_backend.producer import metering  # noqa: PLC0415 - only where metrics are wanted
 
-    try:
-        metering.measure(recorder)
-    except SettingsError as exc:
-        raise _end_of_worker(configure.improperly_configured(exc)) from None
+    metering.measure(recorder)
 
 
 def _in_worker() -> bool:
