@@ -88,7 +88,6 @@ class _Mirror(Writes):
         self.settings = msgspec.structs.replace(settings, producer=bounded)
         self.recorder = recorder_for(app, self.settings)
         self._said_at = float("-inf")
-        signals.worker_process_init.connect(self._child_begins, weak=False)
         signals.worker_process_shutdown.connect(self._process_ends, weak=False)
         signals.worker_shutdown.connect(self._process_ends, weak=False)
 
@@ -139,9 +138,6 @@ class _Mirror(Writes):
 
     def _known(self, task_id: str) -> None:  # noqa: ARG002 - no view is asked
         return None
-
-    def _child_begins(self, **_: Any) -> None:
-        self.recorder.clock.renew_lock()
 
     def _process_ends(self, **_: Any) -> None:
         self.harmless(self.recorder.publisher.flush, LEAVE_S)

@@ -158,6 +158,8 @@ class Courier:
             else:
                 return
         self.carry(record, what, wait_s, retries)
+        if self.detour is not None:
+            self.detour.answered(None)
 
     def _within(self, record: Record, wait_s: float) -> Delivery:
         """Send a record until it is acknowledged or the time is over, again after errors that pass."""

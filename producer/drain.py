@@ -152,8 +152,8 @@ class Drainer:
                 self._look()
             except SpoolError as exc:
                 self._complain("%s", exc)
-            except Exception:
-                logger.exception("draining %s failed; it is tried again", self._detour.spool.path)
+            except Exception:  # noqa: BLE001 - said in the log; nobody else drains while this worker lives
+                self._complain("draining %s failed; it is tried again", self._detour.spool.path, exc_info=True)
 
     def _look(self) -> None:
         spool = self._detour.spool
@@ -174,8 +174,8 @@ class Drainer:
         if found.why is not None:
             self._complain("the spool %s cannot be drained yet: %s", spool.path, found.why)
 
-    def _complain(self, text: str, *arguments: object) -> None:
+    def _complain(self, text: str, *arguments: object, exc_info: bool = False) -> None:
         now = time.monotonic()
         if now >= self._complained_at:
             self._complained_at = now + COMPLAIN_EVERY_S
-            logger.warning(text, *arguments)
+            logger.warning(text, *arguments, exc_info=exc_info)

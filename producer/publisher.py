@@ -166,8 +166,8 @@ class Publisher:
     def __init__(self, settings: Settings, make: Callable[[dict[str, Any]], Any] = Producer) -> None:
         self.settings = settings
         self.make = make
-        self._lock = threading.Lock()
-        self._polling = threading.Lock()
+        self._locks: dict[int, threading.Lock] = {}
+        self._polling = threading.RLock()  # whoever a time limit interrupts before he can let go takes it again
         self._pid = 0
         self._producer: Any = None
         self._maker: threading.Thread | None = None
@@ -192,7 +192,7 @@ class Publisher:
         """Return this process's handle, made on its first use here, or anew where librdkafka has given one up."""
         self._enter()
         if self._producer is None:
-            with self._lock:
+            with self._lock():
                 if self._producer is None:
                     self._producer = self._new()
                     threads.start(self._poll, "celery-kafka-poll", self._producer, self._pid)
@@ -202,20 +202,22 @@ class Publisher:
         """Begin anew in a process that was forked, or is the first: nothing inherited is used."""
         if self._pid == os.getpid():
             return
-        if self._lock.locked() and self._pid:  # held by a thread that did not survive the fork
-            self._lock = threading.Lock()
-        with self._lock:
+        with self._lock():
             if self._pid != os.getpid():
                 if self._producer is not None:
                     _parked.append(self._producer)
                 self._producer = self._maker = None
                 self._casts.clear()  # the parent's: it sends them itself
-                self._polling = threading.Lock()
+                self._polling = threading.RLock()
                 self._waiting, self._wanted = 0, threading.Event()
                 self.dropped = self.failed = 0
                 self._reported = (0, 0)
                 self._pid = os.getpid()
                 _at_end_of_process(self._at_exit)
+
+    def _lock(self) -> threading.Lock:
+        """Return this process's lock: the parent's may be held by a thread that did not survive the fork."""
+        return self._locks.setdefault(os.getpid(), threading.Lock())
 
     def _new(self) -> Any:
         if time.monotonic() < self._no_token_until:
@@ -246,14 +248,13 @@ class Publisher:
     def _poll(self, producer: Any, pid: int) -> None:
         while self._pid == pid and (self._producer is producer or len(producer)):  # a retired one has answers yet
             self._pause()
-            if self._casts and self._casts_are_due():
-                self._send_casts(producer)
-            if self._polling.acquire(blocking=False):
-                try:
-                    self._served(producer, 0)
-                finally:
-                    self._polling.release()
-            self._report()
+            try:
+                if self._casts and self._producer is producer and self._casts_are_due():
+                    self._send_casts(producer)
+                self._take_answers(producer)
+                self._report()
+            except Exception:  # of whoever hears an answer; without this thread nobody would hear another
+                logger.exception("hearing Kafka's answers failed; the next ones are heard")
 
     def _casts_are_due(self) -> bool:
         """Whether what is there has waited long enough; asked every `CAST_S`."""
@@ -321,9 +322,14 @@ class Publisher:
 
         For whoever queues much and never waits: our polling thread would have to win the interpreter for each answer.
         """
+        producer = self._producer
+        if producer is not None:  # else it was retired a moment ago, and its own thread hears its answers
+            self._take_answers(producer)
+
+    def _take_answers(self, producer: Any) -> None:
         if self._polling.acquire(blocking=False):
             try:
-                self._served(self._producer, 0)
+                self._served(producer, 0)
             finally:
                 self._polling.release()
 
@@ -483,8 +489,9 @@ class Publisher:
 
     def send_casts(self) -> None:
         """Let what was cast leave now. Never blocks."""
-        if self._producer is not None and self._pid == os.getpid():
-            self._send_casts(self._producer)
+        producer = self._producer
+        if producer is not None and self._pid == os.getpid():
+            self._send_casts(producer)
 
     def _send_casts(self, producer: Any) -> None:
         casts = self._casts
@@ -519,15 +526,17 @@ class Publisher:
         deadline = time.monotonic() + timeout_s
         if self._maker is not None:
             self._maker.join(timeout_s)
-        if self._producer is None:
+        producer = self._producer
+        if producer is None:
             return len(self._casts)
-        self._send_casts(self._producer)
+        self._send_casts(producer)
         if self._patched:
-            while len(self._producer) and time.monotonic() < deadline:
-                self._producer.poll(0)
+            while len(producer) and time.monotonic() < deadline:
+                self._served(producer, 0)
                 time.sleep(PATCHED_S)
-            return len(self._producer)
-        return int(self._producer.flush(max(deadline - time.monotonic(), 0)))
+        else:
+            self._served(producer, max(deadline - time.monotonic(), 0), flush=True)
+        return len(producer)
 
     def _at_exit(self) -> None:
         left = self.flush(EXIT_FLUSH_S)

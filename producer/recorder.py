@@ -495,7 +495,7 @@ def current_request() -> Any:
 
 _clock: Final = order.Clock()
 _recorders: Final[dict[int, Recorder]] = {}
-_lock: Final = threading.Lock()
+_lock = threading.Lock()
 
 
 def recorder_for(app: Celery, settings: Settings) -> Recorder:
@@ -510,3 +510,12 @@ def recorder_for(app: Celery, settings: Settings) -> Recorder:
 def recorders() -> list[Recorder]:
     """Return every recorder of this process."""
     return list(_recorders.values())
+
+
+def _after_fork() -> None:
+    global _lock  # noqa: PLW0603 - another thread of the parent may have held it, and the clock's
+    _lock = threading.Lock()
+    _clock.renew_lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -357,7 +357,6 @@ def child_init(**_: Any) -> None:
     """Make a child's own handle ready before its first task."""
     for recorder in recorders():
         recorder.in_worker(os.getppid(), recorder.node)
-        recorder.clock.renew_lock()
         recorder.publisher.warm_up()
 
 

@@ -99,7 +99,7 @@ def test_a_fork_parks_the_inherited_handle_and_both_sides_deliver(broker, publis
 def test_a_forking_thread_does_not_jam_the_child_s_lock(broker, publisher):
     made = publisher(broker)
     made.publish(Record("locked", b"k", b"1")).wait(PATIENCE_S)
-    with made._lock:
+    with made._lock():
         child = os.fork()
         if child == 0:
             code = 1

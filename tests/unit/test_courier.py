@@ -155,6 +155,17 @@ def test_a_spool_that_cannot_take_a_record_is_as_none(courier, handle, spool, tm
         courier.store(record(b"2"), "SUCCESS of y", 0.1)
 
 
+def test_kafka_s_answer_ends_the_detour_also_where_the_spool_takes_nothing(courier, handle, spool, tmp_path, caplog):
+    spool.path = tmp_path / "s.spool" / "not a folder" / "x"
+    (tmp_path / "s.spool").write_text("")
+    handle.answers.append(TIMED_OUT)
+    courier.store(record(b"1"), "SUCCESS of x", 5)
+    assert not courier.detour.away
+    said = caplog.text.count("cannot be used")
+    courier.store(record(b"2"), "SUCCESS of y", 5)
+    assert caplog.text.count("cannot be used") == said == 1
+
+
 def test_too_large_is_final_with_a_spool_as_well(courier, handle, spool):
     handle.answers.append(KafkaError.MSG_SIZE_TOO_LARGE)
     with pytest.raises(TooLarge):
@@ -226,16 +237,74 @@ def test_what_is_stored_while_no_handle_can_be_made_is_spooled(courier, handle, 
     assert spooled(spool) == [b"1", b"2"]
 
 
-def test_whoever_queues_hears_the_answers_that_are_there(courier):
+def test_whoever_queues_hears_the_answers_that_are_there(courier, handle):
     """… and no thread has to win the interpreter for each."""
     courier._publisher.open()
+    heard_by = []
+    handle.poll, poll = lambda timeout: heard_by.append(threading.current_thread()) or poll(timeout), handle.poll
     courier._publisher._polling.acquire()  # so the polling thread hears none
     courier.queue(record(b"1"), "SUCCESS of 1", remember=True)
     (queued,) = courier._mine
-    assert not queued.done
+    assert queued.done
+    assert set(heard_by) == {threading.current_thread()}
     courier._publisher._polling.release()
-    courier.queue(record(b"2"), "SUCCESS of 2")
-    until(lambda: queued.done)
+
+
+def test_a_wait_that_was_interrupted_before_it_could_let_go_does_not_stop_the_next(courier):
+    """A time limit's exception can come between any two instructions of a child's main thread."""
+    courier._publisher.open()
+    courier._publisher._polling.acquire()
+    assert courier.carry(record(), "SUCCESS of x", PATIENCE_S).stored.offset == 7
+
+
+def fatal(_timeout):
+    raise KafkaException(KafkaError(KafkaError._FATAL, "no right to write", fatal=True))
+
+
+def test_a_fatal_error_that_a_flush_meets_is_not_its_caller_s(courier, handle):
+    """A client that sets a state flushes inside ``update_state()``, and every process does at its end."""
+    courier._publisher.open()
+    handle.flush = fatal
+    assert courier._publisher.flush(0.1) == 0
+    assert courier._publisher._producer is None  # the next record gets a new one
+
+
+def test_queueing_in_the_moment_in_which_the_handle_is_retired_is_not_its_caller_s_fault(courier, handle):
+    courier._publisher.open()
+
+    def produce_and_retire(*args, **kwargs):
+        Handle.produce(handle, *args, **kwargs)
+        courier._publisher._producer = None  # as the polling thread does that hears of a fatal error
+
+    handle.produce = produce_and_retire
+    courier.queue(record(), "SUCCESS of x", remember=True)
+    courier.settle()
+    assert courier.lost == 0
+
+
+def test_a_retired_handle_is_given_nothing_any_more(courier, handle):
+    """Its thread lives until it has heard the last answer, beside that of its successor."""
+    successor = Handle()
+    handle.is_silent = True
+    courier._publisher.open()
+    courier.queue(record(b"1"), "SUCCESS of 1")
+    courier._publisher._producer = None
+    courier._publisher.make = lambda _config: successor
+    for number in range(20):
+        courier._publisher.cast(record(b"%d" % number))
+        time.sleep(0.01)
+    until(lambda: len(successor.produced) == 20)
+    assert handle.produced == [b"1"]
+
+
+def test_answers_are_heard_after_one_that_nobody_could_bear(courier, handle, caplog):
+    courier._publisher.open()
+    handle.is_silent = True  # so that it is the polling thread that hears them
+    courier._publisher.send(record(b"1"), lambda _error, _message: 1 / 0)
+    handle.is_silent = False
+    until(lambda: "ZeroDivisionError" in caplog.text)
+    delivery = courier._publisher.publish(record(b"2"))
+    until(lambda: delivery.done)
 
 
 def test_queueing_on_a_full_queue_neither_blocks_nor_fails_nor_loses(courier, handle):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from signal import alarm
+
 import pytest
 from celery import Celery
 from celery._state import _task_stack
@@ -36,6 +39,9 @@ class Handle:
         time.sleep(min(timeout, 0.05))
 
     def flush(self, _timeout):
+        return 0
+
+    def __len__(self):
         return 0
 
 
@@ -281,3 +287,17 @@ def test_every_id_of_chain_link_and_nested_canvas_is_held():
         id="t", chain=[{"options": {"task_id": "next"}}, chord], callbacks=[{"options": {"task_id": "link"}}]
     )
     assert set(held_ids(request)) == {"next", "g", "m", "b", "e", "link"}
+
+
+def test_whatever_another_thread_held_in_the_moment_of_a_fork_the_child_goes_on(make):
+    """Any server that sends tasks from threads and forks: gunicorn that replaces a worker, multiprocessing."""
+    recorder = make()
+    clock = recorder_module._clock
+    with clock._lock, recorder_module._lock:
+        child = os.fork()
+        if child == 0:
+            alarm(60)  # a child that is jammed is to end
+            clock.tick()
+            recorder_module.recorder_for(recorder.app, recorder.settings)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
