@@ -25,6 +25,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+from billiard.exceptions import SoftTimeLimitExceeded
 
 from celery_kafka_backend import threads
 from celery_kafka_backend.errors import ClaimLost, NotAcknowledged, SettingsError, Unavailable
@@ -172,6 +173,8 @@ class Claims:
 
         try:
             threads.within(timeout_s, write, THREAD)
+        except SoftTimeLimitExceeded:  # the task's own, while it waited
+            raise
         except Exception as exc:
             raise NotAcknowledged(
                 f"the claim check store {self.url} did not take {len(document)} bytes: {_said(exc)}"
@@ -191,6 +194,8 @@ class Claims:
         where = f"{self.url.rstrip('/')}/{claim.path}"
         try:
             found: bytes = threads.within(timeout_s, lambda: fs.cat_file(f"{root}/{claim.path}"), THREAD)
+        except SoftTimeLimitExceeded:  # as above
+            raise
         except FileNotFoundError:
             raise ClaimLost(f"{where} ({claim.bytes} bytes) is not there: removed or expired") from None
         except Exception as exc:

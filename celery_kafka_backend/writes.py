@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
+from billiard.exceptions import SoftTimeLimitExceeded
 from celery import states
 from celery.exceptions import BackendStoreError, Reject
 from celery.utils.log import get_logger
@@ -17,7 +18,7 @@ from kombu.utils.encoding import bytes_to_str, ensure_bytes
 
 from celery_kafka_backend import codec, events, older, order
 from celery_kafka_backend.claims import stub
-from celery_kafka_backend.errors import NotAcknowledged, PublishError, TooLarge, Unavailable
+from celery_kafka_backend.errors import NotAcknowledged, PublishError, TooLarge, Unavailable, Unsure
 from celery_kafka_backend.events import Opaque
 from celery_kafka_backend.order import Rank
 from celery_kafka_backend.producer.courier import ONCE, Retries
@@ -251,8 +252,8 @@ class Writes(Reads):
     def _known(self, task_id: str) -> tuple[int | None, int] | None:
         """Return the run and HLC that the view shows, for a write without a request (abort, revoke)."""
         try:
-            shown = self.reader.shown(task_id)
-        except Unavailable:
+            shown = self._within_bounds(lambda _: self.reader.shown(task_id))
+        except (Unavailable, Unsure):
             return None
         if shown is None:
             return None
@@ -439,6 +440,8 @@ def _json(meta: dict[str, Any]) -> str | None:
     """Return the document as kombu's own encoder writes it, if that can be embedded for certain; None: look closer."""
     try:
         text = _JSON.encode(meta)
+    except SoftTimeLimitExceeded:
+        raise
     except Exception:  # noqa: BLE001 - NaN, or what no serializer can say: kombu's way to it translates that
         return None
     # Half a surrogate pair, or nested deeper than every reader goes: the only other things that cannot.

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from threading import Event
+from types import SimpleNamespace
+
 import pytest
 from celery import Celery
+
+from celery_kafka_backend import reads
+from celery_kafka_backend.events import PARENT
 
 SECRET = "p4ssw0rd"
 URL = f"kafka://b1:9092,b2:9092/?view=redis://reader:{SECRET}@host:6379/1&view=sqlite:////views/audit.db"
@@ -24,3 +31,14 @@ def test_its_url_hides_passwords_unless_they_are_asked_for(backend):
 def test_it_joins_groups_and_expires_results_by_itself(backend):
     assert backend.supports_native_join
     assert backend.supports_autoexpire
+
+
+def test_a_worker_s_main_process_waits_for_a_frozen_view_no_longer_than_it_may(backend, monkeypatch):
+    """A revoke without a request looks up the task's run, in the event loop."""
+    thawed = Event()
+    backend.recorder.worker_pid = os.getpid()
+    monkeypatch.setattr(reads, "PARENT_WAIT_S", 0.05)
+    backend.reader = SimpleNamespace(shown=lambda _task_id: thawed.wait())
+    assert backend.recorder.role == PARENT
+    assert backend._known("x") is None
+    thawed.set()
