@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from uuid import uuid4
 
 import pytest
+from billiard.exceptions import SoftTimeLimitExceeded
 from celery import Celery, states
 from celery.app.task import Context
 from celery.exceptions import NotRegistered
@@ -77,6 +78,25 @@ def test_what_is_nested_too_deep_is_not_embedded(depth):
     backend = backend_of({})
     found = backend._documents(backend._meta("t", result, states.SUCCESS, None, Context({"id": "t"})))
     assert ("doc" in found) == (depth < codec.MAX_DEPTH)
+
+
+class Interrupted:
+    """A soft time limit comes while it is encoded, and another time it does not."""
+
+    seen = False
+
+    def __json__(self):
+        if not self.seen:
+            self.seen = True
+            raise SoftTimeLimitExceeded
+        return "encoded"
+
+
+def test_a_time_limit_that_comes_while_a_state_is_encoded_is_the_task_s():
+    backend = backend_of({})
+    meta = backend._meta("t", Interrupted(), "PROGRESS", None, Context({"id": "t"}))
+    with pytest.raises(SoftTimeLimitExceeded):
+        backend._documents(meta)
 
 
 @pytest.fixture

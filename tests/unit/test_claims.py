@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from billiard.exceptions import SoftTimeLimitExceeded
 from celery import Celery
 from kombu.exceptions import DecodeError
 from kombu.utils.json import loads as kombu_loads
@@ -42,6 +43,19 @@ def test_a_document_comes_back_byte_for_byte_and_twice_is_once(claims):
     assert claims.get(first) == DOCUMENT
     assert first.path == f"2026-11-19/{EVENT_ID}"  # the day after: clocks may differ
     assert claims.put(EVENT_ID, DOCUMENT, None, 10).path == f"{NEVER}/{EVENT_ID}"
+
+
+def test_a_time_limit_that_comes_while_the_store_is_waited_for_is_the_task_s(claims, monkeypatch):
+    held = claims.put(EVENT_ID, DOCUMENT, AT, 10)
+
+    def interrupted(*_):
+        raise SoftTimeLimitExceeded
+
+    monkeypatch.setattr(claims_module.threads, "within", interrupted)
+    with pytest.raises(SoftTimeLimitExceeded):
+        claims.put(EVENT_ID, DOCUMENT, AT, 10)
+    with pytest.raises(SoftTimeLimitExceeded):
+        claims.get(held)
 
 
 def test_an_object_that_is_gone_or_damaged_is_a_clear_error(claims):
