@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import signal
 import sys
 import time
 
-from tests.services import preflight
+from tests.services import apt, preflight
 from tests.services.catalogue import SERVICES
 from tests.services.errors import ServiceError
 
@@ -41,6 +42,8 @@ def _install(names: list[str]) -> int:
         started = time.monotonic()
         SERVICES[name].install()
         print(f"{name}: installed ({time.monotonic() - started:.1f} s)")
+    if shutil.which("promtool") is None:  # checks compose/prometheus; without it these tests are skipped
+        apt.install("prometheus")
     return 0
 
 

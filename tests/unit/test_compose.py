@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -132,16 +133,27 @@ def test_prometheus_reads_every_port_that_serves_metrics() -> None:
     assert targets == serving
 
 
+ALERTS = Path(__file__).with_name("alerts.yml")
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")
-@pytest.mark.parametrize("what", [("config", "prometheus.yml"), ("rules", "rules.yml")])
-def test_promtool_accepts_the_files(what: tuple[str, str]) -> None:
-    """Prometheus' own check."""
-    kind, name = what
-    done = subprocess.run(
-        ["promtool", "check", kind, str(PROMETHEUS / name)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("check", "config", PROMETHEUS / "prometheus.yml"),
+        ("check", "rules", PROMETHEUS / "rules.yml"),
+        ("test", "rules", ALERTS),
+    ],
+    ids=["config", "rules", "alerts"],
+)
+def test_promtool_accepts_the_files(command: tuple[str | Path, ...]) -> None:
+    """Prometheus' own check; and each alert fires when what it is for happens, and not before."""
+    done = subprocess.run(["promtool", *command], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_tried() -> None:
+    """By ``alerts.yml``."""
+    rules = yaml.safe_load((PROMETHEUS / "rules.yml").read_text())
+    alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
+    assert set(re.findall(r'alertname="(\w+)"', ALERTS.read_text())) == alerts
