@@ -392,4 +392,5 @@ def run(settings: Settings, view: str, options: StoreOptions) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     app = insight_app(settings, view, options)
     worker = faust.Worker(app, override_logging=False, redirect_stdouts=False, quiet=True, loglevel="WARN")
+    worker.spinner = None  # it writes control characters, also into a file
     worker.execute_from_commandline()

@@ -165,8 +165,8 @@ class _Bucket:
         if event.runtime_s is not None:
             number = bin_of(event.runtime_s * 1_000)
             cell.run[number] = cell.run.get(number, 0) + 1
-        if event.kind in ERRORS:
-            name = (event.exception or "")[:CLASS_LENGTH]
+        if event.exception and event.kind in ERRORS:  # a retry may be without one
+            name = event.exception[:CLASS_LENGTH]
             cell.errors[name] = cell.errors.get(name, 0) + 1
         started = event.started_at
         if started is not None:  # there its beginning and its end meet

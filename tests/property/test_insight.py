@@ -17,7 +17,7 @@ from celery_kafka_backend.events import Event
 from celery_kafka_backend.partials import BUCKET, Cell, Partial
 from celery_kafka_backend.processors import minutes
 from celery_kafka_backend.processors.minutes import Minute
-from celery_kafka_backend.processors.tally import Tally
+from celery_kafka_backend.processors.tally import ERRORS, Tally
 from celery_kafka_backend.windows import WINDOWS, Dimension, figures, span
 from tests.examples import tried_on
 
@@ -40,7 +40,8 @@ def attempts(rng: random.Random, count: int, mark: str) -> list[Event]:
         if start + run_ms <= NOW and rng.random() < 0.9:
             end = start + run_ms
             kind = rng.choice([events.SUCCESS, events.SUCCESS, events.FAILURE, events.RETRY])
-            error = {"exception": rng.choice(["E", "F"])} if kind != events.SUCCESS else {}
+            # A task may be retried without an error.
+            error = {"exception": rng.choice(["E", "F"] + ["", None] * (kind == events.RETRY))} if kind in ERRORS else {}
             made.append(
                 Event(
                     id=f"{mark}{number}e",
