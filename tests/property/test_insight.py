@@ -41,7 +41,9 @@ def attempts(rng: random.Random, count: int, mark: str) -> list[Event]:
             end = start + run_ms
             kind = rng.choice([events.SUCCESS, events.SUCCESS, events.FAILURE, events.RETRY])
             # A task may be retried without an error.
-            error = {"exception": rng.choice(["E", "F"] + ["", None] * (kind == events.RETRY))} if kind in ERRORS else {}
+            error = (
+                {"exception": rng.choice(["E", "F"] + ["", None] * (kind == events.RETRY))} if kind in ERRORS else {}
+            )
             made.append(
                 Event(
                     id=f"{mark}{number}e",
