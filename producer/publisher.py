@@ -509,8 +509,12 @@ class Publisher:
             except BufferError:
                 self.dropped += 1
             except KafkaException as exc:
-                self.dropped += 1
                 self._retire_if_fatal(producer, exc)
+                if self._producer is not producer:
+                    casts.appendleft(record)  # its successor's
+                    return
+                self.failed += 1
+                self._failure = str(self.explained(record.topic, exc))
 
     def _cast_answered(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
@@ -536,7 +540,7 @@ class Publisher:
                 time.sleep(PATCHED_S)
         else:
             self._served(producer, max(deadline - time.monotonic(), 0), flush=True)
-        return len(producer)
+        return len(producer) + len(self._casts)
 
     def _at_exit(self) -> None:
         left = self.flush(EXIT_FLUSH_S)

@@ -282,6 +282,26 @@ def test_queueing_in_the_moment_in_which_the_handle_is_retired_is_not_its_caller
     assert courier.lost == 0
 
 
+def test_what_was_cast_for_a_handle_that_is_finished_goes_to_its_successor(courier, handle):
+    successor = Handle()
+    courier._publisher.open()
+    courier._publisher.make = lambda _config: successor
+    handle.answers.append(KafkaException(KafkaError(KafkaError._FATAL)))
+    courier._publisher.cast(record(b"1"))
+    until(lambda: courier._publisher._producer is None)
+    courier._publisher.cast(record(b"2"))
+    until(lambda: successor.produced == [b"1", b"2"])
+    assert courier._publisher.dropped == courier._publisher.failed == 0
+
+
+def test_what_was_cast_and_cannot_be_sent_is_counted_with_its_reason(courier, handle, caplog):
+    courier._publisher.open()
+    handle.answers.append(KafkaException(KafkaError(KafkaError.MSG_SIZE_TOO_LARGE)))
+    courier._publisher.cast(record())
+    until(lambda: "0 events dropped (queue full), 1 not delivered" in caplog.text)
+    assert "MSG_SIZE_TOO_LARGE" in caplog.text
+
+
 def test_a_retired_handle_is_given_nothing_any_more(courier, handle):
     """Its thread lives until it has heard the last answer, beside that of its successor."""
     successor = Handle()
