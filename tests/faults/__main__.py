@@ -29,6 +29,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="length of a round (default: 60)")
     parser.add_argument("--backend", choices=("kafka", "redis"), default="kafka", help="redis: Celery's own")
     parser.add_argument("--no-spool", dest="spool", action="store_false", help="workers keep nothing on their disks")
+    parser.add_argument(
+        "--pool", default="prefork", help="of the workers; only prefork's children can be hurt (default: prefork)"
+    )
     parser.add_argument("--plan", action="store_true", help="print the schedule and stop")
     parser.add_argument("--keep", action="store_true", help="keep journals and logs in any case")
     parser.add_argument("--folder", type=Path, help="where to put them (default: a temporary folder)")
@@ -51,9 +54,13 @@ def one_round(seed: int, arguments: argparse.Namespace) -> bool:
         parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"faults-{arguments.backend}-{seed}-", dir=parent))
     faults = nemesis.plan(seed, arguments.seconds, arguments.backend)
-    print(f"seed {seed}: {len(faults)} faults in {arguments.seconds:g} s on {arguments.backend}; {folder}", flush=True)
+    print(
+        f"seed {seed}: {len(faults)} faults in {arguments.seconds:g} s on {arguments.backend}, {arguments.pool}; {folder}",
+        flush=True,
+    )
     started = time.monotonic()
-    with contextlib.closing(World(arguments.backend, folder, seed, arguments.seconds, spool=arguments.spool)) as world:
+    world = World(arguments.backend, folder, seed, arguments.seconds, spool=arguments.spool, pool=arguments.pool)
+    with contextlib.closing(world):
         world.start()
         found = nemesis.run(world, faults, say=lambda text: print(text, flush=True))
     violations = checker.check(found)

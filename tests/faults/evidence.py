@@ -92,7 +92,7 @@ def _deaths(folder: Path) -> Iterator[float]:
 
 def _executions(lines: list[dict[str, Any]]) -> Iterator[Execution]:
     stored = {(line["task"], line["value"]) for line in lines if line["what"] == "stored"}
-    last_begin = {line["pid"]: number for number, line in enumerate(lines) if line["what"] == "began"}
+    last_begin = {_who(line): number for number, line in enumerate(lines) if line["what"] == "began"}
     for number, line in enumerate(lines):
         if line["what"] == "ended":
             yield Execution(
@@ -101,8 +101,13 @@ def _executions(lines: list[dict[str, Any]]) -> Iterator[Execution]:
                 line["value"],
                 ignored=line["ignored"],
                 stored=(line["task"], line["value"]) in stored,
-                survived=last_begin.get(line["pid"], -1) > number,
+                survived=last_begin.get(_who(line), -1) > number,
             )
+
+
+def _who(line: dict[str, Any]) -> tuple[int, int]:
+    """Whoever notes another begin has come back from storing what he ended before: a process, a thread or a greenlet."""
+    return line["pid"], line["thread"]
 
 
 def _bodies(lines: list[dict[str, Any]]) -> dict[str, tuple[tuple[int, ...], ...]]:

@@ -46,7 +46,7 @@ class Journal:
             self._pid = os.getpid()
             path = self._folder / f"{self._role}-{self._pid}.jsonl"
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        common = {"at": time.time(), "pid": self._pid}
+        common = {"at": time.time(), "pid": self._pid, "thread": threading.get_ident()}
         text = "".join(json.dumps({"what": what, **common, **facts}) + "\n" for what, facts in lines)
         with self._lock:
             os.write(self._file, text.encode())

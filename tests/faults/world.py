@@ -146,9 +146,12 @@ class World:
         seed: Of the clients' work.
         seconds: How long clients work.
         spool: Whether the workers' host keeps what Kafka does not take.
+        pool: The workers'.
     """
 
-    def __init__(self, backend: str, folder: Path, seed: int, seconds: float, *, spool: bool = True) -> None:
+    def __init__(
+        self, backend: str, folder: Path, seed: int, seconds: float, *, spool: bool = True, pool: str = "prefork"
+    ) -> None:
         self.backend = backend
         self.folder = folder
         self.journal = folder / "journal"
@@ -156,6 +159,7 @@ class World:
         self.seed = seed
         self.seconds = seconds
         self.spool = folder / "spool" if spool else None
+        self.pool = pool
         self.environment: dict[str, str] = {}
         self.services: dict[str, Service] = {}
         self._proxies: dict[str, Proxy] = {}
@@ -210,7 +214,17 @@ class World:
             self._add(
                 name,
                 self._celery(
-                    "worker", "-n", f"{name}@%h", "-c", "3", "-l", "INFO", "--without-gossip", "--without-mingle"
+                    "worker",
+                    "-n",
+                    f"{name}@%h",
+                    "-P",
+                    self.pool,
+                    "-c",
+                    "3",
+                    "-l",
+                    "INFO",
+                    "--without-gossip",
+                    "--without-mingle",
                 ),
                 "ready.",
             )
