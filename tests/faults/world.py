@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[2]
 READY_S = 180.0
 EXIT_S = 90.0
 """What a process may take to end when asked: a worker finishes its tasks, a processor its batch."""
+PLACES = {"gevent": 30, "eventlet": 30}
+"""Of a worker's pool. Celery's loop for greenlets takes so many late-acknowledged tasks in two seconds, and no more."""
 PATIENCE_S = 40.0
 """The longest timeout of a client's ``get``."""
 TOPIC_PREFIX = "faults"
@@ -220,7 +222,7 @@ class World:
                     "-P",
                     self.pool,
                     "-c",
-                    "3",
+                    str(PLACES.get(self.pool, 3)),
                     "-l",
                     "INFO",
                     "--without-gossip",
