@@ -11,7 +11,8 @@ Record of ``<prefix>.task-events``::
 
 * ``v`` is the schema's version, 1 today, always written. A reader refuses a greater one
   (`UnknownVersion`: dead letters, and read again after an upgrade) and accepts unknown *fields*.
-* Times are integers, ms since 1970. ``key`` is an integer below 2**63: a reader whose numbers are
+* Times are integers, ms since 1970, before the year 9999; what is to come (``expires_at``, ``eta``,
+  ``message_expires``, ``due``) below 2**53. ``key`` is an integer below 2**63: a reader whose numbers are
   doubles takes it from the header.
 * ``doc`` is the native document, embedded as JSON, byte for byte as the worker's serializer wrote
   it: large integers, key order and spacing survive. A document that is not JSON travels as

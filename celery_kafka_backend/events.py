@@ -71,7 +71,11 @@ NOTHING: Final = msgspec.Raw(b"")
 # no store can hold is a dead letter instead of a sink's crash.
 _Key = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Run = Annotated[int, msgspec.Meta(ge=0, le=(1 << 28) - 1)]
-_Ms = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
+_Ms = Annotated[int, msgspec.Meta(ge=0, le=253_370_764_799_999)]
+"""When something was: before the year 9999, for Python, Cassandra's driver and SQL's texts have no dates behind it."""
+_Until = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
+"""When something is to be, which people may put off as far as they like. And a number of bytes."""
+_THOUSAND_YEARS_S: Final = 1_000 * 366 * 86_400
 _Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
 _Int = Annotated[int, msgspec.Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
 
@@ -113,7 +117,7 @@ class Claim(msgspec.Struct, frozen=True):
     """
 
     path: str
-    bytes: _Ms
+    bytes: _Until
     sha256: str
 
 
@@ -229,7 +233,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fa
     opaque: Opaque | None = None
     claim: Claim | None = None
     date_done: str | None = None
-    expires_at: _Ms | None = None
+    expires_at: _Until | None = None
     name: str | None = None
     worker: str | None = None
     attempt: _Count = 0
@@ -238,8 +242,8 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fa
     exchange: str | None = None
     routing_key: str | None = None
     priority: _Int | None = None
-    eta: _Ms | None = None
-    message_expires: _Ms | None = None
+    eta: _Until | None = None
+    message_expires: _Until | None = None
     parent: str | None = None
     root: str | None = None
     group: str | None = None
@@ -251,7 +255,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fa
     received_at: _Ms | None = None
     started_at: _Ms | None = None
     runtime_s: float | None = None
-    due: _Ms | None = None
+    due: _Until | None = None
     beat: str | None = None
     stamps: dict[str, Any] | None = None
     children: tuple[str, ...] | None = None
@@ -291,3 +295,8 @@ class NativeParts(msgspec.Struct, frozen=True):
     retries: _Int | None = None
     queue: str | None = None
     stamped_headers: list[str] | None = None
+
+
+def kept_ms(kept_s: float | None) -> int:
+    """Return how long something is kept, ms; 0: for ever, as is what is to be kept for a thousand years and more."""
+    return int(1000 * kept_s) if kept_s and kept_s < _THOUSAND_YEARS_S else 0

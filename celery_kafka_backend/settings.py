@@ -366,7 +366,7 @@ def _check_numbers(settings: Settings) -> None:
         ("insight_partitions", 1, _INT32),
         ("replication_factor", 1, 32_767),
         ("min_insync_replicas", 1, 32_767),
-        ("retention_ms", 1, 1 << 53),
+        ("retention_ms", 1, 1 << 52),
         ("history_limit", 0, _INT32),
         ("spool_max_bytes", 1 << 20, 1 << 53),
     ):

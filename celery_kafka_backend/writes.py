@@ -281,7 +281,8 @@ class Writes(Reads):
         own = getattr(task, "result_expires", None)
         if own is not None:
             expires = self.prepare_expires(own, type=float)
-        return wall_ms + int(expires * 1000) if expires else None
+        kept_ms = events.kept_ms(expires)
+        return wall_ms + kept_ms if kept_ms else None
 
     def _documents(self, meta: dict[str, Any]) -> dict[str, Any]:
         """Return the native document as an event carries it: embedded JSON, or opaque with its parts."""

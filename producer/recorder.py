@@ -271,7 +271,7 @@ class Recorder:
     def _kept_ms(self) -> int:
         # Looked up once, as Celery's backends do: each look at the configuration costs 7 us.
         expires = self.app.conf.result_expires
-        return int(1000 * (expires.total_seconds() if isinstance(expires, timedelta) else expires or 0))
+        return events.kept_ms(expires.total_seconds() if isinstance(expires, timedelta) else expires)
 
     def keeps_message(self, name: str) -> bool:
         """Return whether a task's messages are recorded."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from celery_kafka_backend import codec
 from celery_kafka_backend.errors import CodecError
@@ -12,6 +12,10 @@ from celery_kafka_backend.sinks.splices import ENCODERS, SPLICES
 
 if TYPE_CHECKING:
     from celery_kafka_backend.events import Event
+
+
+_LATEST_MS: Final = 253_370_764_799_999
+"""The year 9998: drivers cannot read later dates, and then nothing that is asked for together with them."""
 
 
 class NativeRow(NamedTuple):
@@ -54,7 +58,8 @@ def _ms(iso: str | None) -> int:
         return 0
     if found.tzinfo is None:
         found = found.replace(tzinfo=timezone.utc)
-    return int(found.timestamp() * 1000)
+    ms = int(found.timestamp() * 1000)
+    return ms if 0 <= ms <= _LATEST_MS else 0
 
 
 # -- and back ------------------------------------------------------------------------------------

@@ -203,12 +203,8 @@ class ElasticSink(Sink):
     # -- tasks, groups, history ----------------------------------------------------------------
 
     def _refusal(self, change: Change) -> str:
-        try:
-            size = len((self._place.prefixes[change.subject] + change.id).encode())
-        except UnicodeEncodeError as exc:
-            return f"the id is not UTF-8: {exc}"
-        if size > MAX_ID_BYTES:
-            return f"an id of {size} bytes; the limit is {MAX_ID_BYTES}"
+        if reason := _no_id(self._place.prefixes[change.subject] + change.id):
+            return reason
         size = len(change.document or b"")
         if size > self._limit:
             return f"a document of {size} bytes; the limit is {self._limit}"
@@ -252,7 +248,7 @@ class ElasticSink(Sink):
             self._partitions.add(index)
         entry: dict[str, Any] = {"task": task, "hlc": event.hlc, "event": event.id, "kind": event.kind, "at": event.at}
         about = ("state", "name", "worker", "exception", "queue", "host", "group", "root", "runtime_s")
-        entry |= {name: found for name in about if (found := getattr(event, name))}
+        entry |= {name: found for name in about if (found := getattr(event, name)) not in (None, "")}
         entry["attempt"] = event.attempt
         entry |= {name: text for name in ("args", "kwargs", "message") if (text := _searchable(getattr(event, name)))}
         if expires_at:
@@ -268,12 +264,16 @@ class ElasticSink(Sink):
         ends: dict[str, int] = {}
         for fact in facts:
             ends[fact.group] = max(fact.expires_at or NEVER, ends.get(fact.group, 0))
+        unnameable = {group: reason for group in ends if (reason := _no_id(chord_id(group)))}
+        refused += unnameable.items()
+        for group in unnameable:
+            del ends[group]
         chords = [
             self._update(g, chord_id(g), _CHORD, {"now": now_ms, "chord": {"what": "chord", "g": g, "x": x}}, born=True)
             for g, x in ends.items()
         ]
         born = dict(zip(ends, self._send(chords, refused), strict=True))
-        self._send([self._fact(fact, born[fact.group]) for fact in facts if born[fact.group] is not None], refused)
+        self._send([self._fact(fact, born[fact.group]) for fact in facts if born.get(fact.group) is not None], refused)
 
     def _fact(self, fact: ChordFact, born: Any) -> Operation:
         found = {"what": "fact", "g": fact.group, "n": fact.name, "k": fact.order, **kept(bytes(fact.value))}
@@ -363,6 +363,15 @@ class ElasticSink(Sink):
         if failure.denied:
             raise denied(self.url, [failure])
         return reason(failure.error)
+
+
+def _no_id(key: str) -> str:
+    """Return why the server takes no document of that id, nor any other operation beside it; "" if it does."""
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError as exc:
+        return f"the id is not UTF-8: {exc}"
+    return f"an id of {size} bytes; the limit is {MAX_ID_BYTES}" if size > MAX_ID_BYTES else ""
 
 
 def _withstand(winner: Event) -> tuple[str, ...]:

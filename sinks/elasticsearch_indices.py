@@ -29,7 +29,8 @@ VERSION: Final = 1
 NEVER: Final = 1 << 53
 """An expiry later than all: a maximum of expiries needs no special case."""
 DAY_MS: Final = 86_400_000
-_YEAR_9999_MS: Final = 253_370_764_800_000
+_YEAR_9998_MS: Final = 253_339_228_800_000
+"""The last that has a year after it."""
 
 _TIME: Final = {"type": "date", "format": "epoch_millis"}
 _KEYWORD: Final = {"type": "keyword", "ignore_above": 512}
@@ -142,7 +143,7 @@ def partition(place: Place, at: int, expires_at: int) -> str:
 
 
 def _last(at: int, expires_at: int) -> datetime:
-    expires_at = min(expires_at, _YEAR_9999_MS)
+    expires_at = min(expires_at, _YEAR_9998_MS)
     day = datetime.fromtimestamp(expires_at // 1000, timezone.utc).replace(hour=0, minute=0, second=0)
     lives = expires_at - at
     if lives <= 7 * DAY_MS:

@@ -205,7 +205,7 @@ def _conditions(query: Query) -> Iterator[dict[str, Any]]:
         yield _any_of(_like("exception", query.exception), _like("exception", f"*.{query.exception}"))
     for field, value in (("root", query.root), ("group", query.group)):
         if value:
-            yield _any_of({"term": {"task": value}}, {"term": {field: value}})
+            yield _any_of({"term": {"task": value}}, {"term": {field: value}}, _too_long(field))
     if query.retries:
         yield {"range": {"attempt": {"gte": query.retries}}}
     lengths = {"gte": query.least_s, "lte": query.most_s}
@@ -227,7 +227,12 @@ def _any_of(*conditions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _like(field: str, pattern: str) -> dict[str, Any]:
-    return {"wildcard": {field: {"value": pattern.replace("\\", "\\\\")}}}
+    return _any_of({"wildcard": {field: {"value": pattern.replace("\\", "\\\\")}}}, _too_long(field))
+
+
+def _too_long(field: str) -> dict[str, Any]:
+    """Return the condition for entries whose value is too long for the index, which are left to `Query.matches`."""
+    return {"term": {"_ignored": field}}
 
 
 def _chunks(found: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

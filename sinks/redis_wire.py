@@ -220,6 +220,8 @@ def translated(url: str) -> Iterator[None]:
         raise SettingsError("view", f"{url} refuses us: {exc}", "check user, password and ACL") from exc
     except (redis.ConnectionError, redis.TimeoutError, OSError) as exc:
         raise Unavailable(f"{url}: {exc}") from exc
+    except redis.InvalidResponse as exc:
+        raise SettingsError("view", f"{url}: what answers there is no Redis", "check host and port") from exc
     except redis.ResponseError as exc:
         said = str(exc).rpartition(_OF_A_PIPELINE)[2]  # what comes before it repeats the command, with words of others
         if DENIED.search(said):

@@ -22,7 +22,7 @@ from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.output import print_json, watched, when
 from celery_kafka_backend.cli.run import check_topics
 from celery_kafka_backend.errors import PublishError, TooLarge, Unreadable
-from celery_kafka_backend.events import Imported
+from celery_kafka_backend.events import Imported, kept_ms
 from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.pace import Pace
 from celery_kafka_backend.settings import mask
@@ -159,8 +159,7 @@ class Importing:
         self._shelf = shelf
         self._timeout_s = timeout_s
         redact = self._recorder.redacted if pipeline.settings.redact else None
-        kept_ms = int(1000 * (self._backend.expires or 0))
-        self._how = Arriving(Imported(source, mark.at, mark.by), kept_ms, redact)
+        self._how = Arriving(Imported(source, mark.at, mark.by), kept_ms(self._backend.expires), redact)
         self._sent: deque[tuple[list[Delivery], str]] = deque()
 
     def run(self, pages: Iterator[Page], pace: Pace) -> Iterator[int]:

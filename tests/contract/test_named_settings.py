@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -99,6 +100,48 @@ def test_mongodb_user_and_password() -> None:
             assert view.documents(["t"])
     finally:
         server.stop()
+
+
+@pytest.fixture
+def served_name(mongodb: MongoServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A name, for which a name server of our own names the MongoDB."""
+    import dns.message  # noqa: PLC0415 - the other stores run without it
+    import dns.rdatatype  # noqa: PLC0415
+    import dns.resolver  # noqa: PLC0415
+    import dns.rrset  # noqa: PLC0415
+
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("127.0.0.1", 0))
+
+    def answer() -> None:
+        while (received := sock.recvfrom(4096))[0]:
+            asked = dns.message.from_wire(received[0])
+            told = dns.message.make_response(asked)
+            name = asked.question[0].name
+            if asked.question[0].rdtype == dns.rdatatype.SRV:
+                told.answer.append(dns.rrset.from_text(name, 60, "IN", "SRV", f"0 0 {mongodb.port} h.results.test."))
+            sock.sendto(told.to_wire(), received[1])
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    resolver = dns.resolver.Resolver(configure=False)
+    resolver.nameservers, resolver.port = ["127.0.0.1"], sock.getsockname()[1]
+    monkeypatch.setattr(dns.resolver, "default_resolver", resolver)
+    real, here = socket.getaddrinfo, {"h.results.test": "127.0.0.1"}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **kw: real(here.get(host, host), *more, **kw))
+    yield "db.results.test"
+    sock.sendto(b"", sock.getsockname())
+    thread.join()
+    sock.close()
+
+
+@pytest.mark.mongodb
+def test_mongodb_srv(mongodb: MongoServer, served_name: str) -> None:
+    """TLS is the default there."""
+    database = mongodb.clean_database().rpartition("/")[2]
+    with opened(f"mongodb+srv://{served_name}/{database}?tls=false", {}) as (sink, view):
+        sink.write(batch(DONE))
+        assert view.documents(["t"]) == {"t": DONE.document}
 
 
 # -- Elasticsearch -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -224,6 +225,19 @@ def test_a_wrong_password_is_a_setting_and_is_not_shown(own: service.RedisServer
     sink = registry.open_sink(own.url.replace("://", "://:right@"), StoreOptions())
     sink.open()
     sink.close()
+
+
+def test_another_server_than_redis_is_a_setting() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):  # the test is over
+                while True:
+                    listening.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(SettingsError, match="no Redis"):
+            registry.open_sink(f"redis://127.0.0.1:{listening.getsockname()[1]}", StoreOptions()).open()
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from threading import Event
 from types import SimpleNamespace
 
 import pytest
-from celery import Celery
+from celery import Celery, states
 
 from celery_kafka_backend import reads
 from celery_kafka_backend.events import PARENT
@@ -42,3 +43,15 @@ def test_a_worker_s_main_process_waits_for_a_frozen_view_no_longer_than_it_may(b
     assert backend.recorder.role == PARENT
     assert backend._known("x") is None
     thawed.set()
+
+
+@pytest.mark.parametrize("kept", [timedelta.max, 10**12])
+def test_what_is_kept_for_a_thousand_years_is_kept_for_ever(kept):
+    """The wire has no such times: an event with one is a dead letter."""
+    app = Celery("lasting", broker="memory://", backend=URL, set_as_current=False)
+    app.conf.result_expires = kept
+    assert app.backend._expires_at(1, states.SUCCESS, None) is None
+    assert app.backend.recorder.knowledge_expires() is None
+    app = Celery("lasting", broker="memory://", backend=URL, set_as_current=False)
+    app.conf.result_expires = timedelta(days=36_500)
+    assert app.backend._expires_at(1, states.SUCCESS, None) == 1 + 36_500 * 86_400_000

@@ -223,6 +223,7 @@ JUNK = {
     "a time in text": b'{"v":1,"id":"e","kind":"k","task":"t","at":"1","hlc":1}',
     "a negative time": b'{"v":1,"id":"e","kind":"k","task":"t","at":-1,"hlc":1}',
     "a time that no store can hold": b'{"v":1,"id":"e","kind":"k","task":"t","at":1,"hlc":99999999999999999999}',
+    "a time that no calendar has": b'{"v":1,"id":"e","kind":"k","task":"t","at":253370764800000,"hlc":1}',
     "a run of 29 bits": b'{"v":1,' + BASE + b',"run":268435456}',
     "a negative attempt": b'{"v":1,' + BASE + b',"attempt":-1}',
     "a document that is null": b'{"v":1,' + BASE + b',"doc":null}',
