@@ -299,7 +299,7 @@ def _guarded(change: Change, now_ms: int) -> Write:
     else:
         fields, guard["d"] = _fields_of(change.subject, winner, document)
         if winner.expires_at:
-            guard["u"] = DatetimeMS(winner.expires_at)
+            guard["u"] = expiry(winner.expires_at)
     # A document without a key, or with one that has expired, is below every key: a missing field is below all dates.
     wins: dict[str, Any] = {
         "$or": [
@@ -352,7 +352,7 @@ def _log_writes(changes: Iterable[Change], retention_ms: int | None) -> list[Wri
             about = {"state": e.state, "name": e.name, "worker": e.worker, "exception": e.exception}
             entry |= {name: value for name, value in about.items() if value is not None}
             if expires_at := history_expiry(e, retention_ms):
-                entry["x"] = DatetimeMS(expires_at)
+                entry["x"] = expiry(expires_at)
             entry["value"] = bytes(value)
             writes.append(Write(change.id, InsertOne(entry)))
     return writes

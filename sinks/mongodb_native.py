@@ -28,6 +28,9 @@ LARGE: Final = 1 << 20
 DEEP: Final = 100
 """MongoDB takes 180 levels, ours included."""
 
+_LATEST_MS: Final = 253_402_300_799_999
+"""The end of 9999: whoever reads a document with a later time by pymongo gets an error, stock clients too."""
+
 HIDDEN: Final[dict[str, Any]] = {
     "status": "PENDING", "result": None, "traceback": None, "children": [], "date_done": None
 }  # fmt: skip
@@ -45,7 +48,8 @@ def _date(iso: str | None) -> DatetimeMS | None:
         return None
     if found.tzinfo is None:
         found = found.replace(tzinfo=timezone.utc)
-    return DatetimeMS(int(found.timestamp() * 1000))
+    ms = int(found.timestamp() * 1000)
+    return DatetimeMS(ms) if 0 <= ms <= _LATEST_MS else None
 
 
 def _payload(encoded: bytes | None, content_type: str) -> str | bytes | None:

@@ -33,8 +33,9 @@ CHORD: Final = "celery_kafka_chord"
 CHORD_EXPIRY: Final = "celery_kafka_chord_expiry"
 POSITION: Final = "celery_kafka_position"
 
-NEVER: Final = DatetimeMS(1 << 53)
-"""An expiry later than all: a maximum of expiries needs no special case."""
+NEVER: Final = DatetimeMS(253_370_764_800_000)
+"""An expiry later than all, the year 9999: a maximum of expiries needs no special case. A stock client reads it beside
+Celery's fields, and its driver fails on what Python has no date for."""
 
 _DEFAULTS: Final = {
     "serverSelectionTimeoutMS": 5_000,
@@ -60,12 +61,12 @@ _DURABLE: Final = pymongo.WriteConcern(w="majority", j=True)
 
 def expiry(ms: int | None) -> DatetimeMS:
     """Return an expiry, ms since 1970, as it is stored; 0 or None: never."""
-    return DatetimeMS(ms) if ms else NEVER
+    return min(DatetimeMS(ms), NEVER) if ms else NEVER
 
 
 def expiry_ms(stored: Any) -> int:
     """Return what `expiry` was given; 0: never."""
-    return 0 if stored is None or stored == NEVER else int(stored)
+    return 0 if stored is None or stored >= NEVER else int(stored)
 
 
 class Place:

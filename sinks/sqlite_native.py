@@ -19,9 +19,10 @@ def _date(iso: str | None) -> str | None:
     if not iso:
         return None
     try:
-        return datetime.fromisoformat(iso.replace("Z", "+00:00")).strftime("%Y-%m-%d %H:%M:%S.%f")
+        found = datetime.fromisoformat(iso.replace("Z", "+00:00"))
     except ValueError:
         return None
+    return found.replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
 def group_row(event: Event, document: bytes) -> tuple[Any, ...]:

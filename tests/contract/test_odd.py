@@ -11,6 +11,7 @@ from celery_kafka_backend.changes import ChordFact, Partition
 from celery_kafka_backend.errors import Rejected
 from celery_kafka_backend.query import Query
 from tests.contract.factories import FAR, batch, group_saved, json_document, stated
+from tests.contract.test_native import job, read
 
 if TYPE_CHECKING:
     from tests.contract.conftest import Place
@@ -26,6 +27,7 @@ ODD = {
     for name, (event, about) in {
         "done in 9998": (DONE, {"at": LAST_MS, "hlc": LAST_MS}),
         "started in 9998": (STARTED, {"at": LAST_MS, "hlc": LAST_MS}),
+        "never": (DONE, {"expires_at": None}),
         "till the end of 9999": (DONE, {"expires_at": 253_402_300_799_999}),
         "till the end of numbers": (DONE, {"expires_at": (1 << 53) - 1}),
         "says 9999": (DONE, {"date_done": "9999-12-31T23:59:59.999999"}),
@@ -44,6 +46,16 @@ def test_odd_times_are_kept_and_hide_nothing(place: Place) -> None:
     assert view.groups(["g"]) == {"g": group.document}
     assert [len(view.history(task)) for task in ("g", "t", *ODD)] == [1] * (2 + len(ODD))
     assert {row.key for row in place.dump() if row.table == "document"} == {"t", *ODD}
+
+
+def test_a_stock_client_reads_what_has_odd_times_or_never_expires(place: Place) -> None:
+    """Its driver reads all that stands beside Celery's fields, too."""
+    asked = job(place, list(ODD), [])
+    place.sink().write(batch(*ODD.values()))
+    (answer,) = read([asked])
+    assert {task: seen["state"] for task, seen in answer["tasks"].items()} == {
+        task: event.state for task, event in ODD.items()
+    }
 
 
 @pytest.mark.parametrize("group", ["g" * 600, "g" * 70_000, "g\0"])
