@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from celery import current_app, states
 from celery import signals as celery_signals
 from celery.app import trace
-from celery.exceptions import ImproperlyConfigured
+from celery.exceptions import ImproperlyConfigured, TaskRevokedError
 from celery.utils.log import get_logger
 
 from celery_kafka_backend import configure, events, older, threads
@@ -21,6 +21,7 @@ from celery_kafka_backend.barrier import barrier_for
 from celery_kafka_backend.chords import Chords
 from celery_kafka_backend.claims import Claims
 from celery_kafka_backend.errors import NotAcknowledged, SettingsError, StoreError, Unavailable, Unsure
+from celery_kafka_backend.nested import NestedGroups
 from celery_kafka_backend.producer import signals
 from celery_kafka_backend.producer.recorder import (
     field,
@@ -46,7 +47,7 @@ IDLE_AFTER_S: Final = 15.0
 """A view that has not moved past an acknowledged event for so long has no processor."""
 
 
-class KafkaBackend(older.AsyncBackendMixin, Chords):  # type: ignore[misc]
+class KafkaBackend(NestedGroups, Chords):
     """Result backend for ``kafka://host:port,host:port/?view=redis://…``.
 
     Raises:
@@ -134,7 +135,7 @@ class KafkaBackend(older.AsyncBackendMixin, Chords):  # type: ignore[misc]
         """Store a revocation."""
         kind = events.EXPIRED if reason == "expired" else events.REVOKED
         more = {"message": reason, "by": self.recorder.node, "terminated": reason == "terminated"}
-        with self._ending(task_id, None, state, request, store_result, kind, more):
+        with self._ending(task_id, TaskRevokedError(reason), state, request, store_result, kind, more):
             super().mark_as_revoked(task_id, reason, request=request, store_result=store_result, state=state)
 
     def _call_task_errbacks(self, request: Any, exc: BaseException, traceback: Any) -> None:

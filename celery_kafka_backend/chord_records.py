@@ -146,11 +146,11 @@ class Part(_Record, frozen=True, omit_defaults=True, kw_only=True, tag=PART):
         key: The order key of that event (63 bits).
         state: A ready state; ``SUCCESS`` is one, every other counts as a failure.
         result: What Celery would store as ``result`` (for a failure the encoded exception),
-            encoded by the app's *result* serializer; empty for an immutable body's success and
-            for an ignored member.
+            encoded by the app's *result* serializer; empty for an immutable body's success, and
+            where it is no longer known: it contributes None.
         content_type: Of ``result``; "" if it is empty.
         content_encoding: Likewise.
-        ignored: ``ignore_result`` was on: counts, and contributes None.
+        ignored: ``ignore_result`` was on: no store keeps the result, the body gets it all the same.
         exception: ``repr`` of a failed member's exception, bounded by `EXCEPTION_LIMIT`; what is
             said of it when ``result`` cannot be decoded.
         root: The member's root id; the body inherits the completing member's.

@@ -168,12 +168,9 @@ class Chords(StockChords):
         if not group_id or not task_id or generation is None:
             return
         succeeded = state == states.SUCCESS
-        ignored = succeeded and not stored
         content_type = content_encoding = ""
         payload = b""
-        if not (ignored or (succeeded and chord.get("immutable"))):
-            if state == states.REVOKED and result is None:
-                result = _revoked()
+        if not (succeeded and chord.get("immutable")):
             content_type, content_encoding, encoded = self._encode(self.encode_result(result, state))
             payload = bytes(ensure_bytes(encoded))
         record = chord_records.Part(
@@ -187,7 +184,7 @@ class Chords(StockChords):
             result=payload,
             content_type=content_type,
             content_encoding=content_encoding or "",
-            ignored=ignored,
+            ignored=succeeded and not stored,
             exception="" if succeeded else repr(result)[: chord_records.EXCEPTION_LIMIT],
             root=field(request, "root_id"),
             parent=field(request, "parent_id"),
@@ -221,9 +218,3 @@ def _stamps(request: Any) -> dict[str, Any] | None:
         return None
     stamps = field(request, "stamps") or {}
     return {"stamped_headers": list(stamped), **{one: plain(stamps.get(one)) for one in stamped}}
-
-
-def _revoked() -> BaseException:
-    from celery.exceptions import TaskRevokedError  # noqa: PLC0415 - what Celery itself stores
-
-    return TaskRevokedError("revoked")  # type: ignore[no-any-return]

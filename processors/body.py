@@ -72,7 +72,8 @@ def carry_out(app: Celery, declared: Declared, decided: Decided, parts: Sequence
             logger.exception("Chord %r: cannot join its results", declared.group)
             return _fail(app, callback, decided, _chord_error(f"Join error: {exc!r}", exc))
         try:
-            callback.apply_async(args, headers={**_headers_of(callback), headers.RUN: decided.body_run})
+            _mark(callback, decided.body_run)
+            callback.apply_async(args)
         except TRANSIENT:
             raise
         except Exception as exc:
@@ -139,24 +140,25 @@ def first_ids(callback: Signature) -> list[str]:
 
     A chain's own id is its last task's, a group's is no task's at all.
     """
+    ids: list[Any] = [(task.get("options") or {}).get("task_id") for task in _first_tasks(callback)]
+    return ids if all(ids) else []
+
+
+def _first_tasks(callback: Any) -> list[Any]:
+    """Return the tasks, none of them a canvas, whose messages applying a body sends first."""
     kind = callback.get("subtask_type")
     kwargs = callback.get("kwargs") or {}
+    inside: Any
     if kind == "chain":
-        return _first_ids_of(list(kwargs.get("tasks") or ())[:1])
-    if kind == "group":
-        return _first_ids_of(kwargs.get("tasks") or ())
-    if kind == "chord":
+        inside = list(kwargs.get("tasks") or ())[:1]
+    elif kind == "group":
+        inside = kwargs.get("tasks")
+    elif kind == "chord":
         header = kwargs.get("header")
-        return _first_ids_of([header] if isinstance(header, dict) else header or ())
-    task_id = (callback.get("options") or {}).get("task_id")
-    return [task_id] if task_id else []
-
-
-def _first_ids_of(tasks: Any) -> list[str]:
-    if not isinstance(tasks, (list, tuple)):
-        return []
-    found = [first_ids(task) for task in tasks]
-    return [one for ids in found for one in ids] if all(found) else []
+        inside = [header] if isinstance(header, dict) else header
+    else:
+        return [callback]
+    return [first for one in inside for first in _first_tasks(one)] if isinstance(inside, (list, tuple)) else []
 
 
 # -- results -----------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ def _id_of(leaf: Any) -> str:
 
 
 def _value(backend: Any, part: Part) -> Any:
-    return None if part.ignored or not part.result else _decoded(backend, part)
+    return _decoded(backend, part) if part.result else None
 
 
 def _exception(backend: Any, part: Part) -> BaseException | None:
@@ -244,8 +246,11 @@ def _chord_error(message: str, cause: BaseException | None) -> ChordError:
 # -- sending -----------------------------------------------------------------------------------
 
 
-def _headers_of(callback: Signature) -> dict[str, Any]:
-    return dict(callback.options.get("headers") or {})
+def _mark(callback: Signature, run: int) -> None:
+    """Say which run a body belongs to, beside the headers of its own that each of its tasks may have."""
+    for task in _first_tasks(callback):
+        options = task.setdefault("options", {})
+        options["headers"] = {**(options.get("headers") or {}), headers.RUN: run}
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import copy
 import pickle
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import fleet_app
 import pytest
@@ -36,21 +37,23 @@ def get():
 def get_in_time():
     with pytest.raises(NotInTime):
         AsyncResult(str(uuid.uuid4()), app=app).get(timeout=0.2)
-    late = nap.delay(0.5)
+    late = AsyncResult(str(uuid.uuid4()), app=app)
     with pytest.raises(NotInTime):
         late.get(timeout=0.05)
-    assert late.get(timeout=SOON) == 0.5
+    add.apply_async((1, 2), task_id=late.id)
+    assert late.get(timeout=SOON) == 3
 
 
 def a_timeout_of_zero_asks_once():
-    late = nap.delay(0.5)
-    for one in late, ResultSet([late]), AsyncResult(str(uuid.uuid4()), app=app):
+    late = AsyncResult(str(uuid.uuid4()), app=app)
+    for one in late, ResultSet([late]):
         with pytest.raises(NotInTime):
             one.get(timeout=0)
+    add.apply_async((1, 2), task_id=late.id)
     late.get(timeout=SOON)
-    assert AsyncResult(late.id, app=app).get(timeout=0) == 0.5
-    assert ResultSet([AsyncResult(late.id, app=app)]).join(timeout=0) == [0.5]
-    assert ResultSet([AsyncResult(late.id, app=app)]).join_native(timeout=0) == [0.5]
+    assert AsyncResult(late.id, app=app).get(timeout=0) == 3
+    assert ResultSet([AsyncResult(late.id, app=app)]).join(timeout=0) == [3]
+    assert ResultSet([AsyncResult(late.id, app=app)]).join_native(timeout=0) == [3]
 
 
 def a_callback_spends_the_time_there_is():
@@ -191,7 +194,9 @@ def group_with_a_failure():
 
 def group_in_time():
     with pytest.raises(NotInTime):
-        group(nap.s(0.5), add.s(1, 1)).apply_async().get(timeout=0.05)
+        GroupResult(str(uuid.uuid4()), [AsyncResult(str(uuid.uuid4()), app=app), add.delay(1, 1)], app=app).get(
+            timeout=0.05
+        )
 
 
 def saved_group():
@@ -235,6 +240,21 @@ def nested_groups():
     assert made.get(timeout=SOON) == [[3, 4], 6]
 
 
+def a_nested_group_in_time():
+    """Celery waits for the members of a group in a group without a timeout; and these may have been sent in another thread."""
+    with ThreadPoolExecutor(1) as elsewhere:
+        never = elsewhere.submit(lambda: AsyncResult(str(uuid.uuid4()), app=app)).result()
+    done = add.delay(1, 1)
+    inside = GroupResult(str(uuid.uuid4()), [never], app=app)
+    for nested in inside, GroupResult(str(uuid.uuid4()), [inside], app=app):
+        for how in GroupResult.get, GroupResult.join, GroupResult.join_native:
+            with pytest.raises(NotInTime):
+                how(GroupResult(str(uuid.uuid4()), [nested, done], app=app), timeout=0.2)
+    failed = GroupResult(str(uuid.uuid4()), [fail.delay("inside")], app=app)
+    with pytest.raises(ValueError, match="inside"):
+        GroupResult(str(uuid.uuid4()), [failed, never], app=app).get(timeout=SOON)
+
+
 def chords():
     assert chord([add.s(i, i) for i in range(5)])(total.s()).get(timeout=SOON) == 20
 
@@ -246,7 +266,8 @@ def many_at_once():
 
 METHODS = (
     get, get_in_time, get_a_failure, on_message, follow_parents, ignored, facts, pickled, then, children_and_leaves, forget,
-    group_result, group_with_a_failure, group_in_time, saved_group, result_set, nested_groups, chords, many_at_once,
+    group_result, group_with_a_failure, group_in_time, saved_group, result_set, nested_groups,
+    a_nested_group_in_time, chords, many_at_once,
 )  # fmt: skip
 
 

@@ -206,7 +206,7 @@ def test_an_immutable_body_needs_no_results(app, fleet, start, tmp_path):
     assert body["args"] == ["me"]
 
 
-def test_an_ignored_member_counts_and_contributes_none(app, fleet, start, tmp_path):
+def test_a_member_whose_result_is_gone_counts_and_contributes_none(app, fleet, start, tmp_path):
     chord = Chord(app, app.tasks["proj.note"].s())
     start()
     ignored = records.Part(**chord.here, task="t1", index=1, id="e", key=1, ignored=True)

@@ -21,7 +21,7 @@ from tests.services.required import absent
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
 
-ALL = 19
+ALL = 20
 """As many functions as `client_methods` has; a failing one raises."""
 WORKER = ("-P", "threads", "-c", "16")
 """All that is waited for runs at once, so that a broker that dies has none of it."""

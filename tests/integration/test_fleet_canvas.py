@@ -77,6 +77,15 @@ def test_a_body_may_be_a_chain(fleet, end):
     assert chord([tasks.add.s(1, 1), tasks.add.s(1, 2)])(body).get(timeout=PATIENCE_S) == expected
 
 
+@pytest.mark.parametrize("kind", ["group", "chord", "chain"])
+def test_the_tasks_of_a_body_keep_their_own_headers(fleet, kind):
+    tasks = fleet.app
+    own = [tasks.about_me.s().set(headers={"mine": n}) for n in (1, 2)]
+    body = {"group": group(own), "chord": chord(own, tasks.listed.s()), "chain": own[0] | tasks.listed.s()}[kind]
+    found = chord([tasks.add.s(1, 1), tasks.add.s(2, 2)])(body).get(timeout=PATIENCE_S)
+    assert found["mine"] == 1 if kind == "chain" else [one["mine"] for one in found] == [1, 2]
+
+
 def test_a_member_may_add_another(fleet):
     tasks = fleet.app
     header = [tasks.adds_to_chord.s(tasks.add.si(20, 2), 1), tasks.add.s(0, 2)]

@@ -41,9 +41,12 @@ def test_a_member_that_retries_counts_once_it_ends(fleet):
     assert chord([tasks.flaky.s(2), tasks.add.s(1, 1)])(tasks.listed.s()).get(timeout=PATIENCE_S) == [2, 2]
 
 
-def test_an_ignored_member_counts_and_gives_nothing(fleet):
+def test_the_body_gets_the_result_of_a_member_that_ignores_it(fleet):
     tasks = fleet.app
-    assert chord([tasks.quiet.s(), tasks.add.s(1, 1)])(tasks.listed.s()).get(timeout=PATIENCE_S) == [None, 2]
+    header = [tasks.quiet.s(), tasks.add.s(1, 1), tasks.add.s(2, 2).set(ignore_result=True)]
+    result = chord(header)(tasks.listed.s())
+    assert result.get(timeout=PATIENCE_S) == ["not stored", 2, 4]
+    assert result.parent.results[0].state == "PENDING"
 
 
 def test_an_immutable_body_gets_no_results(fleet):

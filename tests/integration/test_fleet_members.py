@@ -27,13 +27,13 @@ def test_revoked(fleet):
     late = tasks.add.s(1, 1).set(countdown=60 if VERSION[:2] >= (5, 6) else 10)
     result = chord([late, tasks.add.s(2, 2)])(tasks.listed.s())
     result.parent.results[0].revoke()
-    assert "TaskRevokedError" in failed(result)
+    assert "TaskRevokedError('revoked')" in failed(result)
 
 
 def test_expired(fleet):
     tasks = fleet.app
     result = chord([tasks.add.s(1, 1).set(expires=0.2, countdown=1), tasks.add.s(2, 2)])(tasks.listed.s())
-    assert "TaskRevokedError" in failed(result)
+    assert "TaskRevokedError('expired')" in failed(result)
 
 
 @pytest.mark.parametrize(
