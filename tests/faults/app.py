@@ -28,6 +28,8 @@ app.conf.update(
         "unacked_restore_interval": 3,
         "unacked_restore_throttle": 1,
         "unacked_mutex_expire": 10,
+        # Thirty greenlets acknowledge at once; at kombu's ten connections some of them could not ("Couldn't ack").
+        "max_connections": 100,
     },
     worker_hijack_root_logger=False,
     task_track_started=True,
