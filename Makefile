@@ -20,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest -p faulthandler -o faulthandler_timeout=300
 QUICK_TESTS := $(wildcard tests/unit tests/property tests/contract)
 # Every test in these needs its store, and merely to read them loads its driver, in each of pytest's processes; those of
 # stock clients start a process for each answer.
-NOT_QUICK := $(patsubst %,tests/contract/test_%.py,cassandra elasticsearch mongodb mongodb_stream redis native)
+NOT_QUICK := $(patsubst %,tests/contract/test_%.py,cassandra elasticsearch mongodb mongodb_stream redis native verify)
 # Where Celery, kombu and the drivers matter: what workers, clients, processors and commands do.
 VERSION_TESTS := $(QUICK_TESTS) tests/end_to_end $(patsubst %,tests/integration/test_%.py,fleet fleet_canvas fleet_chords \
 	fleet_members fleet_repair fleet_barrier client_methods kafka_result waiting greenlets pools worker_life switching \

@@ -26,12 +26,13 @@ from celery_kafka_backend.sinks.cassandra_guard import (
 from celery_kafka_backend.sinks.cassandra_native import NativeRow, stock_document
 from celery_kafka_backend.sinks.cassandra_place import Place
 from celery_kafka_backend.sinks.cassandra_wire import translated
-from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, document_row, side_row
+from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, document_row, history_row, side_row
 from celery_kafka_backend.sinks.per_process import DriverView, PerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from celery_kafka_backend.events import Event
     from celery_kafka_backend.query import Query
 
 CHORD: Final = "chord"
@@ -48,6 +49,10 @@ HISTORY: Final = "SELECT hlc, event_id, value, expires_at FROM {history} WHERE t
 POSITIONS: Final = "SELECT topic, part, next FROM {position} WHERE namespace = ?"
 ALL_ROWS: Final = "SELECT subject, id, name, k, event_id, guard, document, expiry, seen, pieces, hours FROM {view}"
 ALL_HISTORY: Final = "SELECT task_id, hlc, event_id, value, expires_at FROM {history}"
+BESIDE: Final = ("kind", "state", "name", "worker", "exception", "at")
+WHOLE_HISTORY: Final = (
+    "SELECT task_id, hlc, event_id, value, expires_at, kind, state, name, worker, exception, at FROM {history}"
+)
 
 
 class Cell:
@@ -175,10 +180,11 @@ class CassandraView(DriverView[wire.Connection]):
                 for rows in chunk:
                     yield from _dumped(rows[0].subject, Cell(rows, system_wall_ms()), stock)
             now_ms = system_wall_ms()
-            for row in self._connection.read(ALL_HISTORY):
+            for row in self._connection.read(WHOLE_HISTORY):
                 if not 0 < row.expires_at <= now_ms:
                     key = f"{row.task_id}/{row.hlc}/{row.event_id}"
-                    yield Row("history", key, {"value": bytes(row.value)}, row.expires_at)
+                    found = {name: getattr(row, name) for name in BESIDE} | {"at": row.at and _ms(row.at)}
+                    yield history_row(key, bytes(row.value), row.expires_at, found, _beside)
 
     def candidates(self, query: Query) -> Iterator[bytes]:  # noqa: ARG002 - by its partitions, which are tasks'
         """Read the whole history: nothing but a task and its hours can be looked up here."""
@@ -195,6 +201,10 @@ class CassandraView(DriverView[wire.Connection]):
                 yield
             except cassandra.InvalidRequest as exc:
                 raise Unavailable(f"{self.url}: {exc} (a processor makes the tables when it starts)") from exc
+
+
+def _beside(event: Event) -> dict[str, Any]:
+    return {name: getattr(event, name) for name in BESIDE}
 
 
 def _dumped(subject: str, cell: Cell, stock: dict[str, str]) -> Iterator[Row]:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from celery_kafka_backend.changes import Batch, Partition, Side
+    from celery_kafka_backend.events import Event
     from celery_kafka_backend.query import Query
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Row(NamedTuple):
         side        task id           k, event_id, run, seen, sent, received, started, attempts, workers (one text, "\n" between)
         group       group id          document
         group-side  group id          k, event_id
-        history     id/hlc/event id   value
+        history     id/hlc/event id   value (and by `history_row` what a store has wrong beside it)
         chord       group id/name     k, value
 
     What has expired has no row. A store's own tables (``native`` …) come beside these.
@@ -178,6 +179,26 @@ def side_row(subject: str, subject_id: str, key: int, event_id: str, side: Side)
         "workers": "\n".join(side.workers),
     }
     return Row("side", subject_id, columns, side.expires_at)
+
+
+def history_row(
+    key: str, value: bytes, expires_at: int, beside: Mapping[str, Any], said: Callable[[Event], Mapping[str, Any]]
+) -> Row:
+    """Return the dump's row of a history entry: its value, and what stands beside it and is not what the value says.
+
+    Args:
+        key: The row's.
+        value: The event's record value.
+        expires_at: ms since 1970; 0: never.
+        beside: What the store keeps beside the value, to search by.
+        said: Returns what it is to keep there of an event.
+    """
+    try:
+        right = said(codec.decode(value))
+    except CodecError:  # as it was recorded: what cannot be read is compared as it is
+        right = beside
+    wrong = {name for name in {*beside, *right} if beside.get(name) != right.get(name)}
+    return Row("history", key, {"value": value, **{name: beside.get(name) for name in wrong}}, expires_at)
 
 
 class Sink(ABC):
@@ -354,8 +375,23 @@ def matching(values: Iterable[bytes], query: Query, *, by_time: bool) -> Iterato
         return found
     if by_time:
         return islice(found, query.limit)
-    first = heapq.nlargest if query.newest_first else heapq.nsmallest
-    return iter(first(query.limit, found, key=lambda logged: logged.event.at))
+    return iter(_first(found, query.limit, -1 if query.newest_first else 1))
+
+
+def _first(found: Iterable[Logged], limit: int, way: int) -> list[Logged]:
+    """Return the first by time, or with ``way`` -1 the last, each once: the log may have an event twice."""
+    kept: list[tuple[int, int, Logged]] = []  # a heap, the one that is to go next at its top
+    ids: set[str] = set()
+    for number, logged in enumerate(found):
+        rank = -way * logged.event.at
+        if logged.event.id in ids or (len(kept) == limit and rank <= kept[0][0]):
+            continue
+        ids.add(logged.event.id)
+        if len(kept) < limit:
+            heapq.heappush(kept, (rank, -number, logged))
+        else:
+            ids.discard(heapq.heappushpop(kept, (rank, -number, logged))[2].event.id)
+    return [logged for _, _, logged in sorted(kept, reverse=True)]
 
 
 def _decoded(values: Iterable[bytes]) -> Iterator[Logged]:

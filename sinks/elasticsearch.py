@@ -41,7 +41,7 @@ from celery_kafka_backend.order import Rank, rank_of_key, system_wall_ms
 from celery_kafka_backend.sinks import elasticsearch_indices as indices
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
 from celery_kafka_backend.sinks.elasticsearch_indices import NEVER
-from celery_kafka_backend.sinks.elasticsearch_native import kept, native
+from celery_kafka_backend.sinks.elasticsearch_native import beside, kept, native
 from celery_kafka_backend.sinks.elasticsearch_view import MAX_ID_BYTES, ElasticView, chord_id, positions_id
 from celery_kafka_backend.sinks.elasticsearch_wire import (
     WRITE_TIMEOUT_S,
@@ -65,8 +65,6 @@ MAX_BYTES: Final = 20_000_000
 """Of a document or an event: a server with half a gigabyte takes it, in a request of its own."""
 BULK_BYTES: Final = 8_000_000
 BULK_OPERATIONS: Final = 1_000
-SEARCHED_CHARS: Final = 8_192
-"""So much of arguments and messages can be searched; all of it is in the event."""
 RETRIES: Final = 10
 """Of an update that another came between, in the server."""
 SWEEP_EVERY_S: Final = 10.0
@@ -246,11 +244,7 @@ class ElasticSink(Sink):
             assert self._client is not None
             indices.create(self._client, index, indices.HISTORY)
             self._partitions.add(index)
-        entry: dict[str, Any] = {"task": task, "hlc": event.hlc, "event": event.id, "kind": event.kind, "at": event.at}
-        about = ("state", "name", "worker", "exception", "queue", "host", "group", "root", "runtime_s")
-        entry |= {name: found for name in about if (found := getattr(event, name)) not in (None, "")}
-        entry["attempt"] = event.attempt
-        entry |= {name: text for name in ("args", "kwargs", "message") if (text := _searchable(getattr(event, name)))}
+        entry: dict[str, Any] = {"task": task, "hlc": event.hlc, "event": event.id, **beside(event)}
         if expires_at:
             entry["x"] = expires_at
         entry |= kept(bytes(value))
@@ -397,13 +391,6 @@ def _chunks(operations: Sequence[Operation]) -> Iterator[Sequence[Operation]]:
 def _digest(*parts: str) -> str:
     """Return a short id for what has none within the server's limit."""
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
-
-
-def _searchable(value: Any) -> str:
-    if not value:
-        return ""
-    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    return text[:SEARCHED_CHARS]
 
 
 def sink(url: str, options: StoreOptions) -> Sink:

@@ -31,6 +31,9 @@ JSON: Final = "application/json"
 YAML: Final = "application/x-yaml"
 PICKLE: Final = "application/x-python-serialize"
 
+SEARCHED_CHARS: Final = 8_192
+"""So much of arguments and messages can be searched; all of it is in the event."""
+
 _FALSY: Final = frozenset({b"null", b"false", b"0", b"0.0", b"-0.0", b'""', b"[]", b"{}"})
 
 _raw_map = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -76,6 +79,26 @@ def taken(found: Mapping[str, Any]) -> bytes | None:
     if "text" in found:
         return str(found["text"]).encode()
     return base64.b64decode(found["binary"]) if "binary" in found else None
+
+
+def beside(event: Event) -> dict[str, Any]:
+    """Return what stands beside an event in the history, to search by."""
+    about = ("state", "name", "worker", "exception", "queue", "host", "group", "root", "runtime_s")
+    said = {
+        "kind": event.kind,
+        "at": event.at,
+        **{name: getattr(event, name) for name in about},
+        "attempt": event.attempt,
+    }
+    said |= {name: _searchable(getattr(event, name)) for name in ("args", "kwargs", "message")}
+    return {name: value for name, value in said.items() if value not in (None, "")}
+
+
+def _searchable(value: Any) -> str:
+    if not value:
+        return ""
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    return text[:SEARCHED_CHARS]
 
 
 # -- as text -----------------------------------------------------------------------------------

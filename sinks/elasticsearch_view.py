@@ -9,9 +9,9 @@ from elasticsearch import exceptions
 
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
 from celery_kafka_backend.order import system_wall_ms
-from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, document_row, side_row
+from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, document_row, history_row, side_row
 from celery_kafka_backend.sinks.elasticsearch_indices import NEVER
-from celery_kafka_backend.sinks.elasticsearch_native import stock_document, taken
+from celery_kafka_backend.sinks.elasticsearch_native import beside, stock_document, taken
 from celery_kafka_backend.sinks.elasticsearch_wire import READ_TIMEOUT_S, Place, bounded, translated
 from celery_kafka_backend.sinks.per_process import DriverView, PerProcess
 
@@ -27,6 +27,7 @@ CHUNK: Final = 1000
 MAX_ID_BYTES: Final = 512
 """The server's limit."""
 KEEP_ALIVE: Final = "2m"
+_NOT_BESIDE: Final = frozenset({"task", "hlc", "event", "x", "text", "binary"})
 _NOTHING: Final = Shown(None, 0, "", None)
 
 
@@ -180,7 +181,8 @@ class ElasticView(DriverView["Elasticsearch"]):
             for _, entry in self._search(f"{self._place.history}-*", {"match_all": {}}):
                 if entry.get("x", NEVER) > now_ms:
                     where = f"{entry['task']}/{entry['hlc']}/{entry['event']}"
-                    yield Row("history", where, {"value": _bytes(entry)}, _expiry_ms(entry.get("x", 0)))
+                    found = {name: value for name, value in entry.items() if name not in _NOT_BESIDE}
+                    yield history_row(where, _bytes(entry), _expiry_ms(entry.get("x", 0)), found, beside)
             yield from self._chord_rows(now_ms)
 
     def _chord_rows(self, now_ms: int) -> Iterator[Row]:

@@ -38,7 +38,7 @@ from celery_kafka_backend.changes import GROUP, TASK, Side, history_expiry
 from celery_kafka_backend.errors import Rejected, SettingsError
 from celery_kafka_backend.order import Rank, rank_of_key, system_wall_ms
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
-from celery_kafka_backend.sinks.mongodb_native import EMPTY_GROUP, HIDDEN, group_fields, task_fields
+from celery_kafka_backend.sinks.mongodb_native import EMPTY_GROUP, HIDDEN, beside, group_fields, task_fields
 from celery_kafka_backend.sinks.mongodb_view import MongoView
 from celery_kafka_backend.sinks.mongodb_wire import (
     CHORD,
@@ -344,13 +344,7 @@ def _log_writes(changes: Iterable[Change], retention_ms: int | None) -> list[Wri
     writes = []
     for change in changes:
         for e, value in change.history:
-            entry: dict[str, Any] = {
-                "_id": {"t": change.id, "h": e.hlc, "e": e.id},
-                "kind": e.kind,
-                "at": DatetimeMS(e.at),
-            }
-            about = {"state": e.state, "name": e.name, "worker": e.worker, "exception": e.exception}
-            entry |= {name: value for name, value in about.items() if value is not None}
+            entry = {"_id": {"t": change.id, "h": e.hlc, "e": e.id}, **beside(e), "at": DatetimeMS(e.at)}
             if expires_at := history_expiry(e, retention_ms):
                 entry["x"] = expiry(expires_at)
             entry["value"] = bytes(value)

@@ -142,6 +142,12 @@ def _encoded_ids(ids: Sequence[str], content_type: str) -> str | bytes:
     return json.dumps(ids)  # which is YAML too
 
 
+def beside(event: Event) -> dict[str, Any]:
+    """Return what stands beside an event in the history, to search by; times in ms since 1970."""
+    about = {"state": event.state, "name": event.name, "worker": event.worker, "exception": event.exception}
+    return {"kind": event.kind, "at": event.at, **{name: value for name, value in about.items() if value is not None}}
+
+
 def document_of(found: dict[str, Any]) -> bytes:
     """Return the bytes of a document of ours."""
     pieces = found["ckb"]["d"]

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from bson.datetime_ms import DatetimeMS
+from bson.int64 import Int64
 from bson.max_key import MaxKey
 from bson.min_key import MinKey
 from pymongo import errors
@@ -14,8 +15,17 @@ from pymongo import errors
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
 from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.query import expression
-from celery_kafka_backend.sinks.contract import Page, Row, Shown, StoreOptions, Subscription, document_row, side_row
-from celery_kafka_backend.sinks.mongodb_native import document_of, stock_document
+from celery_kafka_backend.sinks.contract import (
+    Page,
+    Row,
+    Shown,
+    StoreOptions,
+    Subscription,
+    document_row,
+    history_row,
+    side_row,
+)
+from celery_kafka_backend.sinks.mongodb_native import beside, document_of, stock_document
 from celery_kafka_backend.sinks.mongodb_stock import stock
 from celery_kafka_backend.sinks.mongodb_stream import ChangeStream
 from celery_kafka_backend.sinks.mongodb_wire import (
@@ -156,6 +166,9 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
 
     def rows(self) -> Iterator[Row]:
         """Scan the collections; not a snapshot."""
+        return (row._replace(columns=_plain(row.columns)) for row in self._rows())
+
+    def _rows(self) -> Iterator[Row]:
         with translated(self.url):
             for subject in (TASK, GROUP):
                 for each in self._native(subject).find({"ckb.x": {"$gt": _now()}}):
@@ -169,9 +182,9 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
                         yield side_row(GROUP, each["_id"], ckb["k"], ckb["e"], Side(expires_at=expiry_ms(ckb["x"])))
             yield from self._side_rows()
             for each in self._collection(HISTORY).find({"$or": [{"x": {"$exists": False}}, {"x": {"$gt": _now()}}]}):
-                at = each["_id"]
-                columns = {"value": bytes(each["value"])}
-                yield Row("history", f"{at['t']}/{at['h']}/{at['e']}", columns, expiry_ms(each.get("x")))
+                at = each.pop("_id")
+                value, until = bytes(each.pop("value")), expiry_ms(each.pop("x", None))
+                yield history_row(f"{at['t']}/{at['h']}/{at['e']}", value, until, _plain(each), beside)
             yield from self._chord_rows()
 
     def _side_rows(self) -> Iterator[Row]:
@@ -190,6 +203,15 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
             for each in self._collection(CHORD).find({"_id.g": {"$in": list(ends)}}):
                 group, name = each["_id"]["g"], each["_id"]["n"]
                 yield Row("chord", f"{group}/{name}", {"k": each["k"], "value": bytes(each["v"])}, ends[group])
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without the driver's own types: numbers as numbers, times as ms since 1970."""
+    if isinstance(value, (Int64, DatetimeMS)):
+        return int(value)
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 def _conditions(query: Query) -> Iterator[dict[str, Any]]:

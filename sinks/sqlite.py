@@ -29,7 +29,16 @@ from celery_kafka_backend.changes import GROUP, TASK, Partition, Side, history_e
 from celery_kafka_backend.errors import Rejected, SettingsError
 from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.sinks import sqlite_statements as statements
-from celery_kafka_backend.sinks.contract import Row, Shown, Sink, StoreOptions, View, document_row, side_row
+from celery_kafka_backend.sinks.contract import (
+    Row,
+    Shown,
+    Sink,
+    StoreOptions,
+    View,
+    document_row,
+    history_row,
+    side_row,
+)
 from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, task_row
 from celery_kafka_backend.sinks.sqlite_search import search_condition
 from celery_kafka_backend.sinks.sqlite_wire import connect, path_of, translated
@@ -39,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from celery_kafka_backend.changes import Batch, Change
+    from celery_kafka_backend.events import Event
     from celery_kafka_backend.query import Query
 
 SCHEMA_VERSION: Final = 1
@@ -381,9 +391,10 @@ class SqliteView(View):
                 for each, key, event_id, expires_at, *side in db.execute(query):
                     record = _side(expires_at, *side) if side else Side(expires_at=expires_at)
                     yield side_row(subject, each, key, event_id, record)
-            query = f"SELECT task_id, hlc, event_id, value, expires_at FROM ckb_history WHERE {alive}"  # noqa: S608
-            for each, hlc, event_id, value, expires_at in db.execute(query):
-                yield Row("history", f"{each}/{hlc}/{event_id}", {"value": value}, expires_at)
+            query = f"SELECT task_id, hlc, event_id, value, expires_at, kind, state, at FROM ckb_history WHERE {alive}"  # noqa: S608
+            for each, hlc, event_id, value, expires_at, *beside in db.execute(query):
+                found = dict(zip(("kind", "state", "at"), beside, strict=True))
+                yield history_row(f"{each}/{hlc}/{event_id}", value, expires_at, found, _beside)
             query = f"SELECT group_id, name, k, value, expires_at FROM ckb_chord JOIN ckb_chord_expiry USING (group_id) WHERE {alive}"  # noqa: S608
             for group_id, name, key, value, expires_at in db.execute(query):
                 yield Row("chord", f"{group_id}/{name}", {"k": key, "value": value}, expires_at)
@@ -391,6 +402,10 @@ class SqliteView(View):
             names = statements.NATIVE.split(", ")
             for each, *values, until in db.execute(query):
                 yield Row("native", each, dict(zip(names, values, strict=True)), until)
+
+
+def _beside(event: Event) -> dict[str, Any]:
+    return {"kind": event.kind, "state": event.state, "at": event.at}
 
 
 def _side(expires_at: int, *columns: Any) -> Side:
