@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import click
 
-from celery_kafka_backend.cli.exits import MEANINGS, Exit, code_of
+from celery_kafka_backend.cli.exits import EXAMPLE, MEANINGS, Exit, code_of
 from celery_kafka_backend.settings import mask
 
 VARIABLES: Final = "CELERY_PIPELINE"
@@ -62,7 +62,7 @@ class Command(_TakesUsageErrors, click.Command):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = Exit.OK
         except Exception as exc:  # noqa: BLE001 - the one place where they all end
-            code = complain(exc)
+            code = complain(exc, _called(ctx))
         sys.stdout.flush()
         ctx.exit(int(code or 0))
 
@@ -72,11 +72,17 @@ def _paragraphs(text: str | None) -> str | None:
     return None if text is None else text.replace("\\b\n", "\b\n")
 
 
-def complain(error: BaseException) -> Exit:
-    """Say what went wrong on stderr and return how to exit."""
+def _called(ctx: click.Context) -> str:
+    from celery_kafka_backend.cli.context import called, reference  # noqa: PLC0415 - see `Group`
+
+    return called(reference(ctx.find_root()))
+
+
+def complain(error: BaseException, command: str = EXAMPLE) -> Exit:
+    """Say what went wrong, and what to type, on stderr and return how to exit."""
     code = code_of(error)
     if code is not Exit.UNEXPECTED:
-        click.secho(f"error: {error}", fg="red", err=True)
+        click.secho(f"error: {error}".replace(EXAMPLE, command), fg="red", err=True)
     else:
         at = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" ({os.path.basename(at[0].filename)}:{at[0].lineno})" if at else ""  # noqa: PTH119

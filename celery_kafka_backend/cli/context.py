@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from celery_kafka_backend import configure
-from celery_kafka_backend.cli.exits import Exit, Stop
+from celery_kafka_backend.cli.exits import EXAMPLE, Exit, Stop
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks import registry
 from celery_kafka_backend.topics import view_name
@@ -41,7 +41,7 @@ class Pipeline(NamedTuple):
     @property
     def command(self) -> str:
         """How the user calls us, for remedies."""
-        return f"celery -A {self.reference or 'proj'} pipeline"
+        return called(self.reference)
 
 
 def pipeline_of(ctx: click.Context) -> Pipeline:
@@ -51,10 +51,15 @@ def pipeline_of(ctx: click.Context) -> Pipeline:
         ImproperlyConfigured: A setting is wrong.
     """
     app = ctx.obj.app
-    return Pipeline(app, _reference(ctx.find_root()), configure.settings_of(app))
+    return Pipeline(app, reference(ctx.find_root()), configure.settings_of(app))
 
 
-def _reference(root: click.Context) -> str:
+def called(reference: str) -> str:
+    """Return how the user calls us, who said ``-A reference``."""
+    return f"celery -A {reference} pipeline" if reference else EXAMPLE
+
+
+def reference(root: click.Context) -> str:
     """Return what ``-A`` or its environment variable said.
 
     Celery 5.4 has turned that into the app by now, so that the command line is read once more.

@@ -10,7 +10,7 @@ from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.checks import FAIL, OK, SKIP, WARN, examine
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import pipeline_of
-from celery_kafka_backend.cli.exits import Exit
+from celery_kafka_backend.cli.exits import EXAMPLE, Exit
 from celery_kafka_backend.cli.output import print_json
 from celery_kafka_backend.rights import PROCESSOR, ROLES
 
@@ -41,10 +41,14 @@ def command(ctx: click.Context, as_json: bool, strict: bool, role: str, timeout:
       celery -A proj pipeline doctor --json | jq -r '.findings[] | select(.level != "ok") | .text'
     """
     pipeline = pipeline_of(ctx)
+
+    def typed(finding: Finding) -> Finding:
+        return finding._replace(remedy=finding.remedy.replace(EXAMPLE, pipeline.command))
+
     broker = Broker(pipeline.settings, timeout)
     found: list[Finding] = []
     try:
-        for finding in examine(pipeline, broker, role):
+        for finding in map(typed, examine(pipeline, broker, role)):
             found.append(finding)
             if not as_json:
                 _say(finding)

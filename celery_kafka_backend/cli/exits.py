@@ -74,7 +74,11 @@ class Stop(PipelineError):  # noqa: N818 - says what it does
         super().__init__(problem + (f"\n{remedy}" if remedy else ""))
 
 
-def no_topic(topic: str, command: str = "celery -A proj pipeline") -> Stop:
+EXAMPLE: Final = "celery -A proj pipeline"
+"""How the user calls us, in the words of whoever cannot know it."""
+
+
+def no_topic(topic: str, command: str = EXAMPLE) -> Stop:
     """Return what to say where a topic is missing."""
     return Stop(Exit.TOPICS_WRONG, f"no topic {topic}", f"create the topics: `{command} init`")
 

@@ -17,7 +17,7 @@ from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.moment import Moment, Span
 from celery_kafka_backend.cli.output import duration, when
 from celery_kafka_backend.cli.records import following, messages, spans
-from celery_kafka_backend.cli.sources import CLOCKS_MS, audited, log_name, log_of
+from celery_kafka_backend.cli.sources import CLOCKS_MS, audited, keeps_less, log_name, log_of
 from celery_kafka_backend.errors import CodecError, SettingsError, StoreError
 from celery_kafka_backend.query import Query
 from celery_kafka_backend.settings import mask
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from celery_kafka_backend.events import Event
     from celery_kafka_backend.past import At
+    from celery_kafka_backend.sinks.contract import View
 
 AROUND_S: Final = 600.0
 WINDOW_S: Final = 3600.0
@@ -155,7 +156,8 @@ def _one(pipeline: Pipeline, asked: Asked) -> Exit:
 
 
 def _not_found(pipeline: Pipeline, asked: Asked) -> Stop:
-    where = "the views" if asked.no_log else "the log" if asked.only_log else "the views nor in the log"
+    only_log = asked.only_log or asked.around is not None
+    where = "the views" if asked.no_log else "the log" if only_log else "the views nor in the log"
     since, until = asked.within
     if since is not None:
         where += f" between {when(since)} and {when(until)}"
@@ -192,8 +194,17 @@ def from_views(pipeline: Pipeline, task_id: str) -> tuple[list[bytes], str]:
         finally:
             view.close()
         if found:
-            return found, mask(url)
+            return found, f"{mask(url)}{_lacks(pipeline, view, len(found))}"
     return [], ""
+
+
+def _lacks(pipeline: Pipeline, view: View, events: int) -> str:
+    """Return why a view's history of a task may lack what the log has, in words; "" if it lacks nothing."""
+    limit = pipeline.settings.history_limit
+    if 0 < limit <= events and not view.keeps_history:  # one that is not made for it
+        return f", which keeps the latest {limit} events of a task (history_limit); --log may have more"
+    less = keeps_less(pipeline)
+    return f", which {less}; --log may have more" if less else ""
 
 
 def from_log(
@@ -281,6 +292,10 @@ def _tree(pipeline: Pipeline, asked: Asked) -> Exit:
     query = Query(root=root, since=min(event.at for event, _ in found) - CLOCKS_MS)
     events, source = _gathered(pipeline, asked, query)
     nodes = timeline.tree([*events, *(event for event, _ in found)], asked.id)
+    if asked.as_of is not None:
+        nodes = [node._replace(events=timeline.as_of(node.events, asked.as_of)) for node in nodes]
+        # Who asks for a task is told of it in any case, though nobody may have heard of it by then.
+        nodes = [node for node in nodes if node.events or node.task == asked.id]
     if asked.as_json:
         click.echo(msgspec.json.encode([shown.node_json(node) for node in nodes]))
     else:
@@ -299,6 +314,9 @@ def _group(pipeline: Pipeline, asked: Asked) -> Exit:
         members.pop(other, None)
     if not events:
         raise _not_found(pipeline, asked)
+    if asked.as_of is not None:
+        then = {task: timeline.as_of(life, asked.as_of) for task, life in members.items()}
+        members = {task: life for task, life in then.items() if life}
     lives = {task: timeline.causal(life) for task, life in members.items()}
     chord = shown.chord_line(pipeline, asked.id, asked.as_of, asked.timeout_s)
     if asked.as_json:
@@ -309,11 +327,10 @@ def _group(pipeline: Pipeline, asked: Asked) -> Exit:
 
 
 def _gathered(pipeline: Pipeline, asked: Asked, query: Query) -> tuple[list[Event], str]:
-    """Return what a query finds, as of the moment asked for, and where."""
+    """Return what a query finds, and where."""
     only_log = asked.only_log or asked.around is not None
-    with audited(pipeline, None, asked.timeout_s, only_log=only_log) as source:
-        found = [event for event, _ in source.search(query)]
-        return (found if asked.as_of is None else timeline.as_of(found, asked.as_of)), source.name
+    with audited(pipeline, None, asked.timeout_s, only_log=only_log, no_log=asked.no_log) as source:
+        return [event for event, _ in source.search(query)], source.name
 
 
 def _counts(pipeline: Pipeline, asked: Asked) -> Exit:
@@ -321,7 +338,7 @@ def _counts(pipeline: Pipeline, asked: Asked) -> Exit:
     window_s = WINDOW_S if asked.window_s is None else asked.window_s
     query = Query(since=asked.as_of - int(window_s * 1000), until=asked.as_of + 1)
     tally = timeline.Tally()
-    with audited(pipeline, None, asked.timeout_s, only_log=asked.only_log) as source:
+    with audited(pipeline, None, asked.timeout_s, only_log=asked.only_log, no_log=asked.no_log) as source:
         for event, _ in source.search(query):
             tally.take(event)
         name = source.name

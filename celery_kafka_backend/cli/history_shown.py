@@ -36,7 +36,7 @@ def life(task_id: str, found: Sequence[Event], source: str, as_of: int | None) -
     """Draw a task's events, by `timeline.causal`, a table for each run."""
     screen = console()
     name = next((event.name for event in found if event.name), "")
-    screen.print(f"{name or 'group'}  {task_id}", style="bold")
+    screen.print(f"{name or _kind(found)}  {task_id}", style="bold")
     if as_of is not None:
         screen.print(f"as of {when(as_of)}: {timeline.state(found)}", style="bold")
     runs = timeline.runs(found)
@@ -49,12 +49,19 @@ def life(task_id: str, found: Sequence[Event], source: str, as_of: int | None) -
         for event in run.events:
             drawn.add_row(*cells(event))
         screen.print(drawn)
-    origin = next((event for event in found if event.parent or event.root not in (None, task_id)), None)
+    # A retry is sent by the attempt before it, which is then its parent.
+    origin = next((event for event in found if {event.parent, event.root} - {None, task_id}), None)
     if origin is not None:
         screen.print(
-            f"parent {origin.parent or '?'}, root {origin.root or '?'} (history {origin.root} --tree)", style="dim"
+            f"parent {origin.parent or '?'}, root {origin.root or '?'} (history {origin.root or task_id} --tree)",
+            style="dim",
         )
     screen.print(f"{len(found)} events, from {source}", style="dim")
+
+
+def _kind(found: Sequence[Event]) -> str:
+    """Return what an id without a name is, as far as its events say."""
+    return "group" if any(event.kind in events.GROUP_KINDS for event in found) else "task"
 
 
 def cells(event: Event) -> tuple[str, ...]:
@@ -162,7 +169,7 @@ def summary(task: str, found: Sequence[Event]) -> dict[str, Any]:
     said = timeline.deciding(found)
     return {
         "task": task,
-        "parent": next((event.parent for event in found if event.parent), None),
+        "parent": next((event.parent for event in found if event.parent not in (None, task)), None),
         "name": next((event.name for event in found if event.name), None),
         "state": timeline.state(found),
         "at": said.hlc if said else None,

@@ -31,6 +31,8 @@ CLOCKS_MS: Final = 60_000
 """Hosts' and brokers' clocks may differ by so much."""
 LATE_MS: Final = 3_600_000
 """An event may reach Kafka so much later than it happened: the producer's own patience, and an hour's outage with a spool."""
+FEW: Final = 1_000_000
+"""So many more records are read rather than left out: that takes some seconds."""
 
 
 class Source(NamedTuple):
@@ -46,8 +48,10 @@ class Source(NamedTuple):
 
 
 @contextmanager
-def audited(pipeline: Pipeline, chosen: str | None, timeout_s: float, *, only_log: bool) -> Iterator[Source]:
-    """Open the view that was chosen, else the first that keeps history and can be read, else the log.
+def audited(
+    pipeline: Pipeline, chosen: str | None, timeout_s: float, *, only_log: bool, no_log: bool = False
+) -> Iterator[Source]:
+    """Open the view that was chosen, else the first that keeps history and can be read, else the log, unless ``no_log``.
 
     Raises:
         Stop: What was chosen is no view that keeps history, or both were chosen; Kafka does not answer.
@@ -63,6 +67,8 @@ def audited(pipeline: Pipeline, chosen: str | None, timeout_s: float, *, only_lo
                 return
         finally:
             view.close()
+    if no_log:
+        raise Stop(Exit.NOT_FOUND, "no view that can be read keeps history", "leave out --no-log")
     broker = Broker(pipeline.settings, timeout_s)
     try:
         yield Source(log_name(pipeline), lambda query: in_log(broker, query))
@@ -72,16 +78,30 @@ def audited(pipeline: Pipeline, chosen: str | None, timeout_s: float, *, only_lo
 
 def _searching(pipeline: Pipeline, name: str, view: View) -> Callable[[Query], Iterator[Logged]]:
     """Return a view's search; where the log reaches further back than its history, and the question too, say so."""
-    kept_ms, log_ms = pipeline.settings.history_retention_ms, pipeline.settings.retention_ms
+    less = keeps_less(pipeline)
 
     def search(query: Query) -> Iterator[Logged]:
-        begins = system_wall_ms() - (kept_ms or 0)
-        if kept_ms and kept_ms < log_ms and (query.since or 0) < begins:
-            note = f"note: {name} keeps history for {duration(kept_ms / 1000)} (history_retention_ms); --log reaches further"
-            click.secho(note, fg="yellow", err=True)
+        if less and (query.since or 0) < system_wall_ms() - _history_ms(pipeline)[0]:
+            click.secho(f"note: {name} {less}; --log reaches further", fg="yellow", err=True)
         return view.search(query)
 
     return search
+
+
+def keeps_less(pipeline: Pipeline) -> str:
+    """Return how long views keep history, in words, where that is shorter than the log; else ""."""
+    kept_ms, setting = _history_ms(pipeline)
+    log_ms = pipeline.settings.retention_ms
+    if not 0 < kept_ms < log_ms:
+        return ""
+    return f"keeps history for {duration(kept_ms / 1000)} ({setting}), the log for {duration(log_ms / 1000)}"
+
+
+def _history_ms(pipeline: Pipeline) -> tuple[int, str]:
+    """Return how long views keep history, in ms, 0: for ever; and which setting says so."""
+    if (own_ms := pipeline.settings.history_retention_ms) is not None:
+        return own_ms, "history_retention_ms"
+    return int((pipeline.app.backend.expires or 0) * 1000), "result_expires"
 
 
 def _usable(pipeline: Pipeline, url: str, view: View, *, must: bool) -> bool:
@@ -111,16 +131,19 @@ def _usable(pipeline: Pipeline, url: str, view: View, *, must: bool) -> bool:
 def in_log(broker: Broker, query: Query) -> Iterator[Logged]:
     """Yield the events of the log that match: by Kafka's time index, then by reading all that was written then.
 
-    An event that reached Kafka more than `LATE_MS` after ``query.until`` is not found.
+    Where much was written more than `LATE_MS` after ``query.until``, that is left out, and said.
     """
     topic = log_of(broker)
     since = None if query.since is None else query.since - CLOCKS_MS
-    until = None if query.until is None else query.until + LATE_MS
-    values = (
-        value
-        for message in messages(broker, spans(broker, topic, since, until), topic)
-        if (value := message.value()) is not None
-    )
+    parts = spans(broker, topic, since, None)
+    if query.until is not None:
+        then = spans(broker, topic, since, query.until + LATE_MS)
+        left = sum(parts[at][1] - end for at, (_, end) in then.items())
+        if left > FEW:
+            parts = then
+            note = f"note: {left} events that reached Kafka over {duration(LATE_MS / 1000)} after --until are not looked at"
+            click.secho(f"{note}; a spool may have kept some for so long: leave --until out", fg="yellow", err=True)
+    values = (value for message in messages(broker, parts, topic) if (value := message.value()) is not None)
     return matching(values, query, by_time=False)
 
 

@@ -56,13 +56,13 @@ def command(
             if as_json:
                 print_json(_plain(state))
             else:
-                show(state)
+                show(state, pipeline.command)
             return state.code
         while True:
             broker.forget_metadata()
             state = gather(pipeline, broker, urls, chords=not no_chords)
             click.clear()
-            show(state)
+            show(state, pipeline.command)
             time.sleep(EVERY_S)
     finally:
         broker.close()
@@ -82,8 +82,8 @@ def total(reading: Reading) -> tuple[int, float | None]:
     return events, None if None in ages else max((age for age in ages if age is not None), default=0.0)
 
 
-def show(state: State) -> None:
-    """Draw it."""
+def show(state: State, command: str) -> None:
+    """Draw it; ``command`` is how the user calls us."""
     screen = console()
     note = "  (embedded broker: in memory only; it cannot tell who folds)" if state.embedded else ""
     screen.print(f"log {state.prefix}.task-events at {state.servers}{note}")
@@ -96,7 +96,7 @@ def show(state: State) -> None:
         screen.print(f"  audit and replay reach back to {when(state.oldest)}{kept}")
     screen.print(f"  readers read {said(state.readers)}")
     for name in state.readers.outdated:
-        again = f"`celery -A proj pipeline cutover --to {state.readers.view}`"
+        again = f"`{command} cutover --to {state.readers.view}`"
         screen.print(f"  warning: {name} does not say so; repeat {again}", style="yellow")
     style = "yellow" if state.dead_letters else None
     screen.print(f"  {state.dead_letters} dead letters in {state.prefix}.dead-letters", style=style)
@@ -105,7 +105,7 @@ def show(state: State) -> None:
         _show(reading, state.at)
     if state.code is Exit.NOBODY_FOLDS:
         lonely = ", ".join(reading.name for reading in state.readings if reading.folders == [])
-        screen.print(f"\nnobody folds: {lonely}. Start `celery -A proj pipeline run`.", style="red")
+        screen.print(f"\nnobody folds: {lonely}. Start `{command} run`.", style="red")
 
 
 def _kept(reading: Reading, now_ms: int) -> str:
@@ -129,7 +129,10 @@ def _span(seconds: float | None) -> str:
 def _show(reading: Reading, now_ms: int) -> None:
     screen = console()
     events, seconds = total(reading)
-    late = "up to date" if not events else f"{events} events behind, {duration(seconds) or 'age unknown'}"
+    if events:
+        late = f"{events} events behind, {duration(seconds) or 'age unknown'}"
+    else:
+        late = "" if reading.error else "up to date"  # what its processors have committed says nothing of what it shows
     screen.print(f"{reading.name}  {reading.url}  {late}".rstrip(), style="bold")
     if reading.error:
         screen.print(f"  cannot be read: {reading.error}", style="red")

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from celery_kafka_backend.query import Query
-from tests.contract.factories import FAR, R, batch, group_saved, sent, stated
+from celery_kafka_backend.sinks.contract import matching
+from tests.contract.factories import FAR, R, batch, group_saved, logged, sent, stated
 
 if TYPE_CHECKING:
     from celery_kafka_backend.events import Event
@@ -126,3 +127,10 @@ def test_a_page_does_not_end_a_search(place: Place) -> None:
 def test_a_store_with_nothing_in_it_has_nothing_to_find(place: Place) -> None:
     place.sink().write(batch())
     assert list(place.view().search(Query(name="*", limit=5))) == []
+
+
+def test_an_event_that_the_log_has_twice_is_found_once() -> None:
+    found = [logged(stated("SUCCESS", at, task=f"t{at}")).value for at in (5, 1, 4, 2, 3)]
+    for newest, first in ((False, [1, 2, 3]), (True, [5, 4, 3])):
+        told = matching([*found, *found], Query(limit=3, newest_first=newest), by_time=False)
+        assert [one.event.at - R for one in told] == first

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from confluent_kafka import Producer
 
 from celery_kafka_backend import chord_records, codec, events, order, timeline, topics
-from celery_kafka_backend.cli import pipeline
+from celery_kafka_backend.cli import pipeline, sources
 from celery_kafka_backend.cli.exits import Exit
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.result import KafkaResult
@@ -144,7 +144,7 @@ def broken(kafka, topic_prefix, tmp_path):
         set_as_current=False,
     )
     app.conf.kafka_backend_settings = {"topic_prefix": topic_prefix, **small}
-    made = SimpleNamespace(app=SimpleNamespace(app=app))
+    made = SimpleNamespace(app=SimpleNamespace(app=app), bootstrap=kafka.bootstrap)
     assert told(made, "init").exit_code == 0
     producer = Producer(
         {"bootstrap.servers": kafka.bootstrap, "partitioner": "murmur2_random", "on_delivery": must_arrive}
@@ -180,6 +180,26 @@ def test_a_log_with_one_fault_of_each_kind_has_these_findings(broken):
     assert "stuck-chord" not in table  # not for an hour yet
     only = told(broken, "findings", "--kind", "purged", "--limit", "0").stdout
     assert "1 findings" in only
+
+
+def test_what_reached_the_log_hours_late_is_found_there_once_or_said_to_be_left_out(broken, monkeypatch):
+    now = order.system_wall_ms()
+    late = Event(
+        id="e1", kind=events.SENT, task="late", name="shop.late", at=now - 3 * 3_600_000, hlc=now - 3 * 3_600_000
+    )
+    log = topics.task_events(broken.app.app.conf.kafka_backend_settings["topic_prefix"])
+    producer = Producer({"bootstrap.servers": broken.bootstrap, "on_delivery": must_arrive})
+    for _ in range(2):
+        producer.produce(log, codec.encode(late), "late")
+    assert producer.flush(PATIENCE_S) == 0
+    asked = ("search", "--log", "--since", "4h", "--until", "2h", "--name", "shop.late", "--json")
+    done = told(broken, *asked)
+    assert [each["task"] for each in json.loads(done.stdout)] == ["late"]
+    assert done.stderr == ""
+    counts = told(broken, "history", "--log", "--as-of", "2h", "--window", "2h", "--json").stdout
+    assert {"name": "shop.late", "state": "sent", "tasks": 1} in json.loads(counts)["counts"]
+    monkeypatch.setattr(sources, "FEW", 0)
+    assert "that reached Kafka over 60 min after --until are not looked at" in told(broken, *asked).stderr
 
 
 def test_a_fleet_that_does_its_work_has_no_findings(audit):
@@ -273,6 +293,32 @@ def test_states_as_of_every_moment_of_a_life(audit):
         assert found["events"] == [json.loads(codec.encode(one)) for one in life if one.hlc <= life[n].hlc]
     before = told(audit, "history", task, "--as-of", "2020-01-01")
     assert (before.exit_code, "unknown" in before.stdout) == (0, True)
+    assert before.stdout.startswith(f"task  {task}")
+
+
+def test_a_workflow_as_of_a_moment_has_what_had_begun_by_then_as_it_was(audit):
+    root = audit.world["ROOT"]
+    for node in audit.world["tree"]:
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(node["at"] / 1000)) + f".{node['at'] % 1000:03d}"
+        found = json.loads(told(audit, "history", root, "--tree", "--as-of", at, "--json").stdout)
+        lives = {
+            each["task"]: KafkaResult.of(audit.world["app"].AsyncResult(each["task"])).history()
+            for each in audit.world["tree"]
+        }
+        then = {task: timeline.as_of(life, node["at"]) for task, life in lives.items()}
+        assert {each["task"]: each["state"] for each in found} == {
+            task: timeline.state(life) for task, life in then.items() if life
+        }
+        assert next(each for each in found if each["task"] == node["task"])["state"] == "success"
+    (before,) = json.loads(told(audit, "history", root, "--tree", "--as-of", "2020-01-01", "--json").stdout)
+    assert (before["task"], before["state"]) == (root, "unknown")
+
+
+def test_a_retried_task_is_not_its_own_parent(audit):
+    done = told(audit, "history", audit.world["TASK"])
+    assert f"parent {audit.world['TASK']}" not in done.stdout
+    (node,) = json.loads(told(audit, "history", audit.world["TASK"], "--tree", "--json").stdout)
+    assert (node["parent"], node["attempts"]) == (None, 2)
 
 
 def test_a_chord_as_of_now_and_as_of_before_it_was(audit):
@@ -286,6 +332,8 @@ def test_a_chord_as_of_now_and_as_of_before_it_was(audit):
     then = json.loads(told(audit, "history", group, "--group", "--json", "--as-of", at).stdout)
     assert "success" not in then["counts"]
     assert then["chord"].startswith("chord: waiting")
+    before = told(audit, "history", group, "--group", "--json", "--as-of", "2020-01-01")
+    assert json.loads(before.stdout)["members"] == []
 
 
 def test_counts_as_of_a_time_are_of_all_tasks_in_the_window(audit):
@@ -391,10 +439,21 @@ def test_history_with_a_retention_of_its_own_is_told_wherever_it_matters(audit, 
     assert left["history_until"] > (time.time() + 89 * 86_400) * 1000
     assert told(audit, "search", "--since", "100d").stderr == ""
     monkeypatch.setitem(settings, "history_retention_ms", 3_600_000)
-    assert (
-        "keeps history for 60 min (history_retention_ms); --log reaches further"
-        in told(audit, "search", "--since", "3h").stderr
-    )
+    less = "keeps history for 60 min (history_retention_ms), the log for 7.0 d; --log"
+    assert f"{less} reaches further" in told(audit, "search", "--since", "3h").stderr
     assert told(audit, "search", "--since", "30m").stderr == ""
+    assert f"{less} may have more" in told(audit, "history", audit.world["TASK"]).stdout
+    monkeypatch.delitem(settings, "history_retention_ms")
+    less = "keeps history for 24.0 h (result_expires), the log for 7.0 d; --log"
+    assert f"{less} reaches further" in told(audit, "search", "--since", "3d").stderr
+    assert told(audit, "search", "--since", "3d", "--log").stderr == ""
+    assert f"{less} may have more" in told(audit, "history", audit.world["TASK"]).stdout
     monkeypatch.setitem(settings, "history_retention_ms", 0)
     assert "history for ever (history_retention_ms)" in told(audit, "status").stdout
+
+
+def test_who_wants_no_log_is_not_given_the_log(audit, tmp_path, monkeypatch):
+    monkeypatch.setitem(audit.app.app.conf.kafka_backend_settings, "history", {"sqlite": False})
+    for asked in (("--as-of", "0s"), (audit.world["GROUP"], "--group")):
+        done = told(audit, "history", *asked, "--no-log")
+        assert (done.exit_code, "leave out --no-log" in done.stderr) == (Exit.NOT_FOUND, True), done.output

@@ -287,6 +287,7 @@ def test_from_run_to_verify(shell, tmp_path):
     lonely = shell("status")
     assert lonely.returncode == Exit.NOBODY_FOLDS
     assert "nobody folds" in lonely.stdout
+    assert "Start `celery -A proj pipeline run`" in lonely.stdout
     shell.append(*life("t1"), *life("t2"))
     behind = json.loads(shell("status", "--json").stdout)
     assert (behind["views"][0]["lag_events"], behind["verdict"]) == (6, "nobody_folds")
@@ -472,6 +473,7 @@ def test_a_view_that_is_away_is_named(shell):
     assert "redis://:**@127.0.0.1:1/0" in done.stderr
     status = shell("status", "--no-chords", backend=f"kafka://{shell.bootstrap}/?view=redis://:{SECRET}@127.0.0.1:1/0")
     assert "cannot be read" in status.stdout
+    assert "up to date" not in status.stdout
 
 
 def test_a_corrupted_sqlite_file_is_named(shell, tmp_path):

@@ -207,6 +207,13 @@ def test_a_missing_rich_is_said_with_its_remedy(monkeypatch):
     assert caught.value.code is Exit.CONFIGURATION
 
 
+def test_a_remedy_is_what_the_user_would_type(capsys):
+    complain(
+        NotAcknowledged("no", "grant what `celery -A proj pipeline init --print` lists"), "celery -A shop pipeline"
+    )
+    assert "`celery -A shop pipeline init --print`" in capsys.readouterr().err
+
+
 def test_an_unexpected_error_is_one_line_without_secrets(capsys):
     assert complain(RuntimeError(f"redis://:{SECRET}@h/0")) is Exit.UNEXPECTED
     said = capsys.readouterr().err
