@@ -29,7 +29,7 @@ SOURCES := $(wildcard $(foreach folder,celery_kafka_backend producer processors 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help preflight services venv test test-quick delivery-table lint format demo recycle bench bench-stores bench-replay replay-long conformance versions faults clean
+.PHONY: help preflight services venv test test-quick delivery-table lint format demo recycle bench bench-stores bench-replay replay-long conformance canvas versions faults clean
 
 help:  ## this text
 	@echo "Start here:"
@@ -98,6 +98,9 @@ recycle: $(READY)  ## a thousand children that live for one task each: nothing l
 
 conformance: $(CONFORMANCE_READY)  ## Celery's own integration tests, on its Redis backend and on ours (40 minutes per round)
 	$(CONFORMANCE_VENV)/bin/python -m tests.conformance $(ARGS)
+
+canvas: $(READY)  ## random canvas programs on Celery's Redis backend and on ours, every answer compared; ARGS='--kills', '--help' tells more
+	$(BIN)/python -m tests.canvas $(ARGS)
 
 # An environment of its own: Celery pins what its tests run with.
 $(CONFORMANCE_READY): pyproject.toml tests/conformance/requirements.txt
