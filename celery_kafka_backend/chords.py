@@ -168,11 +168,11 @@ class Chords(StockChords):
         if not group_id or not task_id or generation is None:
             return
         succeeded = state == states.SUCCESS
-        content_type = content_encoding = ""
-        payload = b""
-        if not (succeeded and chord.get("immutable")):
-            content_type, content_encoding, encoded = self._encode(self.encode_result(result, state))
-            payload = bytes(ensure_bytes(encoded))
+        # Also if nobody gets it: a result that cannot be encoded is a failure, and no part has said otherwise.
+        content_type, content_encoding, encoded = self._encode(self.encode_result(result, state))
+        payload = bytes(ensure_bytes(encoded))
+        if succeeded and chord.get("immutable"):
+            content_type, content_encoding, payload = "", "", b""
         record = chord_records.Part(
             group=group_id,
             generation=generation,

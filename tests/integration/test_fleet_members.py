@@ -57,9 +57,11 @@ def test_a_lost_worker_whose_message_is_requeued_is_no_end(fleet, tmp_path):
     assert chord(header)(tasks.listed.s()).get(timeout=PATIENCE_S) == ["second life", 4]
 
 
-def test_a_result_that_no_serializer_takes_is_a_failure(fleet):
+@pytest.mark.parametrize("immutable", [False, True], ids=["body", "immutable body"])
+def test_a_result_that_no_serializer_takes_is_a_failure(fleet, immutable):
     tasks = fleet.app
-    result = chord([tasks.odd.s(), tasks.add.s(2, 2)])(tasks.listed.s())
+    body = tasks.note.si("all are in") if immutable else tasks.listed.s()
+    result = chord([tasks.odd.s(), tasks.add.s(2, 2)])(body)
     assert "EncodeError" in failed(result)
 
 
