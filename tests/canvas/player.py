@@ -128,7 +128,9 @@ def _all_ready(result):
 
 def _journal():
     lines = list(journal.read(FOLDER, "canvas"))
-    labels = {line["id"]: line["label"] for line in lines if line.get("id")}
+    # One that was replaced keeps its id: its own label, which was drawn first, is the one that counts.
+    own_last = sorted(lines, key=lambda line: int(line["label"].partition(".")[2]), reverse=True)
+    labels = {line["id"]: line["label"] for line in own_last if line.get("id")}
     by_seed = defaultdict(list)
     for line in lines:
         by_seed[line["label"].partition(".")[0][1:]].append(line)

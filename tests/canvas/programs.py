@@ -31,18 +31,20 @@ class Author:
         self._kills = kills
         self._labels = 0
         self._left = 14
+        self._second_results = False
         self.revoked: list[str] = []
 
     def program(self) -> dict:
         canvas = self._canvas(self._chance.choice((1, 2, 2, 3)))
         if self._may(0.3):
             self._decorate(canvas)
+        how = self._chance.choice(("delay", "apply_async", "apply_async", "call", "inside", "twice", "frozen", "again"))
+        if how == "again" and self._second_results:
+            how = "delay"  # what is sent again some seconds later is a new run, whose success counts
         return {
             "seed": self._seed,
             "canvas": canvas,
-            "how": self._chance.choice(
-                ("delay", "apply_async", "apply_async", "call", "inside", "twice", "frozen", "again")
-            ),
+            "how": how,
             "revoked": self.revoked,
         }
 
@@ -101,6 +103,9 @@ class Author:
                 kwargs |= {"fate": "retry", "more": 3}
             case "ignored":
                 options["ignore_result"] = True
+            case "twice":
+                kwargs["fate"] = end
+                self._second_results = True
             case "expired":
                 options |= {"expires": 0.05, "countdown": 0.4}
             case "revoked":

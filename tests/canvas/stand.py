@@ -121,7 +121,7 @@ class Stand:
     def _kill(self):
         chance = random.Random(1)
         last = time.monotonic()
-        while not self._over.wait(chance.uniform(0.05, 0.6)):
+        while not self._over.wait(chance.uniform(0.5, 4)):
             due = time.monotonic() - last > PROCESSORS_EVERY_S
             whom = "processor" if due else "child"
             root = self._pipeline if due else self._worker
