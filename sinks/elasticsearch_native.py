@@ -19,6 +19,7 @@ import msgspec
 from celery_kafka_backend import codec
 from celery_kafka_backend.changes import GROUP
 from celery_kafka_backend.errors import CodecError
+from celery_kafka_backend.sinks.splices import SPLICES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +34,8 @@ PICKLE: Final = "application/x-python-serialize"
 
 SEARCHED_CHARS: Final = 8_192
 """So much of arguments and messages can be searched; all of it is in the event."""
-
+_ENCODED: Final = ("result", "traceback")
+"""What Celery keeps as encoded text in a document that is an object."""
 _FALSY: Final = frozenset({b"null", b"false", b"0", b"0.0", b"-0.0", b'""', b"[]", b"{}"})
 
 _raw_map = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -221,15 +223,20 @@ def _group_tuple(event: Event, opaque: Opaque) -> list[Any]:
 # -- and back ----------------------------------------------------------------------------------
 
 
-def stock_document(source: Mapping[str, Any]) -> bytes | None:
+def stock_document(source: Mapping[str, Any], serializer: str) -> bytes | None:
     """Return what a key-value backend would hold for a document that Celery's own backend wrote."""
     result = source.get("result")
     if isinstance(result, str):
         return result.encode(errors="replace")
     if not isinstance(result, dict):
         return None
+    if serializer != "json":
+        texts = {name: result[name] for name in _ENCODED if name in result}
+        encoded = {name: str(text).encode(errors="replace") if text else None for name, text in texts.items()}
+        plain = {name: value for name, value in result.items() if name not in encoded}
+        return SPLICES[serializer](plain, encoded) if serializer in SPLICES else None
     meta = dict(result)
-    for name in ("result", "traceback"):
+    for name in _ENCODED:
         if isinstance(meta.get(name), str) and meta[name]:
             meta[name] = msgspec.Raw(meta[name].encode(errors="replace"))
     try:

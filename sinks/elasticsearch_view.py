@@ -50,6 +50,7 @@ class ElasticView(DriverView["Elasticsearch"]):
         self._place = Place(url, options)
         self.url = self._place.url
         self._namespace = options.namespace
+        self._serializer = options.serializer
         self._own = PerProcess(lambda: self._place.connect(READ_TIMEOUT_S), lambda client: client.close())
 
     @property
@@ -82,7 +83,8 @@ class ElasticView(DriverView["Elasticsearch"]):
             keys = [prefix + each for each in ids[start : start + CHUNK]]
             now_ms = system_wall_ms()
             for found in self._mget(self._place.native, keys):
-                yield found["_id"][len(prefix) :], _shown(found["_source"], now_ms, task=subject == TASK)
+                shown = _shown(found["_source"], now_ms, task=subject == TASK, serializer=self._serializer)
+                yield found["_id"][len(prefix) :], shown
 
     def _mget(self, index: str, keys: Sequence[str]) -> list[Any]:
         """Return what there is; an index that nobody has made yet holds nothing."""
@@ -255,14 +257,14 @@ def _native_rows(subject: str, each: str, source: dict[str, Any], now_ms: int) -
     yield side_row(subject, each, ckb["k"], ckb["e"], side)
 
 
-def _shown(source: Mapping[str, Any], now_ms: int, *, task: bool) -> Shown:
+def _shown(source: Mapping[str, Any], now_ms: int, *, task: bool, serializer: str = "json") -> Shown:
     """Return what one of Celery's documents shows now."""
     ckb = source.get("ckb") or {}
     ours = "t" in ckb and ckb["t"] == source.get("@timestamp")
     alive = ckb.get("x", 0) > now_ms
     side = _side(ckb) if alive and task and "seen" in ckb else None
     if not ours and "result" in source:
-        return Shown(stock_document(source), 0, "", side)
+        return Shown(stock_document(source, serializer), 0, "", side)
     if not alive:
         return _NOTHING
     visible = ours and ckb.get("u", NEVER) > now_ms

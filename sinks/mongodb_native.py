@@ -14,7 +14,7 @@ from bson.datetime_ms import DatetimeMS
 
 from celery_kafka_backend import codec, documents
 from celery_kafka_backend.errors import CodecError, Unreadable
-from celery_kafka_backend.sinks.splices import ENCODERS, SPLICES
+from celery_kafka_backend.sinks.splices import COMPRESSED, ENCODERS, SPLICES, uncompressed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 TEXT: Final = frozenset({"application/json", "application/x-yaml"})
 """Content types whose payload Celery keeps as text; all others are binary."""
+_KINDS: Final = {
+    documents.JSON: "json", documents.YAML: "yaml", documents.PICKLE: "pickle", documents.MSGPACK: "msgpack"
+}  # fmt: skip
 LARGE: Final = 1 << 20
 """Arguments that take more than this as BSON stay JSON text."""
 DEEP: Final = 100
@@ -156,13 +159,20 @@ def document_of(found: dict[str, Any]) -> bytes:
     return bytes(pieces[0]) + str(found["result"]).encode() + bytes(pieces[1])
 
 
-def stock_document(found: dict[str, Any]) -> bytes | None:
+def stock_document(found: dict[str, Any], serializer: str = "") -> bytes | None:
     """Return what a key-value backend would hold for a document that Celery's backend wrote.
 
     Its result, which is encoded already, is spliced in. None where that cannot be: with the serializer ``bson``, or one
     of somebody's own.
+
+    Args:
+        found: The document.
+        serializer: The reader's, None if the result is of another one; "": the one that it looks like.
     """
-    result, done = found.get("result"), found.get("date_done")
+    encoded, done = found.get("result"), found.get("date_done")
+    result = _plain_result(encoded, serializer)
+    if encoded is not None and (result is None or not _fits(_serializer(result), serializer)):
+        return None
     plain = {
         "status": found.get("status"),
         "traceback": found.get("traceback"),
@@ -173,20 +183,39 @@ def stock_document(found: dict[str, Any]) -> bytes | None:
     extended = ("name", "args", "kwargs", "worker", "retries", "queue", "group_id", "parent_id")
     plain |= {name: found[name] for name in extended if name in found}
     try:
-        return SPLICES[_serializer(result)](plain, {"result": result.encode() if isinstance(result, str) else result})
+        splice = SPLICES[serializer or _serializer(result)]
+        return splice(plain, {"result": result.encode() if isinstance(result, str) else result})
     except (KeyError, TypeError, ValueError):
         return None
 
 
-def stock_group(found: dict[str, Any]) -> bytes | None:
+def stock_group(found: dict[str, Any], serializer: str = "") -> bytes | None:
     """Likewise of a saved group, of which this store has the members' ids."""
-    result: Any = found.get("result")
+    result = _plain_result(found.get("result"), serializer)
     try:
         content_type, ids = documents.decode(result.encode() if isinstance(result, str) else result)
         members = [[[str(each), None], None] for each in ids]
     except (Unreadable, AttributeError, TypeError):
         return None
+    if not _fits(_KINDS[content_type], serializer):
+        return None
     return ENCODERS[content_type]({"result": [[found["_id"], None], members]})
+
+
+def _plain_result(encoded: Any, serializer: str) -> Any:
+    """Return an encoded result as it was before it was compressed: text, or bytes; None if that cannot be told."""
+    if not isinstance(encoded, bytes) or not encoded.startswith(COMPRESSED):
+        return encoded
+    result = uncompressed(encoded)
+    if result is None or (not serializer and len(result) == 1 and result.isdigit()):  # JSON's 5 is MessagePack's 53
+        return None
+    is_text = serializer in {"json", "yaml"} if serializer else len(result) > 1 and result[:1] < b"\x80"
+    return result.decode(errors="replace") if is_text else result
+
+
+def _fits(kind: str, serializer: str) -> bool:
+    """Whether what one serializer wrote is read by another: JSON is YAML."""
+    return not serializer or kind == serializer or (kind, serializer) == ("json", "yaml")
 
 
 def _serializer(result: Any) -> str:

@@ -25,7 +25,7 @@ from celery_kafka_backend.sinks.contract import (
     history_row,
     side_row,
 )
-from celery_kafka_backend.sinks.mongodb_native import beside, document_of, stock_document
+from celery_kafka_backend.sinks.mongodb_native import beside, document_of, stock_document, stock_group
 from celery_kafka_backend.sinks.mongodb_stock import stock
 from celery_kafka_backend.sinks.mongodb_stream import ChangeStream
 from celery_kafka_backend.sinks.mongodb_wire import (
@@ -67,7 +67,7 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
         self._place = Place(url, options)
         self.url = self._place.url
         self._namespace = options.namespace
-        self._json = options.serializer == "json"
+        self._serializer = options.serializer
         self._own = PerProcess(self._place.connect, lambda client: client.close())
 
     @property
@@ -96,14 +96,17 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
 
     def _documents(self, subject: str, ids: Sequence[str], session: ClientSession | None = None) -> dict[str, bytes]:
         with translated(self.url):
-            found = {each["_id"]: self._shown_of(each) for each in self._find(self._native(subject), ids, session)}
+            found = {
+                each["_id"]: self._shown_of(each, subject) for each in self._find(self._native(subject), ids, session)
+            }
         return {each: shown.document for each, shown in found.items() if shown.document is not None}
 
-    def _shown_of(self, found: dict[str, Any]) -> Shown:
+    def _shown_of(self, found: dict[str, Any], subject: str = TASK) -> Shown:
         """Return what one of Celery's documents shows now, without its side record."""
         ckb, now = found.get("ckb"), _now()
         if ckb is None:
-            return Shown(stock_document(found) if self._json else None, 0, "", None)
+            document = (stock_document if subject == TASK else stock_group)(found, self._serializer)
+            return Shown(document, 0, "", None)
         if ckb["x"] <= now:
             return Shown(None, 0, "", None)
         visible = ckb["d"] and not ("u" in ckb and ckb["u"] <= now)

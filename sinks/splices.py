@@ -5,9 +5,12 @@ For stores that keep the parts in fields of their own. Unpickling is for who tru
 
 from __future__ import annotations
 
+import bz2
 import json
+import lzma
 import pickle
 import re
+import zlib
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -24,6 +27,29 @@ def _as_yaml(value: Any) -> bytes:
     """JSON is YAML, but for characters that YAML wants escaped, and pairs of escapes that it does not put together."""
     text = json.dumps(value, ensure_ascii=False)
     return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode()
+
+
+# -- compressed values ---------------------------------------------------------------------------
+
+COMPRESSED: Final = b"\0celery-compressed\0"
+"""How a compressed value of Celery's begins; the content type of the compression and a NUL follow."""
+
+_DECOMPRESS: Final[dict[bytes, Callable[[bytes], bytes]]] = {
+    b"application/x-gzip": zlib.decompress,
+    b"application/x-bz2": bz2.decompress,
+    b"application/x-lzma": lzma.decompress,
+}
+
+
+def uncompressed(value: bytes) -> bytes | None:
+    """Return what Celery may have compressed as it was; None: not by what Python brings along."""
+    if not value.startswith(COMPRESSED):
+        return value
+    content_type, _, body = value.removeprefix(COMPRESSED).partition(b"\0")
+    try:
+        return _DECOMPRESS[content_type](body)
+    except (LookupError, ValueError, OSError, zlib.error, lzma.LZMAError):
+        return None
 
 
 # -- one value -----------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from celery_kafka_backend.sinks.contract import (
     history_row,
     side_row,
 )
-from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, task_row
+from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, stock_group, task_row
 from celery_kafka_backend.sinks.sqlite_search import search_condition
 from celery_kafka_backend.sinks.sqlite_wire import connect, path_of, translated
 
@@ -287,7 +287,7 @@ class SqliteView(View):
         self.url = url
         self._path = path_of(url)
         self._timeout_s = float(options.options.get("timeout", 10.0))
-        self._json = options.serializer == "json"
+        self._serializer = options.serializer
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -331,14 +331,14 @@ class SqliteView(View):
             shown = None if 0 < until <= now_ms else document
             found[task_id] = Shown(shown, key, event_id, _side(expires_at, *side))
         unkeyed = [each for each in ids if each not in found or not found[each].key]
-        if unkeyed and self._json:
+        if unkeyed:
             # Beside a key of ours, also one that has expired and waits to be swept, the row is ours.
             query = (
                 "SELECT task_id, " + statements.NATIVE + " FROM celery_taskmeta n WHERE task_id IN ({})"  # noqa: S608
                 " AND NOT EXISTS (SELECT 1 FROM ckb_task WHERE ckb_task.task_id = n.task_id AND k > 0)"
             )
             for task_id, *values in self._select(query, unkeyed):
-                document = stock_document(task_id, *values)
+                document = stock_document(task_id, *values, serializer=self._serializer)
                 found[task_id] = found.get(task_id, Shown(None, 0, "", None))._replace(document=document)
         return found
 
@@ -347,7 +347,15 @@ class SqliteView(View):
             "SELECT task_id, document FROM ckb_group WHERE task_id IN ({}) AND document IS NOT NULL"
             " AND expires_at NOT BETWEEN 1 AND ?1 AND shown_until NOT BETWEEN 1 AND ?1"
         ).replace("?1", str(system_wall_ms()))
-        return dict(self._select(query, ids))
+        found = dict(self._select(query, ids))
+        query = (
+            "SELECT taskset_id, result FROM celery_tasksetmeta n WHERE taskset_id IN ({})"
+            " AND NOT EXISTS (SELECT 1 FROM ckb_group WHERE ckb_group.task_id = n.taskset_id)"
+        )
+        for group, result in self._select(query, [each for each in ids if each not in found]):
+            if document := stock_group(result, self._serializer):
+                found[group] = document
+        return found
 
     def history(self, task_id: str) -> list[bytes]:
         query = (

@@ -9,6 +9,7 @@ import msgspec
 
 from celery_kafka_backend import codec
 from celery_kafka_backend.errors import CodecError
+from celery_kafka_backend.sinks.splices import SPLICES
 
 if TYPE_CHECKING:
     from celery_kafka_backend.events import Event
@@ -89,10 +90,24 @@ class _Stock(msgspec.Struct, omit_defaults=True):
     queue: str | None = None
 
 
-def stock_document(task_id: str, status: str, result: Any, date_done: str | None, *columns: Any) -> bytes:
-    """Return what a key-value backend would hold for a row that Celery's SQL backend wrote as JSON."""
+def stock_group(result: bytes, serializer: str) -> bytes | None:
+    """Return what a key-value backend would hold for a group that Celery's SQL backend saved; None: not by this serializer."""
+    return SPLICES[serializer]({}, {"result": result}) if serializer in SPLICES else None
+
+
+def stock_document(
+    task_id: str, status: str, result: Any, date_done: str | None, *columns: Any, serializer: str = "json"
+) -> bytes | None:
+    """Return what a key-value backend would hold for a row that Celery's SQL backend wrote; None: not by this serializer."""
     traceback, children, name, args, kwargs, worker, retries, queue, _ = columns
     done = f"{date_done.replace(' ', 'T')}+00:00" if date_done else None
+    if serializer != "json":
+        plain = {"status": status, "traceback": traceback, "date_done": done, "task_id": task_id}
+        parts = {"result": result, "children": children}
+        if args is not None or kwargs is not None:
+            plain |= {"name": name, "worker": worker, "retries": retries, "queue": queue}
+            parts |= {"args": args, "kwargs": kwargs}
+        return SPLICES[serializer](plain, parts) if serializer in SPLICES else None
     raw = [msgspec.Raw(part or b"null") for part in (result, children or b"[]")]
     document = _Stock(
         status, raw[0], traceback, raw[1], done, task_id, name, worker=worker, retries=retries, queue=queue

@@ -27,7 +27,7 @@ from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.contract import Row, Shown, Sink, StoreOptions, View, document_row, side_row
 from celery_kafka_backend.sinks.per_process import PerProcess
-from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, task_row
+from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, stock_group, task_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -259,7 +259,7 @@ class PostgresView(View):
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         self.url = mask(url)
-        self._json = options.serializer == "json"
+        self._serializer = options.serializer
         self._namespace = options.namespace
         self._asking = threading.Lock()
         self._own = PerProcess(lambda: _connect(url, options, autocommit=True), lambda db: db.close())
@@ -293,16 +293,21 @@ class PostgresView(View):
             shown = None if 0 < until <= now_ms else document
             found[task_id] = Shown(shown, key, event_id, _side(expires_at, *side))
         unkeyed = [each for each in ids if each not in found or not found[each].key]
-        if unkeyed and self._json:
+        if unkeyed:
             for task_id, status, result, done, *columns in self._ask(statements.READ_STOCK, ids=_askable(unkeyed)):
                 date_done = done.isoformat(" ", "microseconds") if isinstance(done, datetime) else None
-                document = stock_document(task_id, status, result, date_done, *columns)
+                document = stock_document(task_id, status, result, date_done, *columns, serializer=self._serializer)
                 found[task_id] = found.get(task_id, Shown(None, 0, "", None))._replace(document=document)
         return found
 
     def groups(self, ids: Sequence[str]) -> dict[str, bytes]:
         """Read all at once."""
-        return dict(cast("list[tuple[str, bytes]]", self._ask(statements.READ_GROUPS, ids=_askable(ids))))
+        found = dict(cast("list[tuple[str, bytes]]", self._ask(statements.READ_GROUPS, ids=_askable(ids))))
+        others = [each for each in _askable(ids) if each not in found]
+        for group, result in self._ask(statements.READ_STOCK_GROUPS, ids=others):
+            if document := stock_group(result, self._serializer):
+                found[group] = document
+        return found
 
     def history(self, task_id: str) -> list[bytes]:
         """Read by the primary key."""

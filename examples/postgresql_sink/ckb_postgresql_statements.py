@@ -173,6 +173,10 @@ READ_STOCK: Final = (
     " AND NOT EXISTS (SELECT 1 FROM ckb_task WHERE subject = 'task' AND id = n.task_id AND k > 0)"
 )
 READ_GROUPS: Final = f"SELECT id, document FROM ckb_task WHERE subject = 'group' AND id = ANY(%(ids)s) AND {_SHOWN}"
+READ_STOCK_GROUPS: Final = (
+    "SELECT taskset_id, result FROM celery_tasksetmeta n WHERE taskset_id = ANY(%(ids)s)"
+    " AND NOT EXISTS (SELECT 1 FROM ckb_task WHERE subject = 'group' AND id = n.taskset_id)"
+)
 READ_HISTORY: Final = f"SELECT value FROM ckb_history WHERE task_id = %(id)s::text AND {_ALIVE} ORDER BY hlc, event_id"
 READ_CHORD: Final = f"SELECT name, value FROM ckb_chord JOIN ckb_chord_expiry USING (group_id) WHERE group_id = %(id)s::text AND {_ALIVE}"
 READ_POSITIONS: Final = "SELECT topic, partition, next FROM ckb_position WHERE namespace = %(namespace)s"

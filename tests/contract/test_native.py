@@ -5,6 +5,7 @@ The client is another process, in which our package cannot be imported.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from celery import VERSION, Celery
 from celery.app.task import Context
 from celery.backends.base import KeyValueStoreBackend
+from celery.result import GroupResult
 from kombu.utils.encoding import ensure_bytes
 
 from celery_kafka_backend import codec, events
@@ -160,6 +162,39 @@ def _check_result(seen: dict[str, Any], state: str, task: str) -> None:
         assert seen["result"] == value, task
     if state == "FAILURE":
         assert seen["traceback"] == "Traceback …\nValueError"
+
+
+@pytest.mark.skipif(VERSION[:2] < (5, 7), reason="such a Celery compresses nothing, and pickles everything in SQL")
+@pytest.mark.filterwarnings("ignore")  # of what Celery's backends say of compression and of their drivers
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_we_read_what_celery_s_own_backend_wrote_in_every_serializer(place: Place, compression: str | None) -> None:
+    pytest.importorskip("sqlalchemy")
+    told = job(place, [], [])
+    place.sink()
+    # Celery's own backend for Elasticsearch fails on bytes.
+    written = ["json", "yaml"] if place.url.startswith("elasticsearch") else available()
+    values: dict[str, Any] = {"deep": STATES["SUCCESS"], "nothing": None, "number": 53, "text": "x\ny: 'z'"}
+    for serializer in written:
+        app = Celery("stock", backend=told["backend"], set_as_current=False)
+        app.conf.update(told["conf"], result_serializer=serializer, result_compression=compression)
+        app.conf.update(accept_content=SERIALIZERS, result_accept_content=SERIALIZERS)
+        view = place.view(serializer=serializer)
+        for name, value in values.items():
+            app.backend.store_result(f"{name}-{serializer}", value, "SUCCESS")
+        app.backend.store_result(f"wrong-{serializer}", ValueError("why"), "FAILURE", traceback="Trace\nback")
+        ids = {name: f"{name}-{serializer}" for name in (*values, "wrong")}
+        documents = view.documents(list(ids.values()))
+        found = {name: _Encoder(app).decode_result(documents[task]) for name, task in ids.items()}
+        assert {name: (found[name]["status"], found[name]["result"]) for name in values} == {
+            name: ("SUCCESS", value) for name, value in values.items()
+        }
+        assert (found["wrong"]["status"], repr(found["wrong"]["result"])) == ("FAILURE", "ValueError('why')")
+        assert found["wrong"]["traceback"] == "Trace\nback"
+        if place.groups and serializer == "json":
+            GroupResult("g", [app.AsyncResult("member")]).save(backend=app.backend)
+            gc.collect()  # a cycle holds it, and the end of a result fails at the end of Python
+            saved = _Encoder(app).decode(view.groups(["g"])["g"])["result"]
+            assert [saved[0][0], *(each[0][0] for each in saved[1])] == ["g", "member"]
 
 
 def test_a_stock_client_sees_nothing_of_a_forgotten_task_and_of_one_only_sent(place: Place) -> None:

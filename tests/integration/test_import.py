@@ -123,9 +123,12 @@ def test_every_serializers_results_are_the_same_after_the_move(kafka, redis_serv
 
 
 @pytest.mark.mongodb
-@pytest.mark.parametrize("serializer", ["json", "pickle", "msgpack", "yaml"])
-def test_from_mongodb_likewise(kafka, mongodb_url, topic_prefix, tmp_path, serializer):
-    conf = {"result_serializer": serializer, "result_expires": 3600}
+@pytest.mark.parametrize(
+    ("serializer", "compression"),
+    [("json", None), ("pickle", None), ("msgpack", None), ("yaml", None), ("json", "gzip"), ("msgpack", "gzip")],
+)
+def test_from_mongodb_likewise(kafka, mongodb_url, topic_prefix, tmp_path, serializer, compression):
+    conf = {"result_serializer": serializer, "result_compression": compression, "result_expires": 3600}
     move = Move(kafka, topic_prefix, mongodb_url, f"sqlite:///{tmp_path}/new.db", **conf)
     move.ended("good", {"sum": 42})
     move.ended("bad", ValueError("no"), states.FAILURE, "Traceback …")
