@@ -30,6 +30,7 @@ from tests.contract.factories import (
     sent,
     stated,
 )
+from tests.contract.patience import again
 from tests.contract.test_native import SERIALIZERS, STATES, documents, read
 from tests.patience import PATIENCE_S
 from tests.services import elasticsearch as service
@@ -96,8 +97,8 @@ def test_a_server_that_is_frozen_or_killed_in_the_middle_of_a_batch_is_unavailab
 ) -> None:
     url = server.clean_index()
     sink, view = registry.open_sink(url, quick()), registry.open_view(url, quick())
-    sink.open()
-    sink.write(batch(stated("STARTED", 10)))
+    again(sink.open)  # a second is soon over where much else is done
+    again(lambda: sink.write(batch(stated("STARTED", 10))))
     ids = [f"t{n}" for n in range(6_000)]
     found = batch(*(stated("SUCCESS", 10, task=each) for each in ids), positions={Partition("x", 0): 9})
     server.freeze()
@@ -124,11 +125,12 @@ def test_a_server_that_is_frozen_or_killed_in_the_middle_of_a_batch_is_unavailab
     with pytest.raises(Unavailable):
         view.documents(["t"])
     server.restart()
-    assert view.documents(["t"]) == {"t": stated("STARTED", 10).document}, "what was acknowledged outlives SIGKILL"
-    assert view.positions() == {}
-    until_written(sink, found)
-    assert view.documents(ids).keys() == set(ids)
-    assert view.positions() == {Partition("x", 0): 9}
+    shown = again(lambda: view.documents(["t"]))
+    assert shown == {"t": stated("STARTED", 10).document}, "what was acknowledged outlives SIGKILL"
+    assert again(view.positions) == {}
+    again(lambda: sink.write(found))
+    assert again(lambda: view.documents(ids)).keys() == set(ids)
+    assert again(view.positions) == {Partition("x", 0): 9}
     for each in (sink, view):
         each.close()
     server.drop(url)
@@ -138,17 +140,6 @@ def until_failed(sink: Any, found: Batch) -> None:
     """Write again and again, for the server may be done before it is killed."""
     while True:
         sink.write(found)
-
-
-def until_written(sink: Any, found: Batch) -> None:
-    """As the host does: again, while the store says that it is away."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return sink.write(found)
-        except Unavailable:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
 
 
 # -- refusing ----------------------------------------------------------------------------------
