@@ -118,7 +118,7 @@ class KafkaBackend(NestedGroups, Chords):
         """Store a failure, fail what was chained after it, call its errbacks."""
         if older.had_succeeded(self, task_id, exc, request):
             return
-        with self._ending(task_id, exc, state, request, store_result):
+        with self._ending(task_id, exc, state, request, store_result, traceback=traceback):
             super().mark_as_failure(
                 task_id, exc, traceback=traceback, request=request, store_result=store_result,
                 call_errbacks=call_errbacks, state=state,
@@ -157,6 +157,7 @@ class KafkaBackend(NestedGroups, Chords):
         stored: bool,
         kind: str | None = None,
         more: dict[str, Any] | None = None,
+        traceback: Any = None,
     ) -> Iterator[None]:
         """Fix the end's identity, send the part with it; keep Celery from sending it a second time."""
         if not stored and field(request, "is_eager"):
@@ -167,6 +168,10 @@ class KafkaBackend(NestedGroups, Chords):
         outer = here.planned, here.parted
         try:
             if is_declared(field(request, "chord")) and field(request, "id") == task_id:
+                if stored:
+                    encoded = self.encode_result(result, state)
+                    record = self._state_record(task_id, result, encoded, state, traceback, request, ending)
+                    ending = ending._replace(record=record)
                 self._send_part(request, state, result, ending.who, stored)
                 here.parted = task_id
             if stored:

@@ -40,17 +40,23 @@ logger = get_logger(__name__)
 
 _JSON: Final = kombu_json.JSONEncoder(allow_nan=False)
 _LOST: Final = frozenset({"WorkerLostError"})
+_BESIDE: Final = (("children",), ("args", "kwargs"), ("children", "args", "kwargs"))
+"""What a document can do without, rather than that its result cannot be stored; the least first."""
 SET_S: Final = 0.2
 """How long a client that sets a state waits for Kafka to have it; in a worker nobody waits."""
 
 
 class Ending(NamedTuple):
-    """The end of a task, fixed before the part and the state are sent."""
+    """The end of a task, fixed before the part and the state are sent.
+
+    Of a chord's member it has the state's record: what cannot be stored must not count in the chord.
+    """
 
     task_id: str
     who: Identity
     kind: str
     more: dict[str, Any]
+    record: Record | None = None
 
 
 class Here(Reading):
@@ -95,13 +101,10 @@ class Writes(Reads):
             BackendStoreError: Kafka did not acknowledge it within ``delivery_timeout_s``.
         """
         encoded = self.encode_result(result, state)
-        event = self._state_event(task_id, result, encoded, state, traceback, request)
-        if state in states.READY_STATES and self.settings.claim_check:
-            event = self._claimed(event, request)
-        try:
-            record = self.recorder.record(event)
-        except TooLarge as exc:
-            raise encode_error(exc) from exc
+        planned = self._planned(task_id)
+        record = (planned and planned.record) or self._state_record(
+            task_id, result, encoded, state, traceback, request, planned
+        )  # fmt: skip
         if state in states.READY_STATES:
             self._store(record, f"{state} of {task_id}", task_id, state, request)
         else:
@@ -112,6 +115,48 @@ class Writes(Reads):
                 else:
                     self.recorder.publisher.send_casts()
         return encoded
+
+    def _state_record(
+        self,
+        task_id: str,
+        result: Any,
+        encoded: Any,
+        state: str,
+        traceback: Any,
+        request: Any,
+        planned: Ending | None,
+    ) -> Record:
+        event = self._state_event(task_id, result, encoded, state, traceback, request, planned)
+        if state in states.READY_STATES and self.settings.claim_check:
+            event = self._claimed(event, request)
+        try:
+            return self.recorder.record(event)
+        except TooLarge as exc:
+            lighter = self._lighter(event, encoded, traceback, request, exc)
+            if lighter is None:
+                raise encode_error(exc) from exc
+            return lighter
+
+    def _lighter(self, event: Event, encoded: Any, traceback: Any, request: Any, why: TooLarge) -> Record | None:
+        """Return the record of a state without what is beside its result, if it is that which makes it too large.
+
+        A task that sends thousands of others has them all in its document, and ``result_extended`` its arguments.
+        """
+        meta = self._native(event.task, encoded, event.state or "", traceback, request)
+        meta["date_done"] = event.date_done
+        for names in _BESIDE:
+            without = {name: None for name in names if meta.get(name)}
+            document = {"doc": events.NOTHING, "opaque": None} | self._documents(meta | without)
+            try:
+                record = self.recorder.record(msgspec.structs.replace(event, **document))
+            except TooLarge:
+                continue
+            logger.warning(
+                "%s of %s is stored without its %s: %s; `trail=False` keeps no children, `claim_check` stores it whole",
+                event.state, event.task, " and ".join(without), why,
+            )  # fmt: skip
+            return record
+        return None
 
     def _claimed(self, event: Event, request: Any) -> Event:
         """Return the event with its document in the object store, if that is large.
@@ -195,15 +240,19 @@ class Writes(Reads):
         task = self._tasks.get(field(request, "task") or "")
         return bool(task.acks_late if task is not None else self.app.conf.task_acks_late)
 
-    def _state_event(self, task_id: str, result: Any, encoded: Any, state: str, traceback: Any, request: Any) -> Event:
-        # Another task's says nothing of this one; one without an id is Celery's own for a message of an unknown task.
-        own = request if field(request, "id") in (None, task_id) else None
-        planned = self._planned(task_id)
+    def _state_event(
+        self,
+        task_id: str,
+        result: Any,
+        encoded: Any,
+        state: str,
+        traceback: Any,
+        request: Any,
+        planned: Ending | None = None,
+    ) -> Event:
+        own = _own(task_id, request)
         who = planned.who if planned else self._identity(task_id, state, request)
-        meta = self._meta(task_id, encoded, state, traceback, own)
-        name = field(own, "task")
-        if "args" in meta:
-            meta["args"], meta["kwargs"] = self.recorder.redacted(name or "", meta["args"], meta["kwargs"])
+        meta = self._native(task_id, encoded, state, traceback, request)
         more = self._outcome(result, state)
         if state == states.RETRY:
             more["due"] = self.recorder.taken_due(task_id)
@@ -215,10 +264,20 @@ class Writes(Reads):
             own,
             state=state,
             date_done=meta["date_done"],
-            expires_at=self._expires_at(who.wall, state, name),
+            expires_at=self._expires_at(who.wall, state, field(own, "task")),
             **self._documents(meta),
             **more,
         )
+
+    def _native(self, task_id: str, encoded: Any, state: str, traceback: Any, request: Any) -> dict[str, Any]:
+        """Return the native document as it is stored."""
+        own = _own(task_id, request)
+        meta = self._meta(task_id, encoded, state, traceback, own)
+        if "args" in meta:
+            meta["args"], meta["kwargs"] = self.recorder.redacted(
+                field(own, "task") or "", meta["args"], meta["kwargs"]
+            )
+        return meta
 
     def _meta(self, task_id: str, encoded: Any, state: str, traceback: Any, request: Any) -> dict[str, Any]:
         """Return the native document, as Celery's own method makes it.
@@ -447,6 +506,11 @@ def _json(meta: dict[str, Any]) -> str | None:
         return None
     # Half a surrogate pair, or nested deeper than every reader goes: the only other things that cannot.
     return None if "\\ud" in text or text.count("[") + text.count("{") > codec.MAX_DEPTH else text
+
+
+def _own(task_id: str, request: Any) -> Any:
+    # Another task's says nothing of this one; one without an id is Celery's own for a message of an unknown task.
+    return request if field(request, "id") in (None, task_id) else None
 
 
 def encode_error(exc: TooLarge) -> EncodeError:

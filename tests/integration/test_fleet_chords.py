@@ -54,6 +54,17 @@ def test_an_immutable_body_gets_no_results(fleet):
     assert chord([tasks.big.s(100_000) for _ in range(20)])(tasks.add.si(20, 22)).get(timeout=PATIENCE_S) == 42
 
 
+@pytest.mark.parametrize("immutable", [False, True])
+def test_a_member_whose_result_is_too_large_has_failed(fleet, immutable):
+    """Its part alone would fit, of an immutable body at least."""
+    tasks = fleet.app
+    body = tasks.note.si("all are in") if immutable else tasks.listed.s()
+    result = chord([tasks.big.s(2_000_000), tasks.add.s(2, 2)])(body)
+    with pytest.raises(ChordError, match="max_message_bytes"):
+        AsyncResult(result.id, app=tasks.app).get(timeout=PATIENCE_S)
+    assert result.parent.results[0].state == "FAILURE"
+
+
 def test_a_killed_member_fails_the_chord(fleet):
     tasks = fleet.app
     body = chord([tasks.die.s(), tasks.add.s(1, 1)])(tasks.listed.s())

@@ -6,12 +6,14 @@ import json
 from datetime import datetime, timedelta
 from uuid import uuid4
 
+import msgspec
 import pytest
 from billiard.exceptions import SoftTimeLimitExceeded
 from celery import Celery, states
 from celery.app.task import Context
 from celery.exceptions import NotRegistered
 from celery.utils.objects import Bunch
+from kombu.exceptions import EncodeError
 from kombu.serialization import register_json, registry
 
 from celery_kafka_backend import codec
@@ -122,3 +124,38 @@ def test_a_message_of_an_unknown_task_fails_as_with_celery_s_own_backends():
     ours = json.loads(backend._state_event("t", error, encoded, states.FAILURE, None, request).document)
     assert list(ours) == [*theirs, "task_id"]
     assert {**ours, "date_done": None} == {**theirs, "date_done": None, "task_id": "t"}
+
+
+@pytest.mark.parametrize(
+    "conf", [{}, {"result_serializer": "pickle", "accept_content": ["json", "pickle"]}], ids=["json", "pickle"]
+)
+@pytest.mark.parametrize("large", [{"children"}, {"args"}, {"kwargs"}, {"children", "args"}], ids=sorted)
+@pytest.mark.parametrize("state", [states.SUCCESS, states.FAILURE, states.RETRY])
+def test_what_is_beside_a_result_never_keeps_it_from_being_stored(conf, large, state, caplog):
+    """A task that sent 30,000 others, or whose arguments `result_extended` stores."""
+    backend = backend_of({"result_extended": True, **conf})
+    backend.settings = backend.recorder.settings = msgspec.structs.replace(backend.settings, max_message_bytes=20_000)
+    much = [str(uuid4()) for _ in range(2_000)]
+    request = Context(
+        {
+            "id": "t", "task": "x", "hostname": "w", "retries": 0,
+            "args": much if "args" in large else [1], "kwargs": {"a": much} if "kwargs" in large else {"a": 2},
+        }
+    )  # fmt: skip
+    request.children.extend(backend.app.AsyncResult(one) for one in (much if "children" in large else ["c"]))
+    result = 42 if state == states.SUCCESS else ValueError(42)
+    encoded = backend.encode_result(result, state)
+    record = backend._state_record("t", result, encoded, state, None, request, None)
+    assert len(record.value) < 20_000
+    found = backend.decode(codec.decode(record.value).document)
+    assert found["status"] == state
+    assert repr(found["result"]) == repr(backend.decode(backend.encode(encoded)))
+    assert bool(found["children"]) == ("children" not in large)
+    assert bool(found["args"]) == bool(found["kwargs"]) == (not large & {"args", "kwargs"})
+    assert "SUCCESS of t is stored without" in caplog.text or state != states.SUCCESS
+
+
+def test_a_result_that_is_too_large_itself_is_refused():
+    backend = backend_of({})
+    with pytest.raises(EncodeError, match="max_message_bytes"):
+        backend._state_record("t", "x" * 2_000_000, "x" * 2_000_000, states.SUCCESS, None, Context({"id": "t"}), None)
