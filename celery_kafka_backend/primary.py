@@ -249,7 +249,7 @@ class Primary:
         try:
             old = self.view.positions()
         except StoreError:
-            return True
+            return True  # nobody can say what is missing, and the view that was read so far is of no use
         log, there = topics.task_events(self._settings.topic_prefix), new.positions()
         return all(there.get(at, 0) >= offset for at, offset in old.items() if at.topic == log)
 
