@@ -170,8 +170,8 @@ class KafkaBackend(NestedGroups, Chords):
             if is_declared(field(request, "chord")) and field(request, "id") == task_id:
                 if stored:
                     encoded = self.encode_result(result, state)
-                    record = self._state_record(task_id, result, encoded, state, traceback, request, ending)
-                    ending = ending._replace(record=record)
+                    event = self._state_event(task_id, result, encoded, state, traceback, request, ending)
+                    ending = ending._replace(record=self._state_record(event, encoded, traceback, request))
                 self._send_part(request, state, result, ending.who, stored)
                 here.parted = task_id
             if stored:

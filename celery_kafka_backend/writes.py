@@ -102,9 +102,10 @@ class Writes(Reads):
         """
         encoded = self.encode_result(result, state)
         planned = self._planned(task_id)
-        record = (planned and planned.record) or self._state_record(
-            task_id, result, encoded, state, traceback, request, planned
-        )  # fmt: skip
+        record = planned and planned.record
+        if record is None:
+            event = self._state_event(task_id, result, encoded, state, traceback, request, planned)
+            record = self._state_record(event, encoded, traceback, request)
         if state in states.READY_STATES:
             self._store(record, f"{state} of {task_id}", task_id, state, request)
         else:
@@ -116,18 +117,8 @@ class Writes(Reads):
                     self.recorder.publisher.send_casts()
         return encoded
 
-    def _state_record(
-        self,
-        task_id: str,
-        result: Any,
-        encoded: Any,
-        state: str,
-        traceback: Any,
-        request: Any,
-        planned: Ending | None,
-    ) -> Record:
-        event = self._state_event(task_id, result, encoded, state, traceback, request, planned)
-        if state in states.READY_STATES and self.settings.claim_check:
+    def _state_record(self, event: Event, encoded: Any, traceback: Any, request: Any) -> Record:
+        if event.state in states.READY_STATES and self.settings.claim_check:
             event = self._claimed(event, request)
         try:
             return self.recorder.record(event)
@@ -142,10 +133,14 @@ class Writes(Reads):
 
         A task that sends thousands of others has them all in its document, and ``result_extended`` its arguments.
         """
-        meta = self._native(event.task, encoded, event.state or "", traceback, request)
+        meta = self._native(event.task, encoded, event.state or "", traceback, _own(event.task, request))
         meta["date_done"] = event.date_done
+        tried: list[dict[str, None]] = [{}]
         for names in _BESIDE:
             without = {name: None for name in names if meta.get(name)}
+            if without in tried:
+                continue
+            tried.append(without)
             document = {"doc": events.NOTHING, "opaque": None} | self._documents(meta | without)
             try:
                 record = self.recorder.record(msgspec.structs.replace(event, **document))
@@ -252,7 +247,7 @@ class Writes(Reads):
     ) -> Event:
         own = _own(task_id, request)
         who = planned.who if planned else self._identity(task_id, state, request)
-        meta = self._native(task_id, encoded, state, traceback, request)
+        meta = self._native(task_id, encoded, state, traceback, own)
         more = self._outcome(result, state)
         if state == states.RETRY:
             more["due"] = self.recorder.taken_due(task_id)
@@ -269,9 +264,8 @@ class Writes(Reads):
             **more,
         )
 
-    def _native(self, task_id: str, encoded: Any, state: str, traceback: Any, request: Any) -> dict[str, Any]:
+    def _native(self, task_id: str, encoded: Any, state: str, traceback: Any, own: Any) -> dict[str, Any]:
         """Return the native document as it is stored."""
-        own = _own(task_id, request)
         meta = self._meta(task_id, encoded, state, traceback, own)
         if "args" in meta:
             meta["args"], meta["kwargs"] = self.recorder.redacted(

@@ -145,7 +145,8 @@ def test_what_is_beside_a_result_never_keeps_it_from_being_stored(conf, large, s
     request.children.extend(backend.app.AsyncResult(one) for one in (much if "children" in large else ["c"]))
     result = 42 if state == states.SUCCESS else ValueError(42)
     encoded = backend.encode_result(result, state)
-    record = backend._state_record("t", result, encoded, state, None, request, None)
+    event = backend._state_event("t", result, encoded, state, None, request)
+    record = backend._state_record(event, encoded, None, request)
     assert len(record.value) < 20_000
     found = backend.decode(codec.decode(record.value).document)
     assert found["status"] == state
@@ -156,6 +157,7 @@ def test_what_is_beside_a_result_never_keeps_it_from_being_stored(conf, large, s
 
 
 def test_a_result_that_is_too_large_itself_is_refused():
-    backend = backend_of({})
+    backend, result, request = backend_of({}), "x" * 2_000_000, Context({"id": "t"})
+    event = backend._state_event("t", result, result, states.SUCCESS, None, request)
     with pytest.raises(EncodeError, match="max_message_bytes"):
-        backend._state_record("t", "x" * 2_000_000, "x" * 2_000_000, states.SUCCESS, None, Context({"id": "t"}), None)
+        backend._state_record(event, result, None, request)
