@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from celery import Celery
     from celery.result import GroupResult
 
+    from celery_kafka_backend.events import Event
+
 logger = get_logger(__name__)
 
 QUEUE_KBYTES: Final = 16_384
@@ -107,7 +109,7 @@ class _Mirror(Writes):
     ) -> None:
         """Append a state that the app's backend has stored."""
         event = self._state_event(task_id, result, encoded, state, traceback, request)
-        self.recorder.publisher.cast(self.recorder.record(event))
+        self.recorder.publisher.cast(self._state_record(event, encoded, traceback, request))
 
     def forgotten(self, _: Any, task_id: str) -> None:
         """Append that a result was forgotten: all its runs up to now, for a message may carry one, or none."""
@@ -135,6 +137,9 @@ class _Mirror(Writes):
         if kind != events.GROUP_SAVED:
             expires = who.wall + self.settings.retention_ms
         self.recorder.cast(self.recorder.event(kind, subject, who, group=group, expires_at=expires, **more))
+
+    def _claimed(self, event: Event, request: Any) -> Event:  # noqa: ARG002 - no object store is waited for
+        return event
 
     def _known(self, task_id: str) -> None:  # noqa: ARG002 - no view is asked
         return None

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timedelta, timezone
 
 import pytest
 from celery import Celery
+from celery.app.task import Context
 
 from celery_kafka_backend import shadow
 from celery_kafka_backend.cli.shadow import Comparing, compare, differing
+from celery_kafka_backend.codec import decode
+
+
+def test_a_task_with_very_many_children_is_in_the_shadow(monkeypatch):
+    app = Celery("shadowed", broker="memory://", set_as_current=False)
+    mirror = shadow._Mirror(app, "kafka://127.0.0.1:9/?view=memory://x")
+    request = Context({"id": "t"})
+    request.children.extend(app.AsyncResult(str(number)) for number in range(50_000))
+    sent = []
+    monkeypatch.setattr(mirror.recorder.publisher, "cast", sent.append)
+    mirror.harmless(mirror.stored, 42, "t", 42, "SUCCESS", request=request)
+    (record,) = sent
+    assert json.loads(decode(record.value).document)["result"] == 42
 
 
 @pytest.fixture(autouse=True)
