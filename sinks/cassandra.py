@@ -53,7 +53,7 @@ from celery_kafka_backend.sinks.cassandra_native import native_row
 from celery_kafka_backend.sinks.cassandra_place import Place
 from celery_kafka_backend.sinks.cassandra_view import CHORD, MAX_KEY, STATES, CassandraView
 from celery_kafka_backend.sinks.cassandra_wire import translated
-from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
+from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View, id_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -336,18 +336,9 @@ class CassandraSink(Sink):
         yield from (gathered for gathered, _ in open_ones.values())
 
 
-def _no_key(name: str) -> str:
-    """Return why a text cannot be part of a key; "" if it can."""
-    try:
-        size = len(name.encode())
-    except UnicodeEncodeError as exc:
-        return f"the id is not UTF-8: {exc}"
-    return f"an id of {size} bytes; the limit is {MAX_KEY}" if size > MAX_KEY else ""
-
-
 def _refusal(change: Change, limit: int, *, history: bool) -> str:
     for name in (change.id, *(logged.event.id for logged in change.history)):
-        if reason := _no_key(name):
+        if reason := id_refusal(name, MAX_KEY):
             return reason
     size = len(change.document or b"")
     if size > limit:
@@ -357,7 +348,7 @@ def _refusal(change: Change, limit: int, *, history: bool) -> str:
 
 
 def _unnameable(fact: ChordFact, refused: dict[str, str]) -> bool:
-    reason = _no_key(fact.group) or _no_key(fact.name)
+    reason = id_refusal(fact.group, MAX_KEY) or id_refusal(fact.name, MAX_KEY)
     if reason:
         refused[fact.group] = reason
     return bool(reason)

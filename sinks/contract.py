@@ -181,6 +181,15 @@ def side_row(subject: str, subject_id: str, key: int, event_id: str, side: Side)
     return Row("side", subject_id, columns, side.expires_at)
 
 
+def id_refusal(name: str, limit: int | None = None) -> str:
+    """Return why a text cannot be an id, or be a part of one, of at most ``limit`` bytes; "" if it can."""
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError as exc:
+        return f"the id is not UTF-8: {exc}"
+    return f"an id of {size} bytes; the limit is {limit}" if limit is not None and size > limit else ""
+
+
 def history_row(
     key: str, value: bytes, expires_at: int, beside: Mapping[str, Any], said: Callable[[Event], Mapping[str, Any]]
 ) -> Row:

@@ -39,7 +39,7 @@ from celery_kafka_backend.changes import history_expiry
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
 from celery_kafka_backend.order import Rank, rank_of_key, system_wall_ms
 from celery_kafka_backend.sinks import elasticsearch_indices as indices
-from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
+from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View, id_refusal
 from celery_kafka_backend.sinks.elasticsearch_indices import NEVER
 from celery_kafka_backend.sinks.elasticsearch_native import beside, kept, native
 from celery_kafka_backend.sinks.elasticsearch_view import MAX_ID_BYTES, ElasticView, chord_id, positions_id
@@ -201,7 +201,7 @@ class ElasticSink(Sink):
     # -- tasks, groups, history ----------------------------------------------------------------
 
     def _refusal(self, change: Change) -> str:
-        if reason := _no_id(self._place.prefixes[change.subject] + change.id):
+        if reason := id_refusal(self._place.prefixes[change.subject] + change.id, MAX_ID_BYTES):
             return reason
         size = len(change.document or b"")
         if size > self._limit:
@@ -258,7 +258,7 @@ class ElasticSink(Sink):
         ends: dict[str, int] = {}
         for fact in facts:
             ends[fact.group] = max(fact.expires_at or NEVER, ends.get(fact.group, 0))
-        unnameable = {group: reason for group in ends if (reason := _no_id(chord_id(group)))}
+        unnameable = {group: reason for group in ends if (reason := id_refusal(chord_id(group), MAX_ID_BYTES))}
         refused += unnameable.items()
         for group in unnameable:
             del ends[group]
@@ -357,15 +357,6 @@ class ElasticSink(Sink):
         if failure.denied:
             raise denied(self.url, [failure])
         return reason(failure.error)
-
-
-def _no_id(key: str) -> str:
-    """Return why the server takes no document of that id, nor any other operation beside it; "" if it does."""
-    try:
-        size = len(key.encode())
-    except UnicodeEncodeError as exc:
-        return f"the id is not UTF-8: {exc}"
-    return f"an id of {size} bytes; the limit is {MAX_ID_BYTES}" if size > MAX_ID_BYTES else ""
 
 
 def _withstand(winner: Event) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from celery_kafka_backend.sinks.contract import (
     Subscription,
     View,
     document_row,
+    id_refusal,
     side_row,
 )
 
@@ -161,10 +162,8 @@ class MemorySink(Sink):
             raise Rejected(refused)
 
     def _refusal(self, change: Change) -> str:
-        try:
-            change.id.encode()
-        except UnicodeEncodeError as exc:
-            return f"the id is not UTF-8: {exc}"
+        if reason := id_refusal(change.id):
+            return reason
         size = len(change.document or b"")
         return f"a document of {size} bytes; the limit is {self._limit}" if size > self._limit else ""
 

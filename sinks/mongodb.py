@@ -37,7 +37,7 @@ from pymongo import InsertOne, UpdateOne, errors
 from celery_kafka_backend.changes import GROUP, TASK, Side, history_expiry
 from celery_kafka_backend.errors import Rejected, SettingsError
 from celery_kafka_backend.order import Rank, rank_of_key, system_wall_ms
-from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View
+from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View, id_refusal
 from celery_kafka_backend.sinks.mongodb_native import EMPTY_GROUP, HIDDEN, beside, group_fields, task_fields
 from celery_kafka_backend.sinks.mongodb_view import MongoView
 from celery_kafka_backend.sinks.mongodb_wire import (
@@ -264,10 +264,8 @@ class MongoSink(Sink):
 
 
 def _refusal(change: Change, limit: int, *, history: bool) -> str:
-    try:
-        change.id.encode()
-    except UnicodeEncodeError as exc:
-        return f"the id is not UTF-8: {exc}"
+    if reason := id_refusal(change.id):
+        return reason
     document = change.document or b""
     size = len(document)
     if change.winner is not None and SURELY_FITS < size <= limit:

@@ -37,6 +37,7 @@ from celery_kafka_backend.sinks.contract import (
     View,
     document_row,
     history_row,
+    id_refusal,
     side_row,
 )
 from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, stock_group, task_row
@@ -237,10 +238,8 @@ class SqliteSink(Sink):
 
 
 def _refusal(change: Change, limit: int) -> str:
-    try:
-        change.id.encode()
-    except UnicodeEncodeError as exc:
-        return f"the id is not UTF-8: {exc}"
+    if reason := id_refusal(change.id):
+        return reason
     size = len(change.document or b"")
     return f"a document of {size} bytes; the limit is {limit}" if size > limit else ""
 

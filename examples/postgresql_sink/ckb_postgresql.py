@@ -25,7 +25,7 @@ import psycopg
 from celery_kafka_backend.changes import GROUP, TASK, Batch, Partition, Side, history_expiry
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
 from celery_kafka_backend.settings import mask
-from celery_kafka_backend.sinks.contract import Row, Shown, Sink, StoreOptions, View, document_row, side_row
+from celery_kafka_backend.sinks.contract import Row, Shown, Sink, StoreOptions, View, document_row, id_refusal, side_row
 from celery_kafka_backend.sinks.per_process import PerProcess
 from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, stock_group, task_row
 
@@ -208,10 +208,8 @@ class PostgresSink(Sink):
 
 
 def _refusal(change: Change, limit: int) -> str:
-    try:
-        change.id.encode()
-    except UnicodeEncodeError as exc:
-        return f"the id is not UTF-8: {exc}"
+    if reason := id_refusal(change.id):
+        return reason
     if "\0" in change.id:
         return "PostgreSQL takes no NUL in an id"
     if len(change.id) > MAX_NATIVE_CHARS:
