@@ -71,8 +71,10 @@ NOTHING: Final = msgspec.Raw(b"")
 # no store can hold is a dead letter instead of a sink's crash.
 _Key = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Run = Annotated[int, msgspec.Meta(ge=0, le=(1 << 28) - 1)]
-_Ms = Annotated[int, msgspec.Meta(ge=0, le=253_370_764_799_999)]
-"""When something was: before the year 9999, for Python, Cassandra's driver and SQL's texts have no dates behind it."""
+LATEST_MS: Final = 253_370_764_799_999
+"""The end of the year 9998: Python, Cassandra's driver and SQL's texts have no dates for what lies far behind it."""
+_Ms = Annotated[int, msgspec.Meta(ge=0, le=LATEST_MS)]
+"""When something was."""
 _Until = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
 """When something is to be, which people may put off as far as they like. And a number of bytes."""
 _THOUSAND_YEARS_S: Final = 1_000 * 366 * 86_400

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from celery_kafka_backend import codec
+from celery_kafka_backend import codec, documents, events
 from celery_kafka_backend.errors import CodecError
 from celery_kafka_backend.sinks.splices import ENCODERS, SPLICES, uncompressed
 
 if TYPE_CHECKING:
     from celery_kafka_backend.events import Event
-
-
-_LATEST_MS: Final = 253_370_764_799_999
-"""The year 9998: drivers cannot read later dates, and then nothing that is asked for together with them."""
 
 
 class NativeRow(NamedTuple):
@@ -50,16 +46,9 @@ def native_row(event: Event, document: bytes) -> NativeRow:
 
 
 def _ms(iso: str | None) -> int:
-    try:
-        found = datetime.fromisoformat(iso.replace("Z", "+00:00")) if iso else None
-    except ValueError:
-        return 0
-    if found is None:
-        return 0
-    if found.tzinfo is None:
-        found = found.replace(tzinfo=timezone.utc)
-    ms = int(found.timestamp() * 1000)
-    return ms if 0 <= ms <= _LATEST_MS else 0
+    """Return when that is; 0 of a date that drivers cannot read, nor then what is asked for together with it."""
+    ms = documents.moment(iso) or 0
+    return ms if 0 <= ms <= events.LATEST_MS else 0
 
 
 # -- and back ------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 
 import bson
@@ -43,16 +42,8 @@ EMPTY_GROUP: Final[dict[str, Any]] = {"result": "[]", "date_done": None}
 
 
 def _date(iso: str | None) -> DatetimeMS | None:
-    try:
-        found = datetime.fromisoformat(iso.replace("Z", "+00:00")) if iso else None
-    except ValueError:
-        return None
-    if found is None:
-        return None
-    if found.tzinfo is None:
-        found = found.replace(tzinfo=timezone.utc)
-    ms = int(found.timestamp() * 1000)
-    return DatetimeMS(ms) if 0 <= ms <= _LATEST_MS else None
+    ms = documents.moment(iso)
+    return DatetimeMS(ms) if ms is not None and 0 <= ms <= _LATEST_MS else None
 
 
 def _payload(encoded: bytes | None, content_type: str) -> str | bytes | None:

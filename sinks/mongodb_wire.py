@@ -11,6 +11,7 @@ from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.datetime_ms import DatetimeMS
 from pymongo import errors
 
+from celery_kafka_backend import events
 from celery_kafka_backend.changes import GROUP, TASK
 from celery_kafka_backend.errors import SettingsError, Unavailable
 from celery_kafka_backend.settings import mask
@@ -33,7 +34,7 @@ CHORD: Final = "celery_kafka_chord"
 CHORD_EXPIRY: Final = "celery_kafka_chord_expiry"
 POSITION: Final = "celery_kafka_position"
 
-NEVER: Final = DatetimeMS(253_370_764_800_000)
+NEVER: Final = DatetimeMS(events.LATEST_MS + 1)
 """An expiry later than all, the year 9999: a maximum of expiries needs no special case. A stock client reads it beside
 Celery's fields, and its driver fails on what Python has no date for."""
 

@@ -14,6 +14,7 @@ from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
 from celery_kafka_backend.cli.output import duration
 from celery_kafka_backend.cli.records import messages, spans
 from celery_kafka_backend.errors import SettingsError, StoreError
+from celery_kafka_backend.events import kept_ms
 from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.contract import matching
@@ -90,18 +91,18 @@ def _searching(pipeline: Pipeline, name: str, view: View) -> Callable[[Query], I
 
 def keeps_less(pipeline: Pipeline) -> str:
     """Return how long views keep history, in words, where that is shorter than the log; else ""."""
-    kept_ms, setting = _history_ms(pipeline)
+    views_ms, setting = _history_ms(pipeline)
     log_ms = pipeline.settings.retention_ms
-    if not 0 < kept_ms < log_ms:
+    if not 0 < views_ms < log_ms:
         return ""
-    return f"keeps history for {duration(kept_ms / 1000)} ({setting}), the log for {duration(log_ms / 1000)}"
+    return f"keeps history for {duration(views_ms / 1000)} ({setting}), the log for {duration(log_ms / 1000)}"
 
 
 def _history_ms(pipeline: Pipeline) -> tuple[int, str]:
     """Return how long views keep history, in ms, 0: for ever; and which setting says so."""
     if (own_ms := pipeline.settings.history_retention_ms) is not None:
         return own_ms, "history_retention_ms"
-    return int((pipeline.app.backend.expires or 0) * 1000), "result_expires"
+    return kept_ms(pipeline.app.backend.expires), "result_expires"
 
 
 def _usable(pipeline: Pipeline, url: str, view: View, *, must: bool) -> bool:
