@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from celery_kafka_backend import codec, documents, events
 from celery_kafka_backend.errors import CodecError
-from celery_kafka_backend.sinks.splices import ENCODERS, SPLICES, uncompressed
+from celery_kafka_backend.sinks.splices import ENCODERS, spliced, uncompressed
 
 if TYPE_CHECKING:
     from celery_kafka_backend.events import Event
@@ -60,11 +60,10 @@ def stock_document(task_id: str, row: NativeRow, serializer: str) -> bytes | Non
     Put together from its encoded parts, of which none is decoded: unpickling is for who trusts the store. None where
     that cannot be: a serializer or a compression of one's own.
     """
-    splice = SPLICES.get(serializer)
     given = {"result": row.result, "traceback": row.traceback, "children": row.children}
     parts = {name: part and uncompressed(part) for name, part in given.items()}
-    if splice is None or any(part is None and given[name] is not None for name, part in parts.items()):
+    if any(part is None and given[name] is not None for name, part in parts.items()):
         return None
     done = datetime.fromtimestamp(row.date_done / 1000, timezone.utc).isoformat()
     plain = {"status": row.status, "date_done": done, "task_id": task_id}
-    return splice(plain, parts)
+    return spliced(serializer, plain, parts)

@@ -19,7 +19,7 @@ import msgspec
 from celery_kafka_backend import codec
 from celery_kafka_backend.changes import GROUP
 from celery_kafka_backend.errors import CodecError
-from celery_kafka_backend.sinks.splices import SPLICES
+from celery_kafka_backend.sinks.splices import spliced
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -234,7 +234,7 @@ def stock_document(source: Mapping[str, Any], serializer: str) -> bytes | None:
         texts = {name: result[name] for name in _ENCODED if name in result}
         encoded = {name: str(text).encode(errors="replace") if text else None for name, text in texts.items()}
         plain = {name: value for name, value in result.items() if name not in encoded}
-        return SPLICES[serializer](plain, encoded) if serializer in SPLICES else None
+        return spliced(serializer, plain, encoded)
     meta = dict(result)
     for name in _ENCODED:
         if isinstance(meta.get(name), str) and meta[name]:

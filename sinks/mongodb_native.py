@@ -13,7 +13,7 @@ from bson.datetime_ms import DatetimeMS
 
 from celery_kafka_backend import codec, documents
 from celery_kafka_backend.errors import CodecError, Unreadable
-from celery_kafka_backend.sinks.splices import COMPRESSED, ENCODERS, SPLICES, uncompressed
+from celery_kafka_backend.sinks.splices import COMPRESSED, ENCODERS, spliced, uncompressed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -174,9 +174,9 @@ def stock_document(found: dict[str, Any], serializer: str = "") -> bytes | None:
     extended = ("name", "args", "kwargs", "worker", "retries", "queue", "group_id", "parent_id")
     plain |= {name: found[name] for name in extended if name in found}
     try:
-        splice = SPLICES[serializer or _serializer(result)]
-        return splice(plain, {"result": result.encode() if isinstance(result, str) else result})
-    except (KeyError, TypeError, ValueError):
+        parts = {"result": result.encode() if isinstance(result, str) else result}
+        return spliced(serializer or _serializer(result), plain, parts)
+    except (TypeError, ValueError):
         return None
 
 

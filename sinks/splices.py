@@ -90,9 +90,15 @@ def _yaml_splice(plain: dict[str, Any], parts: dict[str, bytes | None]) -> bytes
     return "\n".join([*lines, ""]).encode()
 
 
-SPLICES: Final[dict[str, Callable[[dict[str, Any], dict[str, bytes | None]], bytes | None]]] = {
+_SPLICES: Final[dict[str, Callable[[dict[str, Any], dict[str, bytes | None]], bytes | None]]] = {
     "json": _json_splice,
     "pickle": _pickle_splice,
     "msgpack": _msgpack_splice,
     "yaml": _yaml_splice,
 }
+
+
+def spliced(serializer: str, plain: dict[str, Any], parts: dict[str, bytes | None]) -> bytes | None:
+    """Return the document of values of ours and encoded ones of theirs; None: not by this serializer."""
+    splice = _SPLICES.get(serializer)
+    return None if splice is None else splice(plain, parts)

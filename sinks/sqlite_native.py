@@ -9,7 +9,7 @@ import msgspec
 
 from celery_kafka_backend import codec
 from celery_kafka_backend.errors import CodecError
-from celery_kafka_backend.sinks.splices import SPLICES
+from celery_kafka_backend.sinks.splices import spliced
 
 if TYPE_CHECKING:
     from celery_kafka_backend.events import Event
@@ -92,7 +92,7 @@ class _Stock(msgspec.Struct, omit_defaults=True):
 
 def stock_group(result: bytes, serializer: str) -> bytes | None:
     """Return what a key-value backend would hold for a group that Celery's SQL backend saved; None: not by this serializer."""
-    return SPLICES[serializer]({}, {"result": result}) if serializer in SPLICES else None
+    return spliced(serializer, {}, {"result": result})
 
 
 def stock_document(
@@ -107,7 +107,7 @@ def stock_document(
         if args is not None or kwargs is not None:
             plain |= {"name": name, "worker": worker, "retries": retries, "queue": queue}
             parts |= {"args": args, "kwargs": kwargs}
-        return SPLICES[serializer](plain, parts) if serializer in SPLICES else None
+        return spliced(serializer, plain, parts)
     raw = [msgspec.Raw(part or b"null") for part in (result, children or b"[]")]
     document = _Stock(
         status, raw[0], traceback, raw[1], done, task_id, name, worker=worker, retries=retries, queue=queue
