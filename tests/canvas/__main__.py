@@ -45,7 +45,7 @@ def main() -> int:
             batch = seeds[start : start + arguments.batch]
             programs = {seed: Author(seed, kills=arguments.kills).program() for seed in batch}
             expected = peer.run(programs)
-            found = ours.run({seed: Author(seed, kills=arguments.kills).program() for seed in batch}, expected)
+            found = ours.run(programs, expected)
             (folder / f"answers-{start}.json").write_text(json.dumps([expected, found], indent=1))
             for seed in batch:
                 for line in answers.differences(expected[seed], found[seed], kills=arguments.kills):

@@ -17,6 +17,7 @@ from kombu import Queue
 
 from tests.canvas.building import built
 from tests.faults.journal import Journal
+from tests.redis_broker import RESTORES_SOON
 
 FOLDER = Path(os.environ["CANVAS_FOLDER"])
 journal = Journal(FOLDER, "canvas")
@@ -29,15 +30,7 @@ app.conf.update(
     worker_prefetch_multiplier=1,
     worker_hijack_root_logger=False,
     broker_connection_retry_on_startup=True,
-    # What a killed worker held comes back soon.
-    broker_transport_options={
-        "polling_interval": 0.02,
-        "visibility_timeout": 15,
-        "unacked_restore_interval": 3,
-        "unacked_restore_throttle": 1,
-        "unacked_mutex_expire": 10,
-        "queue_order_strategy": "priority",
-    },
+    broker_transport_options={**RESTORES_SOON, "queue_order_strategy": "priority"},
     **json.loads(os.environ.get("CANVAS_CONF", "{}")),
 )
 

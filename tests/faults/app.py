@@ -14,6 +14,7 @@ from pathlib import Path
 from celery import Celery, Task
 
 from tests.faults.journal import Journal, digest
+from tests.redis_broker import RESTORES_SOON
 
 journal = Journal(Path(os.environ["FAULTS_JOURNAL"]), "task")
 
@@ -21,16 +22,8 @@ app = Celery("faults", broker=os.environ["FAULTS_BROKER"], backend=os.environ["F
 app.conf.update(
     worker_prefetch_multiplier=1,
     broker_connection_retry_on_startup=True,
-    # What a killed worker held comes back soon; else the suite would wait for an hour.
-    broker_transport_options={
-        "polling_interval": 0.02,
-        "visibility_timeout": 15,
-        "unacked_restore_interval": 3,
-        "unacked_restore_throttle": 1,
-        "unacked_mutex_expire": 10,
-        # Thirty greenlets acknowledge at once; at kombu's ten connections some of them could not ("Couldn't ack").
-        "max_connections": 100,
-    },
+    # Thirty greenlets acknowledge at once; at kombu's ten connections some of them could not ("Couldn't ack").
+    broker_transport_options={**RESTORES_SOON, "max_connections": 100},
     worker_hijack_root_logger=False,
     task_track_started=True,
     **json.loads(os.environ.get("FAULTS_CONF", "{}")),
