@@ -15,7 +15,8 @@ of each, in whatever order, and however often, partials came.
 * ``v`` is the version, 1 today, always written. A reader refuses another one, and accepts unknown fields.
 * Durations are counted in bins of a DDSketch with a relative accuracy of 1 %: bin ``i`` counts durations of more than
   `GAMMA` ** (i - 1) and at most `GAMMA` ** i milliseconds, where `GAMMA` is 1.01 / 0.99; less than a microsecond counts
-  as one. Merging is adding, so merged quantiles are as accurate as those of a single sketch.
+  as one, and more than some million years as the last one. Merging is adding, so merged quantiles are as accurate as
+  those of a single sketch.
 * A version is never edited in place: tests/golden holds one file for each.
 """
 
@@ -40,10 +41,14 @@ ACCURACY: Final = 0.01
 GAMMA: Final = (1 + ACCURACY) / (1 - ACCURACY)
 _BINS_PER_E: Final = 1 / log(GAMMA)
 _LEAST_MS: Final = 0.001
+MAX_BIN: Final = 2_000
+_MOST_MS: Final = GAMMA ** (MAX_BIN - 1)
 MAX_UPTO: Final = (1 << 63) - 1
+MAX_BYTES: Final = BUCKET << 31
+"""Of a bucket: no record is larger than Kafka can say."""
 
-_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
-_Bin = Annotated[int, msgspec.Meta(ge=-345, le=2_000)]
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Bin = Annotated[int, msgspec.Meta(ge=-345, le=MAX_BIN)]
 _Key = TypeVar("_Key")
 
 
@@ -149,7 +154,8 @@ def decode(value: bytes | None) -> Partial:
 
     Raises:
         UnknownVersion: It was written by a newer version.
-        Unreadable: It is no partial, or one that cannot be: a count below 0, an offset outside its bucket.
+        Unreadable: It is no partial, or one that cannot be: a count below 0, more than a bucket holds, an offset
+            outside its bucket.
     """
     if value is None:
         raise Unreadable("a tombstone, where a partial statistic was expected")
@@ -167,12 +173,22 @@ def decode(value: bytes | None) -> Partial:
         raise Unreadable(f"not a partial statistic: {exc}") from exc
     if not partial.bucket * BUCKET < partial.upto <= (partial.bucket + 1) * BUCKET:
         raise Unreadable(f"offset {partial.upto} is outside bucket {partial.bucket}")
+    # Sums of what cannot be would outgrow every number that a changelog or a view can hold.
+    if any(_most(cell) > BUCKET or cell.bytes > MAX_BYTES for cell in partial.cells):
+        raise Unreadable(f"it counts more than the {BUCKET} records of a bucket")
     return partial
+
+
+def _most(cell: Cell) -> int:
+    counts = (cell.kinds, cell.errors, cell.wait, cell.run)
+    return max(cell.begun, cell.over, *(max(each.values(), default=0) for each in counts))
 
 
 def bin_of(duration_ms: float) -> int:
     """Return the bin that counts a duration; a negative one, of clocks that differ, counts as none."""
-    return ceil(log(duration_ms) * _BINS_PER_E) if duration_ms > _LEAST_MS else _LEAST_BIN
+    if _LEAST_MS < duration_ms < _MOST_MS:
+        return ceil(log(duration_ms) * _BINS_PER_E)
+    return MAX_BIN if duration_ms >= _MOST_MS else _LEAST_BIN
 
 
 _LEAST_BIN: Final = ceil(log(_LEAST_MS) * _BINS_PER_E)

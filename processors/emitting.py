@@ -11,6 +11,8 @@ second. Whatever fails here is logged, and tried again; results and their commit
 any kind, reads it again from there up to where the materializer's batch begins, with a consumer of its own, and so
 counts every bucket from its first record. What that tells a second time replaces what was told before.
 If that stretch is longer than `CATCH_UP` records, only its end is read: so much the windows of a fleet in trouble lack.
+No record has to come for that: what the materializer has done is looked at, too, so that a log that falls silent after
+a crash or trouble is told to its end.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from math import inf
 from operator import methodcaller, sub
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from celery_kafka_backend import partials, topics
 from celery_kafka_backend.changes import Logged
@@ -38,10 +40,11 @@ from celery_kafka_backend.processors.tally import Tally
 from celery_kafka_backend.rights import PROCESSOR, Right
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from confluent_kafka import KafkaError, Message
+    from confluent_kafka import Message
 
+    from celery_kafka_backend.changes import Partition
     from celery_kafka_backend.partials import Partial
     from celery_kafka_backend.processors.intake import Intake
     from celery_kafka_backend.settings import Settings
@@ -96,6 +99,7 @@ class Emitter:
         self._log = topics.task_events(settings.topic_prefix)
         self._topic = topics.task_stats(settings.topic_prefix)
         self._batches: queue.Queue[_Batch] = queue.Queue(WAITING)
+        self._done: Mapping[Partition, int] = {}
         self._stopping = threading.Event()
         self._wanted = threading.Event()  # our thread is to count
         self._helped = False  # the materializer has done so since it handed over its last batch
@@ -113,8 +117,13 @@ class Emitter:
         self._reader: Consumer | None = None
         self._thread = threading.Thread(target=self._run, name="statistics", daemon=True)
 
-    def start(self) -> None:
-        """Begin."""
+    def start(self, done: Mapping[Partition, int]) -> None:
+        """Begin.
+
+        Args:
+            done: Next offset of each partition that the materializer has; it keeps that up to date.
+        """
+        self._done = done
         self._thread.start()
 
     def take(self, messages: Sequence[Message], intake: Intake) -> None:
@@ -204,6 +213,7 @@ class Emitter:
                 if now >= tell_at:
                     tell_at = now + TELL_S
                     self._tell()
+                    self._make_up()
                 if now >= settle_at:
                     settle_at = now + SETTLE_S
                     self._settle()
@@ -253,6 +263,16 @@ class Emitter:
         if len(tally) > UNSETTLED:
             del self._tallies[partition]
             self._complain(f"{self._topic} takes nothing: statistics of partition {partition} are let go")
+
+    def _make_up(self) -> None:
+        """Read what was let go or never handed over, where no record comes that would show the gap."""
+        for (topic, partition), done in list(self._done.items()):
+            with self._lock:
+                if topic != self._log or self._waiting() is not None:
+                    continue
+                tally = self._tallies.get(partition)
+                if tally is None or tally.next < done:
+                    self._add(partition, done, [])
 
     # -- from where on -----------------------------------------------------------------------
 
@@ -329,15 +349,17 @@ class Emitter:
                     except BufferError:
                         tally.delivered(partial, arrived=False)
                     except KafkaException as exc:
-                        tally.delivered(partial, arrived=False)
-                        problem = exc
+                        given_up = self._is_too_large(partial, exc.args[0])
+                        tally.delivered(partial, arrived=given_up)
+                        problem = problem if given_up else exc
         if problem is not None:
             raise self._refused(problem, self._topic, self._topic, "Write")
 
     def _send(self, tally: Tally, partial: Partial) -> None:
         def delivered(error: KafkaError | None, _message: Message) -> None:
-            tally.delivered(partial, arrived=error is None)
-            if error is not None:
+            given_up = error is not None and self._is_too_large(partial, error)
+            tally.delivered(partial, arrived=error is None or given_up)
+            if error is not None and not given_up:
                 self._complain(str(self._refused(KafkaException(error), self._topic, self._topic, "Write")))
 
         if self._producer is None:
@@ -345,6 +367,13 @@ class Emitter:
             self._producer = self._complaints.handle(Producer, config)
         key = partial.task.encode(errors="replace")
         self._producer.produce(self._topic, partials.encode(partial), key, on_delivery=delivered)
+
+    def _is_too_large(self, partial: Partial, error: KafkaError) -> bool:
+        """Return whether a partial will never arrive: then it is left out, for no other may wait for it."""
+        if error.code() != KafkaError.MSG_SIZE_TOO_LARGE:
+            return False
+        self._complain(f"{partial.task[:100]!r} is left out for a minute: a partial of over max_message_bytes")
+        return True
 
     # -- trouble -----------------------------------------------------------------------------
 

@@ -169,7 +169,7 @@ class Materializer:
                 self._consumers.join()
                 logger.info("%s: reading %s into %s", self.group, ", ".join(self._topics), self._sink.url)
                 if self.emitter is not None:
-                    self.emitter.start()
+                    self.emitter.start(self._consumers.done)
                     self._sink.meanwhile = self.emitter.count_some
                 self._loop()
             finally:

@@ -15,6 +15,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 
 from celery_kafka_backend import codec, events, partials, topics
 from celery_kafka_backend.events import Event
+from celery_kafka_backend.processors.emitting import STATS
 from celery_kafka_backend.sinks.registry import open_view
 from tests.integration.kafka_topics import create, must_arrive
 from tests.integration.materializing import options
@@ -49,17 +50,25 @@ class World:
     def create(self, *names: str) -> None:
         create(AdminClient({"bootstrap.servers": self.kafka}), *(NewTopic(name, PARTITIONS, 1) for name in names))
 
-    def put(self, count: int) -> None:
-        """So many events of some tasks."""
+    def put(self, count: int, partition: int = -1) -> None:
+        """So many events of some tasks, by their ids or into one partition."""
         for _ in range(count):
-            at = time.time_ns() // 1_000_000 - self._random.randrange(2 * MINUTE)
             kind = self._random.choice([events.SENT, events.STARTED, events.SUCCESS, events.FAILURE])
-            name, task = self._random.choice("abc"), str(uuid.uuid4())
-            event = Event(id=task, kind=kind, task=task, at=at, hlc=at, name=name, queue="q", started_at=at - 5)
-            self._producer.produce(topics.task_events(self.prefix), codec.encode(event), task.encode())
-            self.expected[name, kind] = self.expected.get((name, kind), 0) + 1
-            self._producer.poll(0)
+            self._put(partition, kind=kind, name=self._random.choice("abc"))
         assert self._producer.flush(PATIENCE_S) == 0
+
+    def put_one(self, **fields: Any) -> None:
+        """One SUCCESS with these fields."""
+        self._put(-1, **{"kind": events.SUCCESS, "name": "a", **fields})
+        assert self._producer.flush(PATIENCE_S) == 0
+
+    def _put(self, partition: int, **fields: Any) -> None:
+        at, task = time.time_ns() // 1_000_000 - self._random.randrange(2 * MINUTE), str(uuid.uuid4())
+        event = Event(id=task, task=task, at=at, hlc=at, queue="q", started_at=at - 5, **fields)
+        self._producer.produce(topics.task_events(self.prefix), codec.encode(event), task.encode(), partition)
+        where = fields["name"], fields["kind"]
+        self.expected[where] = self.expected.get(where, 0) + 1
+        self._producer.poll(0)
 
     def start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "tests.integration.telling", self.kafka, self.prefix, self.view]
@@ -78,6 +87,22 @@ class World:
         except Exception:  # noqa: BLE001 - it is not there yet
             return 0
         return sum(offset for at, offset in there.items() if at.topic == topics.task_events(self.prefix))
+
+    def committed(self) -> int:
+        """How many records the materializers need not read again."""
+        return sum(self._committed(topics.view_name(self.view)))
+
+    def settled(self) -> list[int]:
+        """From where on the statistics of each partition would be counted again."""
+        return self._committed(STATS)
+
+    def _committed(self, role: str) -> list[int]:
+        group = topics.group_id(self.prefix, role)
+        consumer = Consumer({"bootstrap.servers": self.kafka, "group.id": group, "log_level": 3})
+        log = topics.task_events(self.prefix)
+        found = consumer.committed([TopicPartition(log, n) for n in range(PARTITIONS)], timeout=PATIENCE_S)
+        consumer.close()
+        return [max(at.offset, 0) for at in found]
 
     def told(self) -> dict[tuple[str, str], int]:
         """Kinds per name, of each bucket by its fullest partial."""
@@ -138,6 +163,33 @@ def test_kill_9_and_a_rebalance_change_no_total(world: World):
         process.terminate()
         assert process.wait(PATIENCE_S) == 0
     assert world.told() == world.expected
+
+
+@pytest.mark.parametrize("world", ["sqlite"], indirect=True)
+def test_a_log_that_falls_silent_with_its_materializer_killed_is_told_to_its_end(world: World):
+    """No record comes after the crash that would show what is missing; an event with an impossible run time is counted."""
+    world.put(2_500)
+    world.put_one(runtime_s=1e308)
+    victim = world.start()
+    until(lambda: world.committed() == 2_501)
+    native.end(victim)  # SIGKILL: nothing was told yet, for there is no topic
+    world.create(topics.task_stats(world.prefix))
+    world.start()
+    until(lambda: world.told() == world.expected)
+
+
+@pytest.mark.parametrize("world", ["sqlite"], indirect=True)
+def test_what_is_too_large_to_be_told_holds_up_nothing(world: World):
+    """A task name of nearly a record's size does not fit beside itself as a key."""
+    world.create(topics.task_stats(world.prefix))
+    world.put_one(name="x" * 900_000)
+    del world.expected["x" * 900_000, events.SUCCESS]
+    for partition in range(PARTITIONS):  # so many that the first bucket is whole
+        world.put(1_100, partition)
+    world.start()
+    until(lambda: "max_message_bytes" in world.log)
+    until(lambda: world.told() == world.expected)
+    until(lambda: world.settled() == [1_000] * PARTITIONS)
 
 
 @pytest.mark.parametrize("world", ["sqlite"], indirect=True)

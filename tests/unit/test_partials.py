@@ -62,6 +62,10 @@ def test_unknown_fields_are_accepted():
         ({"upto": 1_001}, "outside bucket"),
         ({"task": None}, "str"),
         ({"v": 0}, "never was"),
+        ({"cells": [{"kinds": {"sent": 1_001}}]}, "more than the 1000 records"),
+        ({"cells": [{"run": {"7": 1 << 60}}]}, "more than the 1000 records"),
+        ({"cells": [{"begun": 1 << 70}]}, "more than the 1000 records"),
+        ({"cells": [{"bytes": 1 << 53}]}, "more than the 1000 records"),
     ],
 )
 def test_what_cannot_be_is_refused(change: dict[str, object], says: str):
@@ -92,6 +96,13 @@ def test_the_bins_are_those_of_a_ddsketch(duration_ms: float):
 def test_what_lasted_no_time_counts_as_a_microsecond(duration_ms: float):
     """Negative ones come from clocks that differ."""
     assert bin_of(duration_ms) == bin_of(0.001)
+
+
+@pytest.mark.parametrize("duration_ms", [1e17, 1e25, 1e308, float("inf")])
+def test_what_lasted_longer_than_the_last_bin_counts_there(duration_ms: float):
+    """A run time of 1e308 s is a number like any other in an event; its bin is one that readers take."""
+    partial = Partial(partition=0, bucket=0, minute=1, task="a", upto=1, cells=[Cell(run={bin_of(duration_ms): 1})])
+    assert decode(encode(partial)) == partial
 
 
 def test_merging_adds_cell_by_cell_and_touches_none_of_them():
