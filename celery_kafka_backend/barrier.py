@@ -11,24 +11,25 @@ reasons. Knows no Celery. Rights: Describe and Read on the log; no consumer grou
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from celery_kafka_backend import codec, events, kafka, topics
+from celery_kafka_backend import codec, events, kafka, order, places, topics
 from celery_kafka_backend.changes import GROUP, TASK, Partition, beats
 from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import PublishError, UnknownVersion, Unreadable, Unsure
 from celery_kafka_backend.producer import greenlets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from confluent_kafka import Message
 
@@ -54,6 +55,8 @@ LEADER_S: Final = 0.05
 CHUNK: Final = 1000
 KEPT: Final = 1000
 """Writes of this process that the view has not shown yet."""
+
+_Answer = TypeVar("_Answer")
 
 _parked: Final[list[Any]] = []
 
@@ -189,7 +192,7 @@ class Barrier:
             Unavailable: The view does not say how far it is.
         """
         with self._bounded(timeout_s) as deadline:
-            ends = self._log.ends([subject_id], deadline)
+            ends = self._log.ends([subject_id], deadline, positions)
             wait_s = min(WAIT_S, WAIT_SHARE * (deadline - time.monotonic()))
             behind = self._behind(ends, positions, time.monotonic() + wait_s)
             found: list[Event] = []
@@ -207,7 +210,7 @@ class Barrier:
             Unavailable: As `beyond`.
         """
         with self._bounded(timeout_s) as deadline:
-            ends = self._log.ends(ids, deadline)
+            ends = self._log.ends(ids, deadline, positions)
             return not self._behind(ends, positions, deadline, patient=patient)
 
     def complete(self, positions: Positions, timeout_s: float) -> bool:
@@ -218,7 +221,7 @@ class Barrier:
             Unavailable: As `beyond`.
         """
         with self._bounded(timeout_s) as deadline:
-            return not self._behind(self._log.ends(None, deadline), positions, deadline, patient=True)
+            return not self._behind(self._log.ends(None, deadline, positions), positions, deadline, patient=True)
 
     @contextmanager
     def _bounded(self, timeout_s: float) -> Iterator[float]:
@@ -318,6 +321,12 @@ class _Log:
         self._settings = settings
         self._topic = topics.task_events(settings.topic_prefix)
         self._counts = {settings.partitions}
+        self._moved: dict[int, int] = {}
+        """By partition: before which offset events of ids that belong elsewhere by now may stand, and no view has passed."""
+        self._home_since = (0, 0)
+        """By how many partitions, and since when, ms, all that is written is where it belongs."""
+        self._looked = False
+        """Whether nothing more can come to what has moved."""
         self._reading = threading.Lock()
         self._making = threading.Lock()
         self._consumer: Any = None
@@ -336,8 +345,12 @@ class _Log:
                     self._pid = os.getpid()
         return self._consumer
 
-    def ends(self, ids: Sequence[str] | None, deadline: float) -> dict[Partition, tuple[int, int]]:
+    def ends(
+        self, ids: Sequence[str] | None, deadline: float, positions: Positions
+    ) -> dict[Partition, tuple[int, int]]:
         """Return first and end offset, as they are now, of every partition that may hold events of some ids; None: of all.
+
+        Also where an id belonged before partitions were added, unless the view has passed all that was written then.
 
         Raises:
             PublishError: Kafka did not say.
@@ -348,22 +361,76 @@ class _Log:
             partitions = self._partitions(handle, deadline)
             # Producers learn of new partitions within 30 s, and what they wrote before stays where it is.
             self._counts.add(len(partitions))
-            places = sorted(partitions if ids is None else self._places(ids, len(partitions)))
-            leaderless = next((error for place in places if (error := partitions[place].error) is not None), None)
+            known = set(partitions) if ids is None else self._places(ids, len(partitions))
+            moved = {} if ids is None else self._moved_of(ids, len(partitions), positions, deadline)
+            wanted = sorted({*known, *moved})
+            leaderless = next((error for place in wanted if (error := partitions[place].error) is not None), None)
             if leaderless is None:
                 break
             if time.monotonic() + LEADER_S > deadline:
                 raise kafka.translate(leaderless, self._doing("Describe"))
             time.sleep(LEADER_S)  # the next leader is being chosen
         found = {}
-        for place in places:
+        for place in wanted:
             at = TopicPartition(self._topic, place)
             with self._translated("Describe"):
-                found[Partition(self._topic, place)] = _ends(handle, at, deadline)
+                low, high = _ends(handle, at, deadline)
+            found[Partition(self._topic, place)] = low, min(high, moved.get(place, high))
         return found
 
     def _places(self, ids: Sequence[str], there: int) -> set[int]:
         return {topics.partition_of(one, count) for one in ids for count in self._counts if count <= there}
+
+    def _moved_of(self, ids: Sequence[str], there: int, positions: Positions, deadline: float) -> dict[int, int]:
+        """Return where events of ids may be that belong elsewhere by now, and before which offset.
+
+        A process that was started after partitions were added has never seen the earlier count: it may be any.
+        """
+        if self._home_since[0] != there or not self._looked:
+            with self._translated("Describe"):
+                _led(partial(self._look_for_moved, there, deadline), deadline)
+        if self._moved:
+            at = positions()
+            self._moved = {n: end for n, end in self._moved.items() if at.get(Partition(self._topic, n), 0) < end}
+        if not self._moved:
+            return {}
+        may = {topics.partition_of(one, count) for one in ids for count in range(1, there)}
+        home = self._places(ids, there)
+        return {n: end for n, end in self._moved.items() if n in may - home}
+
+    def _look_for_moved(self, there: int, deadline: float) -> None:
+        handle, now = self._handle(), order.system_wall_ms()
+        count, since_ms = self._home_since
+        if count != there:
+            since_ms = self._all_home_since(handle, there, now, deadline)
+        moved = self._first_offsets(handle, range(there), since_ms, deadline) if since_ms else {}
+        looked = since_ms < now
+        for n in moved if looked else ():
+            if moved[n] == sys.maxsize:  # all that it has is older
+                _, moved[n] = handle.get_watermark_offsets(TopicPartition(self._topic, n), timeout=_left(deadline))
+        self._moved, self._home_since, self._looked = moved, (there, since_ms), looked
+
+    def _all_home_since(self, handle: Any, there: int, now: int, deadline: float) -> int:
+        """Return since when, ms, all that is written is where it belongs; 0: it always was."""
+        last = TopicPartition(self._topic, there - 1)
+        low, high = handle.get_watermark_offsets(last, timeout=_left(deadline))
+        if there == 1 or low:
+            return 0  # as old as the log is kept
+        begun = self._first_offsets(handle, range(there), now - places.HEARD_MS, deadline).values()
+        if 0 in begun and not any(0 < offset < sys.maxsize for offset in begun):
+            return 0  # so young that nobody has added to it yet
+        for age_ms in (7 * topics.DAY_MS, topics.DAY_MS, topics.DAY_MS // 8, places.HEARD_MS):
+            if high and self._first_offsets(handle, [there - 1], now - age_ms, deadline)[there - 1]:
+                return now - age_ms + places.HEARD_MS
+        return now + places.HEARD_MS
+
+    def _first_offsets(self, handle: Any, partitions: Iterable[int], since_ms: int, deadline: float) -> dict[int, int]:
+        """Return of each partition the first offset that was written since then; `sys.maxsize` if there is none."""
+        asked = [TopicPartition(self._topic, n, since_ms) for n in partitions]
+        answers = handle.offsets_for_times(asked, timeout=_left(deadline))
+        if failed := next((one.error for one in answers if one.error is not None), None):
+            raise KafkaException(failed)
+        return {one.partition: one.offset if one.offset >= 0 else sys.maxsize for one in answers}
 
     def _partitions(self, handle: Any, deadline: float) -> Mapping[int, Any]:
         ask = partial(handle.list_topics, self._topic, timeout=_left(deadline))
@@ -473,10 +540,15 @@ def _left(deadline: float) -> float:
 
 
 def _ends(handle: Consumer, at: TopicPartition, deadline: float) -> tuple[int, int]:
-    """Return where a partition begins and ends; ask again while a new leader does not know yet that it is one."""
+    """Return where a partition begins and ends."""
+    return _led(lambda: handle.get_watermark_offsets(at, timeout=_left(deadline)), deadline)
+
+
+def _led(ask: Callable[[], _Answer], deadline: float) -> _Answer:
+    """Return an answer; ask again while a new leader does not know yet that it is one."""
     while True:
         try:
-            return greenlets.aside(partial(handle.get_watermark_offsets, at, timeout=_left(deadline)))
+            return greenlets.aside(ask)
         except KafkaException as exc:
             if exc.args[0].code() not in kafka.MOVING or time.monotonic() + LEADER_S > deadline:
                 raise

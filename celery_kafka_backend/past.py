@@ -1,4 +1,4 @@
-"""Reading back in the log, without any consumer group: all of some spans, or a task's events by its id and perhaps a time.
+"""Reading back in the log, without any consumer group: all of some spans. Where an id's events are, `places` knows.
 
 Where no view keeps history, this is an audit's only source. Knows no view and no Celery. Rights: Describe and Read on the log.
 """
@@ -9,9 +9,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, TopicPartition
 
-from celery_kafka_backend import topics
 from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import NotAcknowledged
 from celery_kafka_backend.kafka import MOVING, consumer_config, translate
@@ -138,47 +137,6 @@ def _is_end(message: Message, ends: Mapping[At, int]) -> bool:
         raise translate(error, "reading the log")
     logger.warning("%s", translate(error))
     return False
-
-
-def of_task(
-    settings: Settings, task_id: str, since_ms: int | None = None, until_ms: int | None = None, timeout_s: float = 10.0
-) -> list[bytes]:
-    """Return the record values of a task's events in the order of the log, from its partition.
-
-    Args:
-        settings: The user's.
-        task_id: The task.
-        since_ms: Only what Kafka wrote since then, ms since 1970, by its time index; None: all that it has.
-        until_ms: … and before then; None: up to now.
-        timeout_s: Bound on each question to Kafka.
-
-    Raises:
-        PublishError: Kafka does not answer, or refuses; there is no such topic.
-    """
-    consumer = reader(settings)
-    topic, key = topics.task_events(settings.topic_prefix), task_id.encode()
-    try:
-        known = consumer.list_topics(topic, timeout=timeout_s)
-        found = known.topics[topic]
-        if found.error is not None:
-            raise translate(found.error, topic)
-        at = (topic, topics.partition_of(task_id, len(found.partitions)))
-        low, high = consumer.get_watermark_offsets(TopicPartition(*at), timeout=timeout_s)
-        if not str(known.cluster_id or "").startswith(EMBEDDED):
-            if since_ms is not None:
-                low = offsets_at(consumer, [at], since_ms, timeout_s).get(at, high)
-            if until_ms is not None:
-                high = offsets_at(consumer, [at], until_ms, timeout_s).get(at, high)
-        return [
-            message.value() or b""
-            for batch, _ in batches(consumer, {at: (low, high)})
-            for message in batch
-            if message.key() == key
-        ]
-    except KafkaException as exc:
-        raise translate(exc, f"reading {topic}") from exc
-    finally:
-        consumer.close()
 
 
 def offsets_at(consumer: Consumer, parts: Iterable[At], at_ms: int, timeout_s: float) -> dict[At, int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from celery import states
 
-from celery_kafka_backend import codec, events, order, past, timeline
+from celery_kafka_backend import codec, events, order, places, timeline
 from celery_kafka_backend.awaiting import awaited
 from celery_kafka_backend.changes import Side
 from celery_kafka_backend.reads import Reads
@@ -70,7 +70,7 @@ class KafkaResult:
         `timeline.as_of` tells what had happened by some moment, and `timeline.state` how far the task was then.
 
         Args:
-            log: Read the task's partition of the log where the view has nothing: seconds, or minutes on a large log.
+            log: Read where the log may have the task where the view has nothing: seconds, or minutes on a large log.
             around: Read only what the log got within ten minutes of this time; the view is not asked.
 
         Raises:
@@ -81,9 +81,9 @@ class KafkaResult:
         found = [] if around is not None else self._backend.reader.history(self.result.id)
         if around is not None:
             at = int(around.timestamp() * 1000)
-            found = past.of_task(self._backend.settings, self.result.id, at - _AROUND_MS, at + _AROUND_MS)
+            found = places.of_task(self._backend.settings, self.result.id, at - _AROUND_MS, at + _AROUND_MS)
         elif log and not found:
-            found = past.of_task(self._backend.settings, self.result.id)
+            found = places.of_task(self._backend.settings, self.result.id)
         return timeline.causal(codec.decode(value) for value in found)
 
     def describe(self) -> str:

@@ -193,7 +193,12 @@ def chord_partition(group: str, partitions: int) -> int:
 
 def partition_of(key: str, partitions: int) -> int:
     """Return the partition of a record's key, as Java's clients and librdkafka's ``murmur2_random`` choose it."""
-    return (murmur2(key.encode()) & 0x7FFFFFFF) % partitions
+    return place_of(key.encode(), partitions)
+
+
+def place_of(key: bytes, partitions: int) -> int:
+    """Return the partition of a record's key as it stands in Kafka."""
+    return (murmur2(key) & 0x7FFFFFFF) % partitions
 
 
 def murmur2(data: bytes) -> int:

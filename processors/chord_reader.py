@@ -12,10 +12,12 @@ from celery_kafka_backend.chord_records import Part
 from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import PipelineError
 from celery_kafka_backend.kafka import consumer_config
+from celery_kafka_backend.places import HEARD_MS
 from celery_kafka_backend.settings import SETTING
+from celery_kafka_backend.topics import partition_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from confluent_kafka import Message
 
@@ -70,6 +72,23 @@ class ChordReader:
         if found.error is not None and found.error.code() not in _NO_TOPIC:
             raise KafkaException(found.error)
         return len(found.partitions)
+
+    def homes(self, topic: str, ids: Collection[str], since_ms: int) -> list[int]:
+        """Return the partitions in which may be what was written of some ids at ``since_ms`` or later.
+
+        Wherever an id may have belonged, if partitions were added at that time, as far as anybody can tell.
+        """
+        count = self.partitions(topic)
+        if not count:
+            return []
+        last = TopicPartition(topic, count - 1, max(since_ms - HEARD_MS, 0))
+        (before,) = self._consumer.offsets_for_times([last], timeout=READ_S)
+        if before.error is not None:
+            raise KafkaException(before.error)
+        # It had something by then, so every producer had heard of it.
+        whole = before.offset if before.offset >= 0 else self._consumer.get_watermark_offsets(last, timeout=READ_S)[1]
+        counts = [count] if whole else range(1, count + 1)
+        return sorted({partition_of(one, each) for one in ids for each in counts})
 
     def read(
         self, topic: str, partition: int, wanted: Mapping[bytes, int], limit: int | None = None

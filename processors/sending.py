@@ -26,7 +26,7 @@ from celery_kafka_backend.processors.chord_reader import ChordReader, KafkaAway,
 from celery_kafka_backend.processors.decision import Fire, Resend
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from celery import Celery
 
@@ -332,9 +332,10 @@ class Sender:
         needed = [choices[decided.last]] if declared.immutable and choices else choices
         found: dict[Choice, Part] = {}
         try:
-            # If the declaring host's clock was wrong, or partitions were added since: the whole log.
+            begun, ids = declared.at - CLOCKS_MS, [one.task for one in needed]
+            # If the declaring host's clock was wrong: the whole log.
             for since_ms, partitions in (
-                (declared.at - CLOCKS_MS, self._partitions_of(one.task for one in needed)),
+                (begun, self._reader().homes(self._events_topic, ids, begun)),
                 (0, list(range(self._reader().partitions(self._events_topic)))),
             ):
                 if len(found) < len(needed):
@@ -363,10 +364,11 @@ class Sender:
             # Every kind counts: what is said of a task before it is sent is of another run.
             ids, kinds = body.first_ids(callback), events.KINDS
         left = {one.encode() for one in ids}
-        partitions = self._partitions_of(ids) if ids else []
+        begun = since_ms - CLOCKS_MS
+        partitions = self._reader().homes(self._events_topic, ids, begun) if ids else []
         if not partitions:
             return False
-        for key, value in self._reader().since(self._events_topic, partitions, since_ms - CLOCKS_MS):
+        for key, value in self._reader().since(self._events_topic, partitions, begun):
             if key in left and value is not None:
                 try:
                     event = codec.decode(value)
@@ -377,10 +379,6 @@ class Sender:
                     if not left:
                         return True
         return False
-
-    def _partitions_of(self, ids: Iterable[str]) -> list[int]:
-        count = self._reader().partitions(self._events_topic)
-        return sorted({topics.chord_partition(one, count) for one in ids}) if count else []
 
     def _reader(self) -> ChordReader:
         reader: ChordReader | None = getattr(self._thread, "reader", None)

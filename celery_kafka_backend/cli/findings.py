@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import click
 import msgspec
 
-from celery_kafka_backend import chord_records, codec, findings, topics
+from celery_kafka_backend import chord_records, codec, findings, places, topics
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import Pipeline, pipeline_of
@@ -20,9 +20,10 @@ from celery_kafka_backend.errors import CodecError
 from celery_kafka_backend.order import system_wall_ms
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from celery_kafka_backend.findings import Finding
+    from celery_kafka_backend.past import At
 
 DAY_MS: Final = 86_400_000
 
@@ -123,6 +124,7 @@ def _all(pipeline: Pipeline, broker: Broker, bounds: Bounds) -> Iterator[Finding
     clocks = findings.Clocks()
     topic = log_of(broker)
     parts = spans(broker, topic, bounds.since - CLOCKS_MS, bounds.now + CLOCKS_MS)
+    joined = _joined(broker, topic, parts)
     for at, span in sorted(parts.items()):
         for message in messages(broker, {at: span}, f"{topic}/{at[1]}"):
             try:
@@ -132,10 +134,23 @@ def _all(pipeline: Pipeline, broker: Broker, bounds: Bounds) -> Iterator[Finding
             tasks.take(event)
             if not broker.embedded:  # it keeps no time of its own
                 clocks.take(event, message.timestamp()[1])
-        yield from tasks.settle()
+        if not joined:
+            yield from tasks.settle()
     yield from tasks.findings(bounds.now, bound_ms, gone_ms)
     yield from clocks.findings()
     yield from _chords(broker, bounds, bound_ms)
+
+
+def _joined(broker: Broker, topic: str, parts: Mapping[At, tuple[int, int]]) -> bool:
+    """Return whether a task's events may be in several partitions, for some were added; say so on stderr."""
+    if broker.embedded:  # it adds none
+        return False
+    marks = {number: span for (_, number), span in parts.items()}
+    if not broker.ask(f"looking into {topic}", lambda: places.out_of_place(broker.reader, topic, marks, len(marks))):
+        return False
+    note = f"note: partitions were added to {topic} in that time: the tasks of all of them are in memory at once"
+    click.secho(note, fg="yellow", err=True)
+    return True
 
 
 def _chords(broker: Broker, bounds: Bounds, bound_ms: int) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from celery_kafka_backend.cli.context import Pipeline, pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.moment import Moment, Span
 from celery_kafka_backend.cli.output import duration, when
-from celery_kafka_backend.cli.records import following, messages, spans
+from celery_kafka_backend.cli.records import elsewhere, following, messages, spans
 from celery_kafka_backend.cli.sources import CLOCKS_MS, audited, keeps_less, log_name, log_of
 from celery_kafka_backend.errors import CodecError, SettingsError, StoreError
 from celery_kafka_backend.query import Query
@@ -210,12 +210,21 @@ def _lacks(pipeline: Pipeline, view: View, events: int) -> str:
 def from_log(
     broker: Broker, task_id: str, since: int | None = None, until: int | None = None
 ) -> list[tuple[Event, bytes]]:
-    """Return a task's events by reading its partition, from end to end or what was written in between."""
+    """Return a task's events by reading its partition, from end to end or what was written in between.
+
+    Where partitions were added, also what was written before in those where its id belonged then.
+    """
     topic = log_of(broker)
     parts = spans(broker, topic, since, until)
     home = (topic, topics.partition_of(task_id, len(parts)))  # the same hash that every producer of ours uses
     found = _of_key(broker, {home: parts[home]}, task_id)
-    # Partitions may have been added since: then old events stand where the id belonged before.
+    if earlier := elsewhere(broker, topic, task_id):
+        others = ", ".join(str(n) for n in sorted({number for (_, number), _ in earlier}))
+        note = f"note: partitions were added to {topic}: what was written before is looked for in {others}, too"
+        click.secho(f"{note} ({sum(end - start for _, (start, end) in earlier)} records)", fg="yellow", err=True)
+    for at, (start, end) in earlier:
+        found += _of_key(broker, {at: (max(start, parts[at][0]), min(end, parts[at][1]))}, task_id)
+    # Some other hand may have put it anywhere.
     return found or _of_key(broker, {at: span for at, span in parts.items() if at != home}, task_id)
 
 
@@ -237,9 +246,11 @@ def _follow(pipeline: Pipeline, asked: Asked) -> Exit:
     broker = Broker(pipeline.settings, asked.timeout_s)
     try:
         topic = log_of(broker)
-        ends = broker.ends(topic)
-        home = topics.partition_of(asked.id, len(ends))
-        start = min([ends[home][1], *([] if asked.only_log else _positions(pipeline, topic, home))])
+        views = [] if asked.only_log else _positions(pipeline)
+        starts = {
+            n: min([end, *(at.get(Partition(topic, n), 0) for at in views)])
+            for n, (_, end) in broker.ends(topic).items()
+        }
         found, _ = _life(pipeline, asked)
         events = timeline.causal(event for event, _ in found)
         values = {event.id: value for event, value in found}
@@ -249,9 +260,9 @@ def _follow(pipeline: Pipeline, asked: Asked) -> Exit:
             click.echo(f"no event of {asked.id!r} yet; waiting for one", err=True)
         if timeline.ended(events):
             return Exit.OK
-        for message in following(broker, topic, home, start):
+        for message in following(broker, topic, asked.id, starts):
             value = message.value()
-            if message.key() != asked.id.encode() or value is None:
+            if value is None:
                 continue
             event = codec.decode(value)
             if event.id not in values:
@@ -265,14 +276,14 @@ def _follow(pipeline: Pipeline, asked: Asked) -> Exit:
         broker.close()
 
 
-def _positions(pipeline: Pipeline, topic: str, home: int) -> list[int]:
+def _positions(pipeline: Pipeline) -> list[Mapping[Partition, int]]:
     """Return how far the views are that may have answered: what they lack is still to come."""
-    found = []
+    found: list[Mapping[Partition, int]] = []
     for url in pipeline.settings.views:
         view = open_view(url, pipeline.options(url))
         try:
             if keeps_history(url, pipeline.options(url)):
-                found.append(view.positions().get(Partition(topic, home), 0))
+                found.append(view.positions())
         except (StoreError, SettingsError):
             continue
         finally:

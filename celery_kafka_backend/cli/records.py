@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import click
-from confluent_kafka import OFFSET_BEGINNING, KafkaError, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, TopicPartition
 
-from celery_kafka_backend import past
+from celery_kafka_backend import past, places, topics
 from celery_kafka_backend.cli.output import when
 from celery_kafka_backend.errors import NotAcknowledged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from confluent_kafka import Message
+    from confluent_kafka import Consumer, Message
 
     from celery_kafka_backend.cli.broker import Broker
     from celery_kafka_backend.past import At, Span
 
 SAY_FIRST_S: Final = 2.0
 SAY_EVERY_S: Final = 1.0
+ASK_EVERY_S: Final = 5.0
+"""How often whoever follows a task asks whether partitions were added."""
 
 
 def spans(broker: Broker, topic: str, since_ms: int | None, until_ms: int | None) -> dict[At, Span]:
@@ -76,15 +79,54 @@ def messages(broker: Broker, parts: Mapping[At, Span], place: str) -> Iterator[M
         yield from batch
 
 
-def following(broker: Broker, topic: str, partition: int, offset: int) -> Iterator[Message]:
-    """Yield every record of a partition from an offset on, for ever: those that come, too."""
+def elsewhere(broker: Broker, topic: str, key: str) -> list[tuple[At, Span]]:
+    """Return where else events of a key may be, as `places.elsewhere` has it.
+
+    Raises:
+        Stop: Kafka did not answer.
+        PublishError: It refused.
+    """
+    if broker.embedded:  # it adds no partitions
+        return []
+    marks = broker.ends(topic)
+    return broker.ask(
+        f"asking where {key} was in {topic}",
+        lambda: places.elsewhere(broker.reader, topic, key, marks, broker.timeout_s),
+    )
+
+
+def following(broker: Broker, topic: str, key: str, starts: Mapping[int, int]) -> Iterator[Message]:
+    """Yield every record of a key from an offset of each partition on, for ever: those that come, too.
+
+    Also where partitions were added a moment ago, or are while it reads.
+    """
+    there = {number for (_, number), _ in elsewhere(broker, topic, key)} | {topics.partition_of(key, len(starts))}
+    wanted = key.encode()
     consumer = broker.reader()
+    ask_at = time.monotonic() + ASK_EVERY_S
     try:
-        consumer.assign([TopicPartition(topic, partition, offset)])
+        consumer.assign([TopicPartition(topic, number, starts[number]) for number in there])
         while True:
-            yield from (message for message in consumer.consume(past.CHUNK, past.SLICE_S) if message.error() is None)
+            for message in consumer.consume(past.CHUNK, past.SLICE_S):
+                if message.error() is None and message.key() == wanted:
+                    yield message
+            if time.monotonic() >= ask_at:
+                ask_at = time.monotonic() + ASK_EVERY_S
+                home = _home(broker, consumer, topic, key)
+                if home is not None and home not in there:
+                    there.add(home)
+                    consumer.incremental_assign([TopicPartition(topic, home, starts.get(home, 0))])
     finally:
         consumer.close()
+
+
+def _home(broker: Broker, consumer: Consumer, topic: str, key: str) -> int | None:
+    """Return where a key belongs as of now; None if Kafka does not say."""
+    with suppress(KafkaException):
+        return topics.partition_of(
+            key, len(consumer.list_topics(topic, timeout=broker.timeout_s).topics[topic].partitions)
+        )
+    return None
 
 
 def tail(broker: Broker, topic: str, partition: int, timeout_s: float) -> Iterator[Message | None]:

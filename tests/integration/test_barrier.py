@@ -22,7 +22,7 @@ from confluent_kafka.admin import (
 )
 from confluent_kafka.admin import ResourcePatternType as Pattern
 
-from celery_kafka_backend import codec, events, primary, topics
+from celery_kafka_backend import codec, events, order, places, primary, topics
 from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend.barrier import Barrier
 from celery_kafka_backend.changes import GROUP, TASK, Batch, Partition
@@ -33,7 +33,7 @@ from celery_kafka_backend.producer.publisher import Publisher, Record
 from celery_kafka_backend.sinks.contract import StoreOptions
 from celery_kafka_backend.sinks.registry import open_sink
 from tests.integration.kafka_topics import create
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, until
 from tests.services import ports
 from tests.services.errors import ServiceError
 
@@ -203,6 +203,29 @@ def test_after_partitions_were_added_both_places_of_an_id_are_looked_at(log, bar
         assert barrier.beyond(TASK, task, lambda: {delivery.stored.partition: 99}, PATIENCE_S).key == 5
     finally:
         late.close()
+
+
+def test_a_process_that_never_saw_the_earlier_count_looks_where_an_id_belonged_then(log, monkeypatch):
+    monkeypatch.setattr(places, "HEARD_MS", 1_000)
+    grown = 2 * PARTITIONS
+    task = next(
+        f"t{n}" for n in range(1000) if topics.partition_of(f"t{n}", PARTITIONS) != topics.partition_of(f"t{n}", grown)
+    )
+    before = log.append(an_event(task, 5))
+    written = order.system_wall_ms()
+    until(lambda: order.system_wall_ms() > written + places.HEARD_MS)  # the topic has not just been made
+    for done in log.admin.create_partitions([NewPartitions(log.topic, grown)]).values():
+        done.result(20)
+    until(lambda: len(log.admin.list_topics(log.topic, timeout=PATIENCE_S).topics[log.topic].partitions) == grown)
+    barrier = Barrier(msgspec.structs.replace(log.settings, partitions=grown))
+    assert barrier.beyond(TASK, task, nowhere, PATIENCE_S).key == 5
+    passed = {before.partition: before.offset + 1}
+
+    def settled():
+        assert barrier.beyond(TASK, task, lambda: passed, PATIENCE_S) is None
+        return not barrier._log._moved  # never looked for again
+
+    until(settled, lambda: barrier._log._moved)
 
 
 def test_catching_up_waits_and_says_whether_it_did(log, barrier):
