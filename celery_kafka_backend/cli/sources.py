@@ -11,6 +11,7 @@ from celery_kafka_backend import topics
 from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.context import chosen_views
 from celery_kafka_backend.cli.exits import Exit, Stop, no_topic
+from celery_kafka_backend.cli.once import once
 from celery_kafka_backend.cli.output import duration
 from celery_kafka_backend.cli.records import messages, spans
 from celery_kafka_backend.errors import SettingsError, StoreError
@@ -130,7 +131,7 @@ def _usable(pipeline: Pipeline, url: str, view: View, *, must: bool) -> bool:
 
 
 def in_log(broker: Broker, query: Query) -> Iterator[Logged]:
-    """Yield the events of the log that match: by Kafka's time index, then by reading all that was written then.
+    """Yield the events of the log that match, each once: by Kafka's time index, then by reading all that was written then.
 
     Where much was written more than `LATE_MS` after ``query.until``, that is left out, and said.
     """
@@ -145,7 +146,8 @@ def in_log(broker: Broker, query: Query) -> Iterator[Logged]:
             note = f"note: {left} events that reached Kafka over {duration(LATE_MS / 1000)} after --until are not looked at"
             click.secho(f"{note}; a spool may have kept some for so long: leave --until out", fg="yellow", err=True)
     values = (value for message in messages(broker, parts, topic) if (value := message.value()) is not None)
-    return matching(values, query, by_time=False)
+    found = matching(values, query, by_time=False)
+    return found if query.limit else once(found)
 
 
 def log_name(pipeline: Pipeline) -> str:

@@ -196,6 +196,8 @@ def test_what_reached_the_log_hours_late_is_found_there_once_or_said_to_be_left_
     done = told(broken, *asked)
     assert [each["task"] for each in json.loads(done.stdout)] == ["late"]
     assert done.stderr == ""
+    exported = told(broken, "export", "--log", "--name", "shop.late").stdout.splitlines()
+    assert [json.loads(line)["id"] for line in exported] == ["e1"]
     counts = told(broken, "history", "--log", "--as-of", "2h", "--window", "2h", "--json").stdout
     assert {"name": "shop.late", "state": "sent", "tasks": 1} in json.loads(counts)["counts"]
     monkeypatch.setattr(sources, "FEW", 0)
