@@ -225,10 +225,12 @@ class Records:
 
     Args:
         group: The group id.
+        as_of: Take no note of what was said later than this, ms since 1970; None: of all.
     """
 
-    def __init__(self, group: str) -> None:
+    def __init__(self, group: str, as_of: int | None = None) -> None:
         self.group = group
+        self._as_of = as_of
         self._begins = chord_records.make_key(group, 0, "").split(b"|")[0] + b"|"
         self._facts: dict[bytes, ChordFact] = {}
         self._decided: dict[int, Decided] = {}
@@ -244,7 +246,10 @@ class Records:
         except CodecError:
             return False
         if isinstance(record, Gone):
-            self._facts.pop(key, None)
+            if self._as_of is None or message.timestamp()[1] <= self._as_of:
+                self._facts.pop(key, None)
+            return True
+        if self._as_of is not None and not isinstance(record, Chosen) and record.at > self._as_of:
             return True
         if isinstance(record, Decided):
             self._decided.setdefault(record.generation, record)

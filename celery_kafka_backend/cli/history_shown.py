@@ -16,7 +16,9 @@ from celery_kafka_backend.cli.records import messages, spans
 from celery_kafka_backend.errors import CodecError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from confluent_kafka import Message
 
     from celery_kafka_backend.cli.chord_state import ChordState
     from celery_kafka_backend.cli.context import Pipeline
@@ -227,25 +229,38 @@ def chord_line(pipeline: Pipeline, group_id: str, as_of: int | None, timeout_s: 
         if not (parts := spans(broker, topic, None, None)):
             return ""
         at = (topic, topics.chord_partition(group_id, len(parts)))
-        records = chord_state.Records(group_id)
-        for message in messages(broker, {at: parts[at]}, topic):
-            records.take(message)
+        return chord_then(group_id, as_of, messages(broker, {at: parts[at]}, topic))
     finally:
         broker.close()
-    said = [state for state in records.states() if as_of is None or state.declared_at <= as_of]
-    return _chord_then(said[-1], as_of) if said else ""
 
 
-def _chord_then(state: ChordState, as_of: int | None) -> str:
-    def by_then(at: int | None) -> bool:
-        return at is not None and (as_of is None or at <= as_of)
+def chord_then(group_id: str, as_of: int | None, found: Iterable[Message]) -> str:
+    """Return how far a chord is, or was then, by the messages of its partition."""
+    now, then = chord_state.Records(group_id), chord_state.Records(group_id, as_of)
+    for message in found:
+        if now.take(message):
+            then.take(message)
+    said = [state for state in then.states() if as_of is None or state.declared_at]
+    if not said:
+        return ""
+    return _chord_then(
+        said[-1], next((state for state in now.states() if state.generation == said[-1].generation), None)
+    )
 
-    if by_then(state.fired_at):
+
+def _chord_then(state: ChordState, latest: ChordState | None) -> str:
+    """Return how far a chord was, in words; ``latest`` is how far it is, None if nothing of it is left."""
+    if state.fired_at is not None:
         what = "failed" if state.state == chord_state.FAILED else "fired"
         return f"chord: {what} {when(state.fired_at)}, body {state.body}"
-    if by_then(state.decided_at):
+    if state.decided_at is not None:
         return f"chord: decided {when(state.decided_at)} ({state.outcome}), not fired"
-    of = "an unknown number" if state.expected is None else str(state.expected)
+    # Once a chord has fired, Kafka need not keep for long what its size was before.
+    of = "an unknown number"
+    if state.expected is not None:
+        of = str(state.expected)
+    elif latest is not None and latest.expected is not None:
+        of = f"{latest.expected} in the end"
     return f"chord: waiting for its members ({of}), declared {when(state.declared_at)}"
 
 
