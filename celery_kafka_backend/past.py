@@ -9,7 +9,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from confluent_kafka import Consumer, KafkaError, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import NotAcknowledged
@@ -140,7 +140,13 @@ def _is_end(message: Message, ends: Mapping[At, int]) -> bool:
 
 
 def offsets_at(consumer: Consumer, parts: Iterable[At], at_ms: int, timeout_s: float) -> dict[At, int]:
-    """Return the first offset of each partition that Kafka wrote not before a time; absent if there is none."""
+    """Return the first offset of each partition that Kafka wrote not before a time; absent if there is none.
+
+    Raises:
+        KafkaException: It did not answer, for one of them at least.
+    """
     asked = [TopicPartition(*at, max(at_ms, 0)) for at in parts]
     answers = consumer.offsets_for_times(asked, timeout=timeout_s) if asked else []
+    if failed := next((answer.error for answer in answers if answer.error is not None), None):
+        raise KafkaException(failed)
     return {(answer.topic, answer.partition): answer.offset for answer in answers if answer.offset >= 0}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from types import SimpleNamespace
 
+import pytest
+from confluent_kafka import KafkaError, KafkaException
+
 from celery_kafka_backend import past
 
 AT = ("t", 0)
@@ -49,3 +52,16 @@ def test_whoever_takes_long_for_a_batch_is_not_told_that_kafka_was_silent():
         time.sleep(0.02)
         found += [message.offset() for message in messages]
     assert found == [0, 1, 2]
+
+
+class Leaderless:
+    """A consumer whose second partition has no leader at the moment."""
+
+    def offsets_for_times(self, asked, timeout):
+        error = KafkaError(KafkaError.LEADER_NOT_AVAILABLE)
+        return [SimpleNamespace(topic="t", partition=n, offset=-1, error=error if n else None) for n in range(2)]
+
+
+def test_a_partition_of_which_nobody_says_when_is_an_error_and_not_one_without_records():
+    with pytest.raises(KafkaException, match="LEADER_NOT_AVAILABLE"):
+        past.offsets_at(Leaderless(), [("t", 0), ("t", 1)], 0, 1)
