@@ -22,6 +22,7 @@ from celery_kafka_backend.chords import Chords
 from celery_kafka_backend.claims import Claims
 from celery_kafka_backend.errors import NotAcknowledged, SettingsError, StoreError, Unavailable, Unsure
 from celery_kafka_backend.nested import NestedGroups
+from celery_kafka_backend.parents import has_ended
 from celery_kafka_backend.producer import signals
 from celery_kafka_backend.producer.recorder import (
     field,
@@ -91,6 +92,12 @@ class KafkaBackend(NestedGroups, Chords):
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         """Do nothing: a waiter registers when it waits, so that ``delay()`` costs no round trip."""
+
+    def add_pending_result(self, result: Any, weak: bool = False, start_drainer: bool = True) -> Any:
+        """Have a result told of its end, unless it knows: Celery would call again what it has called with it."""
+        if has_ended(result):
+            return result
+        return super().add_pending_result(result, weak=weak, start_drainer=start_drainer)
 
     def exception_safe_to_retry(self, exc: BaseException) -> bool:
         """Whether ``result_backend_always_retry`` may try again."""

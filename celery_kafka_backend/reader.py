@@ -193,6 +193,11 @@ class Ear:
             self._ids.pop(task_id, None)
             self._new.discard(task_id)
 
+    def again(self, ids: Sequence[str]) -> None:
+        """Have tasks read again that one listens for: what was heard of them has not arrived."""
+        with self._lock:
+            self._new.update(each for each in ids if each in self._ids)
+
     def meet(self, ids: Sequence[str], patience_s: float | None = None) -> dict[str, bytes]:
         """Listen for tasks and return the documents there are of them already.
 
@@ -230,6 +235,9 @@ class Ear:
             time.sleep(min(self._retry_pause, timeout_s))
             self._retry_pause = min(self._retry_pause * 2, RETRY_MAX_S)
             return {}
+        except BaseException:  # a time limit's, a key's: what it had heard is not known
+            self._lose()
+            raise
         if self._said_lost:
             logger.warning("the view is back")
             self._said_lost = False
@@ -271,7 +279,7 @@ class Ear:
         new = self._take_new()
         try:
             return self._register(new) if new else {}
-        except Unavailable:
+        except BaseException:
             with self._lock:
                 self._new.update(new)
             raise

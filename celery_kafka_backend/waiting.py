@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
@@ -17,7 +18,7 @@ from celery_kafka_backend.parents import Parents, asks_for_parents, has_ended, m
 from celery_kafka_backend.reader import Ear
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 
 HEAR_SLICE_S: Final = 0.1
@@ -36,12 +37,20 @@ class ResultConsumer(older.BaseResultConsumer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._ear: Ear | None = None
-        self._turn = threading.Condition()
-        self._hearing = False
         self._here = threading.local()
+        self._begin()
         self.listener: Any = None
         """What `awaiting` has to hear with."""
         _consumers.add(self)
+
+    def _begin(self) -> None:
+        self._turn = threading.Condition()
+        self._hearing: int | None = None
+        """Which thread hears."""
+        self._telling: set[int] = set()
+        """Which threads tell what was heard: Celery calls a user's functions there, which may take long, wait and raise."""
+        self._heard: deque[tuple[str, bytes]] = deque()
+        """What nobody has been told yet."""
 
     @property
     def ear(self) -> Ear:
@@ -71,29 +80,67 @@ class ResultConsumer(older.BaseResultConsumer):  # type: ignore[misc]
     def on_after_fork(self) -> None:
         """Start anew in a fork, where the thread whose turn it was is not."""
         self._ear = None
-        self._turn = threading.Condition()
-        self._hearing = False
+        self._begin()
 
     def drain_events(self, timeout: float | None = None) -> None:
-        """Hear for a moment: one thread listens, the others wait for what it hears."""
+        """Hear for a moment: one thread listens, the others wait for what it hears. Whoever is there tells it."""
         slice_s = HEAR_SLICE_S if timeout is None else min(timeout, HEAR_SLICE_S)
-        with self._turn:
-            if self._hearing:
-                self._turn.wait(slice_s)
-                return
-            self._hearing = True
+        if not self._takes_turn(slice_s):
+            return
         try:
-            for task_id, document in self.ear.hear(slice_s, self._patience_s()).items():
-                self._changed(task_id, document)
+            if not self._heard:
+                self._heard.extend(self.ear.hear(slice_s, self._patience_s()).items())
         finally:
+            self._hearing = None
+        self._tell()
+
+    def _takes_turn(self, slice_s: float) -> bool:
+        """Wait for another thread's turn to end and return False, or take the turn."""
+        me = threading.get_ident()
+        with self._turn:
+            # What another one tells may be all that we wait for. One that takes its time, for a user's function runs in it,
+            # is not waited for again: it may itself wait for what we are to hear.
+            if (self._elsewhere(me) or self._telling - {me}) and self._turn.wait(slice_s):
+                return False
+            if self._elsewhere(me):
+                return False
+            self._hearing = me
+            return True
+
+    def _elsewhere(self, me: int) -> bool:
+        # Our own name there was left by an exception that came from outside, a time limit's for example.
+        return self._hearing not in {None, me}
+
+    def _tell(self, found: Mapping[str, bytes] | None = None) -> None:
+        """Tell what was heard, in order; where that raises, have the rest read again."""
+        me = threading.get_ident()
+        within = me in self._telling
+        self._telling.add(me)
+        try:
+            self._heard.extend((found or {}).items())
+            while (told := self._next()) is not None:
+                self._changed(*told)
+        except BaseException:
+            left = []
+            while (told := self._next()) is not None:
+                left.append(told[0])
+            self.ear.again(left)
+            raise
+        finally:
+            if not within:
+                self._telling.discard(me)
             with self._turn:
-                self._hearing = False
                 self._turn.notify_all()
+
+    def _next(self) -> tuple[str, bytes] | None:
+        try:
+            return self._heard.popleft()
+        except IndexError:
+            return None
 
     def look(self) -> None:
         """Look once at what is there already of what is new to listen for."""
-        for task_id, document in self.ear.meet([], LOOK_S).items():
-            self._changed(task_id, document)
+        self._tell(self.ear.meet([], LOOK_S))
 
     def _changed(self, task_id: str, document: bytes) -> None:
         meta = self.backend.decode_result(document)
@@ -109,13 +156,14 @@ class ResultConsumer(older.BaseResultConsumer):  # type: ignore[misc]
         outer = getattr(self._here, "until", None)
         self._here.until = until = None if timeout is None else time.monotonic() + timeout
         unknown = [one for one in members(result) if not has_ended(one)]
+        if not all(one.id for one in unknown):
+            self.backend.get_key_for_task("")  # says what is wrong with that, where waiting would have no end
         # A group asks the backend of the thread that waits; its members know that of the thread that sent them.
         foreign = [one for one in unknown if one.backend is not self.backend]
         for one in foreign:
             self.backend.add_pending_result(one)
         try:
-            for task_id, document in self.ear.meet([one.id for one in unknown], self._patience_s()).items():
-                self._changed(task_id, document)
+            self._tell(self.ear.meet([one.id for one in unknown], self._patience_s()))
             parents = None
             if on_interval is not None and asks_for_parents(result, on_interval):
                 on_interval = parents = Parents(self.backend, result, on_interval)

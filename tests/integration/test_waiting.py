@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from celery import Celery
@@ -15,7 +17,11 @@ from celery.exceptions import TimeoutError as NotInTime
 from celery.result import AsyncResult, GroupResult
 from redis import Redis
 
-from tests.patience import PATIENCE_S
+from celery_kafka_backend.sinks.contract import StoreOptions
+from celery_kafka_backend.sinks.redis_view import RedisSubscription
+from celery_kafka_backend.sinks.registry import open_sink
+from tests.contract.factories import batch, stated
+from tests.patience import PATIENCE_S, until
 from tests.services import redis
 from tests.services.errors import ServiceError
 from tests.services.required import absent
@@ -62,6 +68,26 @@ def frozen(server):
         server.thaw()
 
 
+@pytest.fixture
+def end(server):
+    """Call to have tasks end with 42: the view tells whoever waits for them."""
+    sink = open_sink(server.url, StoreOptions())
+    sink.open()
+    yield lambda *ended: sink.write(batch(*(stated("SUCCESS", task=one.id, value=42) for one in ended)))
+    sink.close()
+
+
+def pending(app, count):
+    """Results of one backend, as of tasks that one thread sent."""
+    return [AsyncResult(uuid.uuid4().hex, app=app, backend=app.backend) for _ in range(count)]
+
+
+def heard_of(result):
+    """Whether somebody waits for a result, and has looked what is there already."""
+    ear = result.backend.result_consumer.ear
+    return lambda: result.id in ear._ids and result.id not in ear._new
+
+
 def waits_in_vain(result, timeout):
     started = time.monotonic()
     with pytest.raises(NotInTime):
@@ -100,6 +126,13 @@ def test_it_hears_when_the_view_is_back(server, app):
             f'{{"status": "SUCCESS", "result": 42, "traceback": null, "children": [], "date_done": null, "task_id": "{result.id}"}}',
         )
     assert result.get(timeout=PATIENCE_S) == 42
+
+
+def test_a_result_without_an_id_is_refused_as_with_other_backends(app):
+    nobody = AsyncResult("", app=app)
+    for one in nobody, GroupResult(str(uuid.uuid4()), [nobody], app=app):
+        with pytest.raises(ValueError, match="must not be empty"):
+            one.get(timeout=PATIENCE_S)
 
 
 def test_a_fork_hears_though_a_thread_of_its_parent_was_hearing(server, app):
@@ -156,3 +189,83 @@ def test_the_failure_of_a_parent_ends_the_wait_for_its_child(server, app):
     with pytest.raises(ValueError, match="broken"):
         body.get(timeout=PATIENCE_S, on_interval=end)
     assert members[0].result == 1
+
+
+# -- what is called while one waits ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["on_message", "then"])
+def test_what_is_called_with_a_result_may_wait_for_another(app, end, where):
+    first, second = pending(app, 2)
+    found = []
+
+    def wait(*_):
+        if not found:
+            found.append("waits")
+            found.append(second.get(timeout=PATIENCE_S, on_interval=lambda *_: end(second)))
+
+    more = {"on_message": wait} if where == "on_message" else {}
+    if where == "then":
+        first.then(wait)
+    assert first.get(timeout=PATIENCE_S, on_interval=lambda *_: end(first), **more) == 42
+    assert found == ["waits", 42]
+
+
+def test_what_is_called_with_an_ended_result_is_called_once(app, end):
+    first, second = pending(app, 2)
+    heard = []
+    first.then(lambda _: heard.append("before"))
+    assert first.get(timeout=PATIENCE_S, on_interval=lambda *_: end(first)) == 42
+    first.then(lambda _: heard.append("after"))
+    assert second.get(timeout=PATIENCE_S, on_interval=lambda *_: end(second)) == 42
+    assert heard == ["before", "after"]
+
+
+def test_what_is_called_with_a_result_may_wait_for_another_thread_that_waits(app, end):
+    first, second = pending(app, 2)
+    with ThreadPoolExecutor(1) as elsewhere:
+
+        def wait(_):
+            other = elsewhere.submit(second.get, timeout=PATIENCE_S)
+            until(heard_of(second), "the other thread waits")
+            end(second)
+            assert other.result() == 42
+
+        first.then(wait)
+        assert first.get(timeout=PATIENCE_S, on_interval=lambda *_: end(first)) == 42
+
+
+def test_an_exception_of_what_is_called_with_a_result_keeps_nothing_else_from_being_heard(app, end):
+    first, *others, last = pending(app, 6)
+    heard = []
+    for one in others:
+        one.then(lambda result: heard.append(result.id))
+
+    def refuse(meta):
+        if meta["task_id"] == first.id:
+            raise ValueError("refused")
+
+    with pytest.raises(ValueError, match="refused"):
+        first.get(on_message=refuse, on_interval=lambda *_: end(first, *others))
+    app.backend.result_consumer.ear._reread_at = math.inf  # what is lost stays lost
+    last.get(timeout=PATIENCE_S, on_interval=lambda *_: end(last) if len(heard) == len(others) else None)
+    assert sorted(heard) == sorted(one.id for one in others)
+
+
+def test_an_interrupt_in_the_moment_when_it_hears_loses_nothing(app, end, monkeypatch):
+    first, other = pending(app, 2)
+    heard = []
+    other.then(heard.append)
+    wait = RedisSubscription.wait
+
+    def interrupted(subscription, timeout_s):
+        if found := wait(subscription, timeout_s):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(RedisSubscription, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        first.get(on_interval=lambda *_: end(other))
+    first.get(timeout=PATIENCE_S, on_interval=lambda *_: end(first))
+    assert heard == [other]
