@@ -109,18 +109,22 @@ def test_every_method(fleet, kind):
 # -- everything goes away, and comes back --------------------------------------------------------
 
 LASTING = """
-    import json, sys, threading, time, traceback
+    import asyncio, json, sys, threading, time, traceback
     from celery import chord, group
     import client_methods, fleet_app
     from celery_kafka_backend.result import KafkaResult
 
-    def wait():
+    def begun():
         naps = [fleet_app.nap.delay(6) for _ in range(2)]
         naps.append(group(fleet_app.nap.s(6) for i in range(3)).apply_async())
         naps.append(chord([fleet_app.nap.s(6), fleet_app.nap.s(6)])(fleet_app.total.s()))
         running = [*naps[:2], *naps[2].results, *naps[3].parent.results]
         while {KafkaResult.of(one).describe() for one in running} != {"started"}:
             time.sleep(0.05)
+        return naps
+
+    def wait():
+        naps = begun()
         found = [None] * len(naps)
         inside = [threading.Event() for _ in naps]  # what a get reads before it waits may fail, as with any backend
 
@@ -140,8 +144,22 @@ LASTING = """
             one.join()
         return found
 
+    async def wait_in_a_loop():
+        naps = begun()
+        of = [*naps[:2], *naps[2].results, naps[3]]
+        waiting = asyncio.gather(*(KafkaResult.of(one) for one in of), return_exceptions=True)
+        consumer = fleet_app.app.backend.result_consumer
+        while consumer.listener is None or len(consumer.listener._waiters) < len(of) or consumer.ear._new:
+            await asyncio.sleep(0.05)
+        print(json.dumps("waiting"), flush=True)
+        first, second, *members, body = [one if isinstance(one, int) else repr(one) for one in await waiting]
+        return [first, second, members, body]
+
+    def await_all():
+        return asyncio.run(wait_in_a_loop())
+
     while (line := sys.stdin.readline()) != "":
-        print(json.dumps({"wait": wait, "methods": client_methods.every_method}[line.strip()]()), flush=True)
+        print(json.dumps({"wait": wait, "await": await_all, "methods": client_methods.every_method}[line.strip()]()), flush=True)
 """
 
 
@@ -168,33 +186,35 @@ def fragile(tmp_path):
             server.stop()
 
 
-def test_clients_that_wait_and_clients_that_ask_outlive_everything(fragile):
+@pytest.mark.parametrize("kinds", [("threads", "gevent"), ("eventlet", "asyncio")], ids=" and ".join)
+def test_clients_that_wait_and_clients_that_ask_outlive_everything(fragile, kinds):
     fleet, servers = fragile
-    with client(fleet, "threads", LASTING, stdin=subprocess.PIPE) as plain, client(
-        fleet, "gevent", LASTING, stdin=subprocess.PIPE
-    ) as green:  # fmt: skip
+    with client(fleet, kinds[0], LASTING, stdin=subprocess.PIPE) as one, client(
+        fleet, kinds[1], LASTING, stdin=subprocess.PIPE
+    ) as other:  # fmt: skip
+        both = one, other
         try:
-            for one in (plain, green):
-                ask(one, "methods")
-            assert [answer(one, fleet) for one in (plain, green)] == [ALL, ALL]
-            for one in (plain, green):
-                ask(one, "wait")
-            assert [answer(one, fleet) for one in (plain, green)] == ["waiting", "waiting"]
+            for each in both:
+                ask(each, "methods")
+            assert [answer(each, fleet) for each in both] == [ALL, ALL]
+            for each, kind in zip(both, kinds, strict=True):
+                ask(each, "await" if kind == "asyncio" else "wait")
+            assert [answer(each, fleet) for each in both] == ["waiting", "waiting"]
             for server in servers.values():
                 server.kill()
             time.sleep(1)  # that they notice
             for server in servers.values():
                 server.restart()
-            assert [answer(one, fleet) for one in (plain, green)] == [[6, 6, [6, 6, 6], 12]] * 2
+            assert [answer(each, fleet) for each in both] == [[6, 6, [6, 6, 6], 12]] * 2
             if KOMBU < (5, 5):  # its worker may take no more tasks after Redis, the broker, was away
                 native.end(fleet.processes.pop("worker"))
                 fleet.worker(*WORKER)
-            for one in (plain, green):
-                ask(one, "methods")
-            assert [answer(one, fleet) for one in (plain, green)] == [ALL, ALL]
+            for each in both:
+                ask(each, "methods")
+            assert [answer(each, fleet) for each in both] == [ALL, ALL]
         finally:
-            for one in (plain, green):
-                one.kill()
+            for each in both:
+                each.kill()
 
 
 def ask(process, question):
