@@ -73,18 +73,16 @@ def encode(event: Event) -> bytes:
     try:
         body = _encoder.encode(event)
     except UnicodeEncodeError:
-        body = _encoder.encode(_well_formed(event))
+        body = _encoder.encode(_escaped(event))
     return b'{"v":%d,%s' % (event.v, body[1:]) if not body.startswith(b'{"v":') else body
-
-
-def _well_formed(event: Event) -> Event:
-    fields = {name: _escaped(getattr(event, name)) for name in event.__struct_fields__}
-    return msgspec.structs.replace(event, **fields)
 
 
 def _escaped(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, msgspec.Struct):
+        fields = {name: _escaped(getattr(value, name)) for name in value.__struct_fields__}
+        return msgspec.structs.replace(value, **fields)
     if isinstance(value, dict):
         return {_escaped(key): _escaped(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

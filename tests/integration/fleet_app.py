@@ -236,6 +236,20 @@ def odd():
     return object()
 
 
+@app.task
+def fail_oddly(how):
+    class Inside(Exception):  # noqa: N818 - nobody else can make it again
+        def __init__(self, one, other):
+            super().__init__(one)
+            self.other = other
+
+    raise {
+        "no name": Inside("odd", object()),
+        "no text": OSError("odd file \udcff"),
+        "no JSON": ValueError("odd", {1: object}),
+    }[how]
+
+
 @app.task(bind=True)
 def about_me(self, _results):
     request = self.request

@@ -65,6 +65,30 @@ def test_a_result_that_no_serializer_takes_is_a_failure(fleet, immutable):
     assert "EncodeError" in failed(result)
 
 
+@pytest.mark.parametrize("how", ["no name", "no text", "no JSON"])
+def test_an_exception_that_cannot_be_said_is_the_failure_of_its_task_and_of_its_chord(fleet, how):
+    tasks = fleet.app
+    result = chord([tasks.fail_oddly.s(how), tasks.add.s(2, 2)])(tasks.listed.s())
+    text = failed(result)
+    member = result.parent.results[0]
+    assert "odd" in text
+    assert member.id in text
+    assert "odd" in str(member.get(propagate=False, timeout=PATIENCE_S))
+    assert type(member.result).__name__ != "UnicodeEncodeError"
+
+
+@pytest.mark.parametrize(
+    "body", [None, 7, "fleet_app.listed", [], object()], ids=["None", "number", "text", "list", "object"]
+)
+def test_a_body_that_is_no_signature_is_refused_and_nothing_is_sent(fleet, body):
+    tasks = fleet.app
+    header = [tasks.note.si("without a body"), tasks.note.si("without a body")]
+    with pytest.raises(AttributeError):
+        chord(header)(body)
+    assert tasks.add.delay(1, 1).get(timeout=PATIENCE_S) == 2
+    assert "without a body" not in fleet.log("worker")
+
+
 def test_of_two_failed_the_first_of_the_header_is_named(fleet):
     tasks = fleet.app
     result = chord([tasks.add.s(1, 1), tasks.fail.s("second"), tasks.fail.s("third")])(tasks.listed.s())

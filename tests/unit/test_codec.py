@@ -305,13 +305,15 @@ def test_text_that_is_not_unicode_is_written_as_escapes():
     """An exception about an undecodable file name must not make its FAILURE impossible to store."""
     doc = msgspec.Raw(b'{"status":"FAILURE"}')
     event = Event(
-        id="e", kind="failure", task="t", at=1, hlc=1, message="no such file: \udcff", doc=doc, opaque=Opaque(meta=b"\xff"),
+        id="e", kind="failure", task="t", at=1, hlc=1, message="no such file: \udcff", doc=doc,
+        opaque=Opaque(meta=b"\xff", traceback="OSError: \udcff", plain={"args": ["\udcff"]}),
         args=["\udcff", {"\ud800": ("\ud800",)}], children=("c",),
     )  # fmt: skip
     read = codec.decode(codec.encode(event))
     assert read.message == "no such file: \\udcff"
     assert read.args == ["\\udcff", {"\\ud800": ["\\ud800"]}]
-    assert (read.document, read.opaque, read.children) == (bytes(doc), event.opaque, ("c",))
+    assert read.opaque == Opaque(meta=b"\xff", traceback="OSError: \\udcff", plain={"args": ["\\udcff"]})
+    assert (read.document, read.children) == (bytes(doc), ("c",))
 
 
 def test_nan_in_arguments_becomes_null():
