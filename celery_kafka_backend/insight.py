@@ -64,11 +64,18 @@ class Insight:
             Unavailable: The view is away, or nobody has written insight yet.
         """
         at = system_wall_ms() if at_ms is None else at_ms
-        minutes = WINDOWS[window]
         given: dict[Dimension, str | None] = {"task": task, "queue": queue, "worker": worker}
         only = {dimension: name for dimension, name in given.items() if name is not None}
-        found = self._store.read(needed(minutes, at))
-        return figures(((row.minute, row.task, _cells.decode(row.value)) for row in found), minutes, at, by, only)
+        return figures(self.rows(window, at), WINDOWS[window], at, by, only)
+
+    def rows(self, window: str, at_ms: int) -> list[tuple[int, str, list[Cell]]]:
+        """Return what a window is made of, by `windows.figures`: minute, task name and cells. So is any shorter one.
+
+        Raises:
+            Unavailable: As `window`.
+        """
+        found = self._store.read(needed(WINDOWS[window], at_ms))
+        return [(row.minute, row.task, _cells.decode(row.value)) for row in found]
 
     def written_at(self) -> int:
         """Return when the insight processor last wrote, ms since 1970; 0: never.

@@ -68,8 +68,8 @@ _REMEDIES: Final = {
 }
 
 
-class _OncePerInterval(logging.Filter):
-    """Lets each complaint of librdkafka through once per interval: it repeats them at every reconnect."""
+class OncePerInterval(logging.Filter):
+    """Lets each complaint of a client library through once per interval: it repeats them at every reconnect."""
 
     def __init__(self, interval_s: float) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class _OncePerInterval(logging.Filter):
 
 _VARYING: Final = re.compile(r"\d+ms|/\d+#|producer-\d+|consumer-\d+|\d+ identical error\(s\) suppressed")
 _driver_logger: Final = logging.getLogger("celery_kafka_backend.librdkafka")
-_driver_logger.addFilter(_OncePerInterval(60.0))
+_driver_logger.addFilter(OncePerInterval(60.0))
 
 
 def _common(settings: Settings, *extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,9 @@ In memory, for it is small: a name needs some KB per minute, and `minutes.KEPT_M
 are not used: a table of theirs forgets by the greatest time seen, so one wrong clock would empty it.
 
 **A table that was lost is counted again.** Each partition has a mark in the table. Where an event comes and there is
-none, the changelog is new, or was deleted: then the partition of ``task-stats`` is read again from its start, hours
-at most, before the event is counted. To count something again changes nothing, so this needs no care.
+none, the changelog is new, or was deleted: then the partition of ``task-stats`` is read again, as far back as windows
+show, before the event is counted. To count something again changes nothing, so this needs no care: wherever the
+changelog may lack something, or has something that nobody can read, the mark is taken away.
 
 Start it by ``celery -A proj pipeline run --insight``, or as any Faust worker, where the app is what `proj` has made::
 
@@ -30,6 +31,7 @@ import logging
 import os
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -40,7 +42,7 @@ from confluent_kafka import KafkaException, TopicPartition
 
 from celery_kafka_backend import partials, topics
 from celery_kafka_backend.errors import CodecError, Crashed, PublishError, SettingsError, Unavailable
-from celery_kafka_backend.kafka import translate
+from celery_kafka_backend.kafka import OncePerInterval, translate
 from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.partials import MINUTE_MS
 from celery_kafka_backend.past import batches, reader
@@ -49,6 +51,8 @@ from celery_kafka_backend.processors.faust_client import client_options
 from celery_kafka_backend.sinks.insight import MinuteRow, open_insight
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from celery_kafka_backend.processors.minutes import Minute
     from celery_kafka_backend.settings import Settings
     from celery_kafka_backend.sinks.contract import StoreOptions
@@ -63,6 +67,11 @@ MARK_S: Final = 3_600
 STUCK_S: Final = 60.0
 """A table that comes no nearer to being back for so long is not waited for any more."""
 ANSWER_S: Final = 10.0
+RETRY_S: Final = 2.0
+PUT_ROWS: Final = 1_000
+"""Rows that go to the view in one go: the others may be millions."""
+RECORD_ROOM: Final = 512
+"""Bytes that a record is larger than its key and value, and more."""
 
 
 class _Logged(NamedTuple):
@@ -82,19 +91,28 @@ class Insight:
     Args:
         table: Faust's.
         store: The insight view.
+        max_bytes: Largest record of the changelog.
     """
 
-    def __init__(self, table: Any, store: InsightStore) -> None:
+    def __init__(self, table: Any, store: InsightStore, max_bytes: int) -> None:
         self._table = table
         self._store = store
+        self._max_bytes = max_bytes
         self._opened = False
+        self._name = uuid.uuid4().hex
+        self._written_at = 0
         self._minutes: dict[bytes, Minute] = {}
         self._counted: list[Any] = []
         self._changed: dict[bytes, int] = {}
         self._marks: dict[bytes, tuple[int, bytes]] = {}
         self._latest: dict[bytes, _Logged] = {}
+        self._spoilt: dict[bytes | None, int] = {}
+        self._logged: dict[int, int] = {}
+        # Until this minute, by Kafka's clock, the changelog lacks something that a window may show.
+        self._lacking_until = 0
         self._unwritten: set[tuple[int, str]] = set()
-        self._partitions = 1
+        self._partitions: set[int] = set()
+        self._minute_now = 0
         self._keeping = asyncio.Lock()
         self._complained: dict[str, float] = {}
 
@@ -103,6 +121,7 @@ class Insight:
     def take(self, event: Any) -> None:
         """Take an event of the partials' topic; it is acknowledged by `keep`."""
         message = event.message
+        self._minute_now = int(message.timestamp) // 60
         self.count(event.value, message.timestamp, message.partition)
         self._counted.append(event)
         # Once an hour, for Kafka deletes from the changelog what is old.
@@ -123,7 +142,8 @@ class Insight:
             self.complain(f"a record is left out: {exc}")
             return
         if problem := minutes.unbelievable(partial, int(written_s) // 60):
-            self.complain(f"{partial.task}: figures of a minute {problem} are left out: look at that host's clock")
+            what, why = problem
+            self.complain(f"{partial.task}: figures of a minute {what} are left out: {why}", once=why)
             return
         key = minutes.key(partial)
         minute = self._minute(key)
@@ -137,7 +157,7 @@ class Insight:
 
     def _to_write(self, key: bytes) -> None:
         minute, partition, task = minutes.parse_key(key)
-        self._partitions = max(self._partitions, partition + 1)
+        self._partitions.add(partition)
         self._unwritten.add((minute, task))
 
     def reassigned(self) -> None:
@@ -150,15 +170,23 @@ class Insight:
         self._marks.clear()
         self._latest.clear()
         self._counted.clear()
+        self._logged.clear()
 
-    def heard(self, key: bytes, value: bytes | None, partition: int) -> None:
+    def heard(self, key: bytes | None, value: bytes | None, partition: int) -> None:
         """Take a record of the changelog, which is being read, before it is put into the table."""
-        if value is None or key.startswith(b"!"):
+        if value is None:
+            return
+        try:
+            version = _version_of(key or b"", value)
+        except (ValueError, msgspec.MsgspecError):  # of a newer version, or nobody's
+            self._spoilt[key] = partition
+            return
+        self._spoilt.pop(key, None)
+        if key is None or key.startswith(b"!"):
             return
         held = self._latest.get(key)
         if held is None and (here := self._table.data.data.get(key)) is not None:
             held = self._latest[key] = _Logged(minutes.decode(here).version, here, partition)
-        version = minutes.decode(value).version
         if held is None or version >= held.version:
             self._latest[key] = _Logged(version, value, partition)
 
@@ -174,16 +202,29 @@ class Insight:
                 self._minutes[key] = minutes.decode(value)
                 self._changed[key] = partition
         self._latest.clear()
+        spoilt, self._spoilt = self._spoilt, {}
+        for unread, partition in spoilt.items():
+            shown = (unread or b"")[:100]
+            self.complain(f"the changelog has what cannot be read: {shown!r}; its partition is counted again")
+            self._table.data.data.pop(unread, None)
+            self._table.data.data.pop(_mark(partition), None)
+        self._all_to_write()
+
+    def _all_to_write(self) -> None:
         for key in self._rows():
             self._to_write(key)
 
-    def clean(self, now_minute: int) -> None:
-        """Forget what no window shows; the changelog forgets by itself."""
-        for key in self._rows():
-            if minutes.parse_key(key)[0] < now_minute - minutes.KEPT_MINUTES:
-                self._table.data.data.pop(key, None)
-                self._minutes.pop(key, None)
-                self._changed.pop(key, None)
+    async def clean(self) -> None:
+        """Forget what no window shows, by Kafka's clock; the changelog forgets by itself.
+
+        And do not hold what was not changed for a while twice: a row takes ten times the room of its bytes.
+        """
+        async with self._keeping:
+            for key in self._rows():
+                if minutes.parse_key(key)[0] < self._minute_now - minutes.KEPT_MINUTES:
+                    self._table.data.data.pop(key, None)
+                    self._changed.pop(key, None)
+            self._minutes = {key: self._minutes[key] for key in self._changed}
 
     def _rows(self) -> list[bytes]:
         return [key for key in self._table.data if not key.startswith(b"!")]
@@ -191,14 +232,17 @@ class Insight:
     # -- keeping -------------------------------------------------------------------------------
 
     async def keep(self) -> None:
-        """Bring changelog and view up to date, and acknowledge what is in the changelog."""
+        """Bring changelog and view up to date, and acknowledge what is in the changelog.
+
+        The view may be ahead of it: what is not acknowledged is counted again, and comes to the same.
+        """
         async with self._keeping:
             counted, self._counted = self._counted, []
-            if not await self._log_changes():
+            if await self._log_changes():
+                for event in counted:
+                    event.ack()
+            else:
                 self._counted = counted + self._counted
-                return
-            for event in counted:
-                event.ack()
         await self._write()  # a view that does not answer holds up no rebalance
 
     async def hand_over(self) -> None:
@@ -210,10 +254,18 @@ class Insight:
         changed, self._changed = self._changed, {}
         marks, self._marks = self._marks, {}
         rows = {key: (partition, minutes.encode(self._minutes[key])) for key, partition in changed.items()}
+        large = {key for key, (_, value) in rows.items() if self._is_too_large(key, value)}
+        whole = not large
         try:
-            await self._log(rows)
+            whole &= await self._log({key: row for key, row in rows.items() if key not in large})
+            self._hold(rows)
+            if not whole:
+                self._lacking_until = self._minute_now + minutes.KEPT_MINUTES
+                marks = self._all_marks() | marks
             # Not before: whoever finds the mark of a partition takes what the table has of it for complete.
-            await self._log(marks)
+            lacking = self._minute_now <= self._lacking_until
+            await self._log({key: (at, None if lacking else value) for key, (at, value) in marks.items()})
+            self._hold(marks)
         except (KafkaError, asyncio.TimeoutError) as exc:
             self._changed = changed | self._changed
             self._marks = marks | self._marks
@@ -221,39 +273,70 @@ class Insight:
             return False
         return True
 
-    async def _log(self, values: dict[bytes, tuple[int, bytes]]) -> None:
-        sent = [self._table.send_changelog(partition, key, value) for key, (partition, value) in values.items()]
-        await asyncio.wait_for(asyncio.gather(*sent), ANSWER_S)
+    def _hold(self, values: Mapping[bytes, tuple[int, bytes]]) -> None:
         self._table.data.data.update((key, value) for key, (_, value) in values.items())
+
+    async def _log(self, values: Mapping[bytes, tuple[int, bytes | None]]) -> bool:
+        """Append to the changelog; return whether it still has what was appended before."""
+        sent = [self._table.send_changelog(partition, key, value) for key, (partition, value) in values.items()]
+        whole = True
+        for there in await asyncio.wait_for(asyncio.gather(*sent), ANSWER_S):
+            if there.offset < self._logged.get(there.partition, 0):
+                self.complain("the changelog was made anew: the next start or rebalance reads all partials again")
+                whole = False
+            self._logged[there.partition] = there.offset
+        return whole
+
+    def _all_marks(self) -> dict[bytes, tuple[int, bytes]]:
+        return {key: (int(key[1:]), value) for key, value in self._table.data.items() if key.startswith(b"!")}
+
+    def _is_too_large(self, key: bytes, value: bytes) -> bool:
+        """Return whether the changelog does not take a row: Faust would end at it, and all that follow it."""
+        if len(key) + len(value) + RECORD_ROOM <= self._max_bytes:
+            return False
+        _, _, task = minutes.parse_key(key)
+        remedy = "raise kafka_backend_settings['max_message_bytes'], and `pipeline init`"
+        self.complain(
+            f"{task[:100]}: what one minute says is too large for the changelog; figures are right, but each start and"
+            f" rebalance reads all partials again: {remedy}",
+            once=remedy,
+        )
+        return True
 
     async def _write(self) -> None:
         unwritten, self._unwritten = self._unwritten, set()
-        rows = [self._row(minute, task) for minute, task in unwritten]
+        where = sorted(unwritten)
         try:
-            await _in_thread(self._put, rows)
+            for start in range(0, max(len(where), 1), PUT_ROWS):
+                rows = [self._row(minute, task) for minute, task in where[start : start + PUT_ROWS]]
+                if not await _in_thread(self._put, rows):
+                    logger.warning("insight: the view has lost what it had: it is written again")
+                    self._all_to_write()
         except (Unavailable, SettingsError) as exc:
             self._unwritten |= unwritten
             self._opened = False
             self.complain(f"the insight view cannot be written: {exc}")
 
     def _row(self, minute: int, task: str) -> MinuteRow:
-        keys = [minutes.key_of(minute, number, task) for number in range(self._partitions)]
+        keys = [minutes.key_of(minute, number, task) for number in self._partitions]
         cells = partials.merged(cell for key in keys for cell in self._minute(key).cells)
         return MinuteRow(minute, task, minutes.version(cells), msgspec.json.encode(cells))
 
-    def _put(self, rows: list[MinuteRow]) -> None:
+    def _put(self, rows: list[MinuteRow]) -> bool:
+        """Put rows into the view; return whether it has what was put before."""
         if not self._opened:
             self._store.open()
             self._opened = True
-        self._store.write(rows, system_wall_ms())
+        before, self._written_at = self._written_at, system_wall_ms()
+        return self._store.write(rows, self._written_at, self._name) == before
 
-    def complain(self, text: str) -> None:
-        """Log an error, each text once a minute."""
-        now = time.monotonic()
-        if now - self._complained.get(text, -COMPLAIN_S) >= COMPLAIN_S:
+    def complain(self, text: str, once: str = "") -> None:
+        """Log an error, each text once a minute, or each ``once`` of many texts."""
+        now, about = time.monotonic(), once or text
+        if now - self._complained.get(about, -COMPLAIN_S) >= COMPLAIN_S:
             if len(self._complained) > 100:
                 self._complained.clear()
-            self._complained[text] = now
+            self._complained[about] = now
             logger.error("insight: %s", text)
 
 
@@ -262,12 +345,27 @@ def _mark(partition: int) -> bytes:
     return b"!%d" % partition
 
 
+def _version_of(key: bytes, value: bytes) -> int:
+    """Return the version of a row as the changelog has it; of a mark, when it was made.
+
+    Raises:
+        ValueError: It is neither.
+        MsgspecError: Likewise.
+    """
+    if key.startswith(b"!"):
+        return int(value)
+    minutes.parse_key(key)
+    return minutes.decode(value).version
+
+
 async def _in_thread(function: Any, *arguments: Any) -> Any:
     return await asyncio.get_running_loop().run_in_executor(None, function, *arguments)
 
 
-def earlier(settings: Settings, partition: int, before: int) -> list[tuple[bytes | None, float]]:
+def earlier(settings: Settings, partition: int, before: int, written_s: float) -> list[tuple[bytes | None, float]]:
     """Return what a partition of the partials' topic holds before an offset: values, and when Kafka wrote them, seconds.
+
+    Of the time before that one, written at ``written_s``, only as much as a window may still show.
 
     Raises:
         PublishError: Kafka does not answer, or refuses.
@@ -275,7 +373,10 @@ def earlier(settings: Settings, partition: int, before: int) -> list[tuple[bytes
     at = (topics.task_stats(settings.topic_prefix), partition)
     consumer = reader(settings)
     try:
+        since_ms = int(written_s * 1_000) - (minutes.KEPT_MINUTES + 1) * MINUTE_MS
+        (first,) = consumer.offsets_for_times([TopicPartition(*at, max(since_ms, 0))], timeout=ANSWER_S)
         low, _ = consumer.get_watermark_offsets(TopicPartition(*at), timeout=ANSWER_S)
+        low = max(low, first.offset)
         return [
             (message.value(), message.timestamp()[1] / 1000)
             for batch, _ in batches(consumer, {at: (low, before)})
@@ -299,6 +400,8 @@ def insight_app(settings: Settings, view: str, options: StoreOptions) -> Any:
         SettingsError: A setting of librdkafka's has no equivalent in Faust.
     """
     prefix = settings.topic_prefix
+    # It says of a topic that is gone that it is, with each of some thousand questions a second.
+    logging.getLogger("aiokafka.cluster").addFilter(OncePerInterval(COMPLAIN_S))
     app = faust.App(
         topics.insight(prefix),
         store="memory://",
@@ -309,6 +412,7 @@ def insight_app(settings: Settings, view: str, options: StoreOptions) -> Any:
         topic_disable_leader=True,
         # A copy in memory is read from the changelog's start when it is needed, so that having one in time saves nothing.
         table_standby_replicas=0,
+        producer_max_request_size=settings.max_message_bytes,
         web_enabled=False,
         stream_wait_empty=False,
         consumer_auto_offset_reset="earliest",
@@ -326,27 +430,31 @@ def insight_app(settings: Settings, view: str, options: StoreOptions) -> Any:
     table = app.Table(
         "minutes", key_type=bytes, value_type=bytes, partitions=settings.insight_partitions, on_changelog_event=heard
     )
-    work = Insight(table, open_insight(view, options))
+    work = Insight(table, open_insight(view, options), settings.max_message_bytes)
 
     @app.agent(stats, name=f"{topics.insight(prefix)}.count", concurrency=1)
     async def count(stream: Any) -> None:
         async for event in stream.noack().events():
-            message = event.message
-            if work.is_new(message.partition):
-                generation = app.consumer_generation_id
-                try:
-                    before = await _in_thread(earlier, settings, message.partition, message.offset)
-                except PublishError as exc:  # the next event will have it read, and this one with it
-                    work.complain(str(exc))
-                    continue
-                if app.consumer_generation_id != generation:  # whoever has the partition now is sent this event again
-                    continue
+            if await known(event.message):
+                work.take(event)
+
+    async def known(message: Any) -> bool:
+        """Have the partition of a message counted up to it; return whether it is still ours."""
+        generation = app.consumer_generation_id
+        while work.is_new(message.partition):
+            try:
+                before = await _in_thread(earlier, settings, message.partition, message.offset, message.timestamp)
+            except PublishError as exc:
+                work.complain(str(exc))
+                await asyncio.sleep(RETRY_S)
+                before = None
+            if app.consumer_generation_id != generation:  # whoever has the partition now is sent this event again
+                return False
+            if before is not None:
                 for value, written_s in before:
                     work.count(value, written_s, message.partition)
-            work.take(event)
-
-    async def clean() -> None:
-        work.clean(system_wall_ms() // MINUTE_MS)
+                break
+        return True
 
     async def revoked(*_: Any, **__: Any) -> None:
         await work.hand_over()
@@ -356,7 +464,7 @@ def insight_app(settings: Settings, view: str, options: StoreOptions) -> Any:
         app.add_future(end_if_stuck(app))
 
     app.timer(WRITE_S)(work.keep)
-    app.timer(CLEAN_S)(clean)
+    app.timer(CLEAN_S)(work.clean)
     app.on_partitions_revoked.connect(revoked, weak=False)
     app.on_partitions_assigned.connect(assigned, weak=False)
 

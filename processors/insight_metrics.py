@@ -12,15 +12,20 @@ from celery_kafka_backend.insight import Insight
 from celery_kafka_backend.monitor import Series
 from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.sinks.insight import open_insight
-from celery_kafka_backend.windows import WINDOWS
+from celery_kafka_backend.windows import WINDOWS, figures
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from celery_kafka_backend.sinks.contract import StoreOptions
     from celery_kafka_backend.windows import Dimension, Figures, Quantiles
 
 LOOK_EVERY_S: Final = 5.0
+REST: Final = 4
+"""… and at least so many times as long as a look takes."""
+MOST_NAMES: Final = 1_000
+"""Of each dimension; a name has up to some fifty series."""
+LONGEST: Final = "1h"
 DIMENSIONS: Final[tuple[Dimension, ...]] = ("task", "queue", "worker")
 
 
@@ -39,11 +44,13 @@ class InsightProbe:
 
     def _look(self) -> None:
         while True:
+            began = time.monotonic()
             try:
                 self._found = list(self._series())
             except PipelineError:  # the view's own probe says so
                 self._found = []
-            time.sleep(LOOK_EVERY_S)
+            # With many names and workers an hour of minutes takes a while: it is to be no more than a share of a core.
+            time.sleep(max(LOOK_EVERY_S, REST * (time.monotonic() - began)))
 
     def series(self) -> list[Series]:
         """Return what was read last; nothing while the view is away."""
@@ -54,14 +61,26 @@ class InsightProbe:
         written = self._insight.written_at()
         if written:
             yield Series(metrics.INSIGHT_AGE, (), ((now_ms - written) / 1000,))
+        rows = self._insight.rows(LONGEST, now_ms)
         for by in DIMENSIONS:
+            found = {window: figures(rows, minutes, now_ms, by) for window, minutes in WINDOWS.items()}
+            shown = _busiest(found[LONGEST])
             for window in WINDOWS:
-                for one in self._insight.window(window, by=by, at_ms=now_ms):
-                    yield from _of_window(one, by, window)
-            for one in self._insight.window("1m", by=by, at_ms=now_ms):
-                yield Series(metrics.INSIGHT_IN_FLIGHT, (by, one.name), (float(one.in_flight),))
-                oldest_s = 0.0 if one.oldest_ms is None else (now_ms - one.oldest_ms) / 1000
-                yield Series(metrics.INSIGHT_OLDEST, (by, one.name), (oldest_s,))
+                for one in found[window]:
+                    if one.name in shown:
+                        yield from _of_window(one, by, window)
+            for one in found[LONGEST]:
+                if one.name in shown:
+                    yield Series(metrics.INSIGHT_IN_FLIGHT, (by, one.name), (float(one.in_flight),))
+                    oldest_s = 0.0 if one.oldest_ms is None else (now_ms - one.oldest_ms) / 1000
+                    yield Series(metrics.INSIGHT_OLDEST, (by, one.name), (oldest_s,))
+
+
+def _busiest(found: Sequence[Figures]) -> set[str]:
+    """Return the names that are shown: those with the most events within the longest window."""
+    if len(found) <= MOST_NAMES:
+        return {one.name for one in found}
+    return {one.name for one in sorted(found, key=lambda one: -sum(one.kinds.values()))[:MOST_NAMES]}
 
 
 def _of_window(one: Figures, by: str, window: str) -> Iterator[Series]:

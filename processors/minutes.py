@@ -105,13 +105,16 @@ def parse_key(found: bytes) -> tuple[int, int, str]:
     return int(minute), int(partition), task.decode()
 
 
-def unbelievable(partial: Partial, written_minute: int) -> str:
-    """Return why a partial is in no window, judged by when Kafka wrote it; "" if it is."""
+def unbelievable(partial: Partial, written_minute: int) -> tuple[str, str] | None:
+    """Return what is wrong with a partial's minute, judged by when Kafka wrote it, and why that may be; None if nothing."""
     if partial.minute > written_minute + AHEAD_MINUTES:
-        return f"{partial.minute - written_minute} minutes ahead of Kafka's clock"
+        return f"{partial.minute - written_minute} minutes ahead of Kafka's clock", "look at that host's clock"
     if partial.minute < written_minute - KEPT_MINUTES:
-        return f"{written_minute - partial.minute} minutes old"
-    return ""
+        return (
+            f"{written_minute - partial.minute} minutes old",
+            "no window shows them; they were told late, or that host's clock is wrong",
+        )
+    return None
 
 
 def version(cells: Iterable[Cell]) -> int:

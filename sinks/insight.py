@@ -42,8 +42,18 @@ class InsightStore(ABC):
         """Get ready to write; called before `write`, and again after `Unavailable`. Readers need not."""
 
     @abstractmethod
-    def write(self, rows: Sequence[MinuteRow], at_ms: int) -> None:
-        """Put rows, each unless a later one is there, and when that was."""
+    def write(self, rows: Sequence[MinuteRow], at_ms: int, writer: str) -> int:
+        """Put rows, each unless a later one is there, and when that was.
+
+        Args:
+            rows: The rows.
+            at_ms: Now, ms since 1970.
+            writer: Which processor writes.
+
+        Returns:
+            The ``at_ms`` of that writer's last write, as the store has it; 0: it has none. Where that is not what the
+            writer knows, the store was emptied, or has gone back: all that was put before is to be put again.
+        """
 
     @abstractmethod
     def read(self, minutes: Iterable[int]) -> list[MinuteRow]:

@@ -4,9 +4,10 @@ Keys (``N`` is the pipeline's namespace)::
 
     celery-kafka:N:insight:<minute>    hash: task name → 16 digits of version, then the cells; expires by itself
     celery-kafka:N:insight             when a processor last wrote, ms since 1970
+    celery-kafka:N:insight:by:<id>     when that processor last wrote; expires by itself
 
-Guarantee: a row is never replaced by an earlier one, whoever writes; what Redis loses comes back with the next write
-of that row, or when a processor starts.
+Guarantee: a row is never replaced by an earlier one, whoever writes. A Redis that was emptied, or has lost its last
+writes with its primary, is noticed by each processor with its next write; single keys that it evicts are not.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ for i = 2, #ARGV, 2 do
 end
 redis.call('EXPIRE', KEYS[1], ARGV[1])
 """
+_STAMP: Final = """-- ARGV: now, seconds to keep
+local old = redis.call('GET', KEYS[1])
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+return old
+"""
 
 
 class RedisInsight(InsightStore):
@@ -44,16 +50,19 @@ class RedisInsight(InsightStore):
         with translated(self.url):
             self._client.ping()
 
-    def write(self, rows: Sequence[MinuteRow], at_ms: int) -> None:
+    def write(self, rows: Sequence[MinuteRow], at_ms: int, writer: str) -> int:
         found: dict[int, list[bytes | str]] = {}
         for row in rows:
             found.setdefault(row.minute, []).extend((row.task, b"%016d%b" % (row.version, row.value)))
+        stamp = f"{self._key}:by:{writer}"
         with translated(self.url):
             pipeline = self._client.pipeline(transaction=False)
+            # Before the rows: who empties it in between takes this along.
+            pipeline.eval(_STAMP, 1, stamp, at_ms, KEPT_S)
             for minute, values in found.items():
                 pipeline.eval(_PUT, 1, f"{self._key}:{minute}", KEPT_S, *values)
             pipeline.set(self._key, at_ms)
-            pipeline.execute()
+            return int(pipeline.execute()[0] or 0)
 
     def read(self, minutes: Iterable[int]) -> list[MinuteRow]:
         wanted = list(minutes)

@@ -1,6 +1,7 @@
 """Insight in SQLite: two tables beside those of a view, in the same file.
 
-Guarantee: as in Redis. Rows are deleted some hours after their minute, by the writes.
+Guarantee: as in Redis. Rows are deleted when later ones are put, some hours after their minute by these rows' clock: one
+of ours that jumps deletes nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 _TABLES: Final = (
     """CREATE TABLE IF NOT EXISTS ckb_insight
     (minute INTEGER, task TEXT, version INTEGER, cells BLOB, PRIMARY KEY (minute, task)) WITHOUT ROWID""",
-    "CREATE TABLE IF NOT EXISTS ckb_insight_written (id INTEGER PRIMARY KEY CHECK (id = 0), at INTEGER)",
+    "CREATE TABLE IF NOT EXISTS ckb_insight_writers (writer TEXT PRIMARY KEY, at INTEGER)",
 )
 _PUT: Final = (
     "INSERT INTO ckb_insight VALUES (?, ?, ?, ?) ON CONFLICT (minute, task) DO UPDATE"
@@ -41,13 +42,20 @@ class SqliteInsight(InsightStore):
             for statement in _TABLES:
                 db.execute(statement)
 
-    def write(self, rows: Sequence[MinuteRow], at_ms: int) -> None:
+    def write(self, rows: Sequence[MinuteRow], at_ms: int, writer: str) -> int:
         with self._connected("rw") as db:
             db.execute("BEGIN IMMEDIATE")
+            (before,) = db.execute("SELECT max(at) FROM ckb_insight_writers WHERE writer = ?", (writer,)).fetchone()
             db.executemany(_PUT, rows)
-            db.execute("INSERT OR REPLACE INTO ckb_insight_written VALUES (0, ?)", (at_ms,))
-            db.execute("DELETE FROM ckb_insight WHERE minute < ?", ((at_ms // 1_000 - KEPT_S) // 60,))
+            # The writer of the last row wrote last.
+            db.execute("INSERT OR REPLACE INTO ckb_insight_writers VALUES (?, ?)", (writer, at_ms))
+            db.execute("DELETE FROM ckb_insight_writers WHERE at < ?", (at_ms - KEPT_S * 1_000,))
+            if rows:
+                db.execute(
+                    "DELETE FROM ckb_insight WHERE minute < ?", (max(row.minute for row in rows) - KEPT_S // 60,)
+                )
             db.execute("COMMIT")
+        return before or 0
 
     def read(self, minutes: Iterable[int]) -> list[MinuteRow]:
         wanted = sorted(minutes)
@@ -58,7 +66,8 @@ class SqliteInsight(InsightStore):
 
     def written_at(self) -> int:
         with self._connected("rw") as db:
-            return int((db.execute("SELECT at FROM ckb_insight_written").fetchone() or (0,))[0])
+            last = "SELECT at FROM ckb_insight_writers ORDER BY rowid DESC LIMIT 1"
+            return int((db.execute(last).fetchone() or (0,))[0])
 
     @contextmanager
     def _connected(self, mode: str) -> Iterator[sqlite3.Connection]:

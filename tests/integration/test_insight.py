@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+import redis
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, NewTopic
 
@@ -41,6 +42,17 @@ LINES = 50
 """Of each worker's log, shown where it did not happen in time."""
 ROOT = Path(__file__).parents[2]
 NAMES = [f"app.task{n}" for n in range(12)]
+
+
+HUGE = Partial(
+    partition=(1 << 31) - 1,
+    bucket=0,
+    minute=time.time_ns() // 60_000_000_000,
+    task="app.huge",
+    upto=BUCKET,
+    cells=[Cell(kinds={"success": 1})],
+)
+"""Of a partition that no log has."""
 
 
 class World:
@@ -108,6 +120,19 @@ class World:
             self._history.append((key, value))
         self._producer.produce(topics.task_stats(self.prefix), value, key)
         self._producer.poll(0)
+
+    def empty_view(self) -> None:
+        """As FLUSHDB, or a Redis that starts without its data."""
+        client = redis.Redis.from_url(self.view)
+        client.flushdb()
+        client.close()
+
+    def spoil_changelog(self) -> None:
+        """Put what is no row under names of rows."""
+        for key, value in ((b"1/0/a", b"\xff\xff"), (b"nonsense", b"nonsense"), (b"!0", b"soon")):
+            for partition in range(PARTITIONS):
+                self._producer.produce(topics.insight_changelog(self.prefix), value, key, partition)
+        assert self._producer.flush(PATIENCE_S) == 0
 
     def worker(self) -> subprocess.Popen[bytes]:
         environment = {"INSIGHT_KAFKA": self.kafka, "INSIGHT_PREFIX": self.prefix, "INSIGHT_VIEW": self.view}
@@ -213,6 +238,38 @@ def test_bad_partials_are_said_and_left_out_and_a_lost_changelog_loses_no_window
     world.create(topics.insight_changelog(world.prefix))
     world.worker()
     world.put(50)
+    world.settle()
+
+
+@pytest.mark.parametrize("world", ["redis"], indirect=True)
+def test_windows_are_right_again_when_view_or_changelog_was_emptied_or_spoilt_meanwhile(world: World):
+    """While a worker runs, and nothing more is told: what it has lost, the view gets back."""
+    worker = world.worker()
+    world.put(50)
+    world.put_raw(partials.encode(HUGE))
+    world.expected[HUGE.minute, HUGE.task] = 1
+    world.settle()
+    world.empty_view()
+    world.settle()
+    world.spoil_changelog()
+    native.end(worker)
+    world.empty_view()
+    world.worker()
+    world.put(50)
+    world.settle()
+    assert "cannot be read" in world.log
+    world.delete(topics.insight_changelog(world.prefix))
+    world.put(20)
+    until(lambda: "the changelog cannot be written" in world.log)
+    world.settle()
+    world.create(topics.insight_changelog(world.prefix))
+    world.put(20)
+    world.settle()
+    for each in world.workers:
+        native.end(each)
+    world.empty_view()
+    world.worker()
+    world.put(20)
     world.settle()
 
 

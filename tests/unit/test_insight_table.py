@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 MINUTE = 29_000_000
+MAX_BYTES = 4_000
+MARK = b"!0"
 
 
 class Table:
@@ -28,16 +30,17 @@ class Table:
 
     def __init__(self, takes: int = 1_000) -> None:
         self.data: UserDict[bytes, bytes] = UserDict()
-        self.changelog: list[tuple[bytes, bytes]] = []
+        self.changelog: list[tuple[bytes, bytes | None]] = []
         self.takes = takes
 
     def get(self, key: bytes) -> bytes | None:
         return self.data.get(key)
 
-    async def send_changelog(self, _partition: int, key: bytes, value: bytes) -> None:
+    async def send_changelog(self, partition: int, key: bytes, value: bytes | None) -> Any:
         if len(self.changelog) >= self.takes:
             raise KafkaTimeoutError
         self.changelog.append((key, value))
+        return SimpleNamespace(partition=partition, offset=len(self.changelog) - 1)
 
 
 class Store(InsightStore):
@@ -45,14 +48,17 @@ class Store(InsightStore):
 
     def __init__(self) -> None:
         self.rows: list[MinuteRow] = []
+        self.at = 0
         self.answers = threading.Event()
         self.answers.set()
 
     def open(self) -> None: ...
 
-    def write(self, rows: Sequence[MinuteRow], at_ms: int) -> None:
+    def write(self, rows: Sequence[MinuteRow], at_ms: int, writer: str) -> int:
         self.answers.wait(60)
         self.rows += rows
+        before, self.at = self.at, at_ms
+        return before
 
     def read(self, minutes: Iterable[int]) -> list[MinuteRow]:
         return self.rows
@@ -63,18 +69,21 @@ class Store(InsightStore):
     def close(self) -> None: ...
 
 
-def told(bucket: int, count: int) -> bytes:
-    cell = Cell(kinds={"success": count})
+def told(bucket: int, count: int, **fields: Any) -> bytes:
     upto = (bucket + 1) * BUCKET
-    return partials.encode(Partial(partition=0, bucket=bucket, minute=MINUTE, task="a", upto=upto, cells=[cell]))
+    said = {"partition": 0, "minute": MINUTE, "task": "a", "cells": [Cell(kinds={"success": count})], **fields}
+    return partials.encode(Partial(bucket=bucket, upto=upto, **said))
 
 
-def event(bucket: int, count: int, ack: Callable[[], object] = lambda: None) -> Any:
-    message = SimpleNamespace(timestamp=MINUTE * 60.0, partition=0)
-    return SimpleNamespace(value=told(bucket, count), message=message, ack=ack)
+def event(
+    bucket: int, count: int, ack: Callable[[], object] = lambda: None, minute: int = MINUTE, **fields: Any
+) -> Any:
+    """A partial, written in that minute."""
+    message = SimpleNamespace(timestamp=minute * 60.0, partition=0)
+    return SimpleNamespace(value=told(bucket, count, minute=minute, **fields), message=message, ack=ack)
 
 
-def successes(value: bytes) -> int:
+def successes(value: bytes | None) -> int:
     return sum(cell.kinds["success"] for cell in minutes.decode(value).cells)
 
 
@@ -82,13 +91,14 @@ def test_a_partition_is_marked_and_acknowledged_only_when_what_was_read_of_it_is
     """Whoever finds the mark does not read the partials' topic again from its start."""
 
     async def scenario() -> None:
-        table, acked = Table(takes=0), []
-        work = Insight(table, Store())
+        table, store, acked = Table(takes=0), Store(), []
+        work = Insight(table, store, MAX_BYTES)
         assert work.is_new(0)
         work.take(event(0, 5, lambda: acked.append(1)))
         assert not work.is_new(0), "it is being counted"
         await work.keep()
         assert (table.changelog, dict(table.data), acked) == ([], {}, [])
+        assert [row.task for row in store.rows] == ["a"], "windows go on"
         table.takes = 1  # the row, not the mark
         await work.keep()
         assert len(table.changelog) == 1
@@ -112,7 +122,7 @@ def test_what_a_zombie_logs_last_does_not_win(known: bool):
         logs = []
         for last in (2, 4):
             table = Table()
-            work = Insight(table, Store())
+            work = Insight(table, Store(), MAX_BYTES)
             for bucket in range(last):
                 work.take(event(bucket, 10))
             await work.keep()
@@ -120,7 +130,7 @@ def test_what_a_zombie_logs_last_does_not_win(known: bool):
         older, newer = logs
         key = minutes.key_of(MINUTE, 0, "a")
         table = Table()
-        work = Insight(table, Store())
+        work = Insight(table, Store(), MAX_BYTES)
         if known:  # it is a member that stayed: it reads on from where it was
             table.data[key] = newer
         for value in (older,) if known else (newer, older):
@@ -140,7 +150,7 @@ def test_a_view_that_does_not_answer_holds_up_no_rebalance():
 
     async def scenario() -> None:
         table, store, acknowledged = Table(), Store(), asyncio.Event()
-        work = Insight(table, store)
+        work = Insight(table, store, MAX_BYTES)
         store.answers.clear()
         work.take(event(0, 5, acknowledged.set))
         keeping = asyncio.create_task(work.keep())
@@ -151,6 +161,136 @@ def test_a_view_that_does_not_answer_holds_up_no_rebalance():
         assert successes(table.data[minutes.key_of(MINUTE, 0, "a")]) == 10
         store.answers.set()
         await keeping
+
+    asyncio.run(scenario())
+
+
+def test_rows_are_forgotten_by_kafkas_clock():
+    """Ours is far ahead of it here. And what cannot be logged meanwhile is kept."""
+
+    async def scenario() -> None:
+        table = Table()
+        work = Insight(table, Store(), MAX_BYTES)
+        work.take(event(0, 5))
+        await work.keep()
+        work.take(event(1, 5, minute=MINUTE + minutes.KEPT_MINUTES))
+        table.takes = 0
+        await work.keep()
+        await work.clean()
+        table.takes = 1_000
+        await work.keep()
+        assert len(work._rows()) == 2
+        work.take(event(2, 5, minute=MINUTE + minutes.KEPT_MINUTES + 1))
+        await work.keep()
+        await work.clean()
+        assert sorted(minutes.parse_key(key)[0] - MINUTE for key in work._rows()) == [120, 121]
+        work.take(event(3, 7, minute=MINUTE + minutes.KEPT_MINUTES + 1))
+        await work.keep()
+        key = minutes.key_of(MINUTE + minutes.KEPT_MINUTES + 1, 0, "a")
+        assert successes(table.data[key]) == 12, "counted on from its bytes"
+
+    asyncio.run(scenario())
+
+
+def test_a_row_too_large_for_the_changelog_holds_up_no_other():
+    """Faust ends at such a record. It is counted; whoever comes next reads the partials again, and so has it, too."""
+
+    async def scenario() -> None:
+        table, store, acked = Table(), Store(), []
+        work = Insight(table, store, MAX_BYTES)
+        work.take(event(0, 5, task="small"))
+        await work.keep()
+        cells = [Cell(worker=f"celery@host{n}", kinds={"success": 1}) for n in range(200)]
+        work.take(event(1, 0, lambda: acked.append(1), task="large", cells=cells))
+        work.take(event(2, 6, lambda: acked.append(2), task="small"))
+        await work.keep()
+        assert acked == [1, 2]
+        last = dict(table.changelog)
+        assert successes(last[minutes.key_of(MINUTE, 0, "small")]) == 11
+        assert minutes.key_of(MINUTE, 0, "large") not in last
+        assert last[MARK] is None
+        assert {row.task for row in store.rows} == {"small", "large"}
+        assert not work.is_new(0), "we have it"
+        work.take(event(3, 1, minute=MINUTE + 119))  # the mark is due again
+        await work.keep()
+        assert dict(table.changelog)[MARK] is None, "a window may still show what it lacks"
+        work.take(event(4, 1, minute=MINUTE + 240))
+        await work.keep()
+        assert dict(table.changelog)[MARK] is not None
+
+    asyncio.run(scenario())
+
+
+def test_a_changelog_that_was_made_anew_has_no_mark():
+    """It was deleted while we wrote it: what was logged before is missing there."""
+
+    async def scenario() -> None:
+        table = Table()
+        work = Insight(table, Store(), MAX_BYTES)
+        for bucket in range(2):
+            work.take(event(bucket, 5))
+            await work.keep()
+        table.changelog.clear()
+        work.take(event(2, 5, minute=MINUTE + 90))
+        await work.keep()
+        assert dict(table.changelog)[MARK] is None
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (minutes.key_of(MINUTE, 0, "a"), b"\xff"), (b"nonsense", minutes.encode(minutes.Minute())), (b"", b""),
+        (None, b"x"), (MARK, b"soon"),
+    ],
+)  # fmt: skip
+def test_what_nobody_can_read_in_the_changelog_is_counted_again(key: Any, value: bytes):
+    async def scenario() -> None:
+        table, store = Table(), Store()
+        work = Insight(table, store, MAX_BYTES)
+        good = minutes.key_of(MINUTE, 0, "b")
+        row = minutes.Minute()
+        row.take(partials.decode(told(0, 3)))
+        for each, held in ((MARK, b"123"), (good, minutes.encode(row)), (key, value)):
+            work.heard(each, held, 0)
+            table.data[each] = held  # as Faust does
+        work.recovered()
+        assert list(table.data) == [good]
+        assert work.is_new(0)
+        work.take(event(0, 5))
+        await work.keep()
+        assert {row.task for row in store.rows} == {"a", "b"}
+
+    asyncio.run(scenario())
+
+
+def test_a_view_that_was_emptied_is_written_again():
+    async def scenario() -> None:
+        store = Store()
+        work = Insight(Table(), store, MAX_BYTES)
+        for name in "abc":
+            work.take(event(0, 5, task=name))
+        await work.keep()
+        store.rows.clear()
+        await work.keep()
+        assert store.rows == []
+        store.at = 0
+        work.take(event(1, 5, task="c"))
+        await work.keep()
+        await work.keep()
+        assert {row.task for row in store.rows} == {"a", "b", "c"}
+
+    asyncio.run(scenario())
+
+
+def test_a_partial_of_a_partition_that_is_not_there_takes_no_time():
+    async def scenario() -> None:
+        store = Store()
+        work = Insight(Table(), store, MAX_BYTES)
+        work.take(event(0, 5, partition=(1 << 31) - 1))
+        await work.keep()
+        assert [row.task for row in store.rows] == ["a"]
 
     asyncio.run(scenario())
 
