@@ -19,7 +19,7 @@ from celery_kafka_backend.kafka import translate
 from celery_kafka_backend.order import system_wall_ms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from confluent_kafka import Consumer, Message
 
@@ -66,25 +66,80 @@ def _joined(found: Iterable[tuple[int, Span]]) -> list[tuple[int, Span]]:
     return joined
 
 
+def oldest(topic: str, key: str, marks: Mapping[int, Span]) -> dict[At, Span]:
+    """Return the oldest records of every other partition in which events of a key may be: `out_of_place` asks for them.
+
+    Args:
+        topic: The log.
+        key: The key.
+        marks: Of each partition its first and its next offset.
+    """
+    places = {topics.partition_of(key, count) for count in range(1, len(marks))}
+    places.discard(topics.partition_of(key, len(marks)))
+    return _oldest(topic, {n: marks[n] for n in places})
+
+
+def _oldest(topic: str, marks: Mapping[int, Span]) -> dict[At, Span]:
+    return {(topic, n): (low, min(low + SAMPLE, high)) for n, (low, high) in marks.items() if low < high}
+
+
+def out_of_place(message: Message, partitions: int) -> bool:
+    """Return whether a record was written while the topic had fewer partitions."""
+    key = message.key()
+    return bool(key) and topics.place_of(key, partitions) != message.partition()  # type: ignore[arg-type]
+
+
+def moved(make: Callable[[], Consumer], wanted: Mapping[At, Span], partitions: int) -> set[int]:
+    """Return the partitions of which any of these records is out of place.
+
+    Args:
+        make: Makes a consumer as `past.reader` does, for one read.
+        wanted: Records, as `oldest` has them.
+        partitions: How many the topic has.
+
+    Raises:
+        PublishError: Kafka refused, or gave nothing for long.
+    """
+    if not wanted:
+        return set()
+    consumer = make()
+    try:
+        found = (message for some, _ in past.batches(consumer, wanted, SAMPLE) for message in some)
+        return {message.partition() or 0 for message in found if out_of_place(message, partitions)}
+    finally:
+        consumer.close()
+
+
+def any_moved(make: Callable[[], Consumer], topic: str, marks: Mapping[int, Span]) -> bool:
+    """Return whether any partition has records from when there were fewer, of those that are looked at.
+
+    Raises:
+        PublishError: Kafka refused, or gave nothing for long.
+    """
+    return bool(moved(make, _oldest(topic, marks), len(marks)))
+
+
 def elsewhere(
-    make: Callable[[], Consumer], topic: str, key: str, marks: Mapping[int, Span], timeout_s: float
+    make: Callable[[], Consumer],
+    topic: str,
+    key: str,
+    marks: Mapping[int, Span],
+    held: Collection[int],
+    timeout_s: float,
 ) -> list[tuple[At, Span]]:
-    """Return the spans of other partitions in which events of a key may be; [] if partitions were never added.
+    """Return the spans of other partitions in which events of a key may be.
 
     Args:
         make: Makes a consumer as `past.reader` does, for one read.
         topic: The log.
         key: The key.
         marks: Of each partition its first and its next offset.
+        held: The partitions of which the oldest records are out of place.
         timeout_s: Bound on each question to Kafka.
 
     Raises:
-        PublishError: Kafka refused, or gave nothing for long.
         KafkaException: It did not answer.
     """
-    places = {topics.partition_of(key, count) for count in range(1, len(marks))}
-    places.discard(topics.partition_of(key, len(marks)))
-    held = out_of_place(make, topic, {n: marks[n] for n in places}, len(marks))
     if not held:
         return []
     found = []
@@ -98,33 +153,6 @@ def elsewhere(
     finally:
         consumer.close()
     return [((topic, n), (start, end)) for n, (start, end) in _joined(found) if start < end]
-
-
-def out_of_place(make: Callable[[], Consumer], topic: str, marks: Mapping[int, Span], partitions: int) -> set[int]:
-    """Return which partitions hold records that were written while the topic had fewer, by their oldest ones.
-
-    Args:
-        make: Makes a consumer, for one read.
-        topic: The log.
-        marks: Of the partitions to look at, first and next offset.
-        partitions: How many the topic has.
-
-    Raises:
-        PublishError: Kafka refused, or gave nothing for long.
-    """
-    oldest = {(topic, n): (low, min(low + SAMPLE, high)) for n, (low, high) in marks.items() if low < high}
-    if not oldest:
-        return set()
-    consumer = make()
-    try:
-        return {
-            message.partition() or 0
-            for found, _ in past.batches(consumer, oldest)
-            for message in found
-            if (key := message.key()) and topics.place_of(key, partitions) != message.partition()
-        }
-    finally:
-        consumer.close()
 
 
 def first_written(consumer: Consumer, topic: str, marks: Mapping[int, Span], timeout_s: float) -> list[int]:
@@ -173,14 +201,21 @@ def of_task(
         marks = {
             n: consumer.get_watermark_offsets(TopicPartition(topic, n), timeout=timeout_s) for n in found.partitions
         }
-        at = (topic, topics.partition_of(task_id, len(marks)))
-        parts = [(at, marks[at[1]])]
-        if not str(known.cluster_id or "").startswith(past.EMBEDDED):
-            parts += elsewhere(make, topic, task_id, marks, timeout_s)
-            parts = [(at, _within(consumer, at, span, since_ms, until_ms, timeout_s)) for at, span in parts]
-        return [message.value() or b"" for one in parts for message in _all(make, one) if message.key() == key]
+        home = (topic, topics.partition_of(task_id, len(marks)))
+        embedded = str(known.cluster_id or "").startswith(past.EMBEDDED)  # it adds no partitions, and keeps no times
+        span = marks[home[1]]
+        if not embedded:
+            span = _within(consumer, home, span, since_ms, until_ms, timeout_s)
+        held: set[int] = set()
+        parts = {home: span, **({} if embedded else oldest(topic, task_id, marks))}
+        values = list(_values(make, parts, key, len(marks), held))
+        for at, there in elsewhere(make, topic, task_id, marks, held, timeout_s):
+            span = _within(consumer, at, there, since_ms, until_ms, timeout_s)
+            values += _values(make, {at: span}, key, len(marks), held)
     except KafkaException as exc:
         raise translate(exc, f"reading {topic}") from exc
+    else:
+        return values
     finally:
         consumer.close()
 
@@ -196,10 +231,19 @@ def _within(
     return start, end
 
 
-def _all(make: Callable[[], Consumer], part: tuple[At, Span]) -> Iterator[Message]:
+def _values(
+    make: Callable[[], Consumer], parts: Mapping[At, Span], key: bytes, partitions: int, held: set[int]
+) -> Iterator[bytes]:
+    """Yield what the first span has of a key, and note which others have a record that is out of place."""
+    home = next(iter(parts))[1]
     consumer = make()
     try:
-        for found, _ in past.batches(consumer, dict([part])):
-            yield from found
+        for found, _ in past.batches(consumer, parts):
+            for message in found:
+                if message.partition() == home:
+                    if message.key() == key:
+                        yield message.value() or b""
+                elif out_of_place(message, partitions):
+                    held.add(message.partition() or 0)
     finally:
         consumer.close()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import msgspec
 
-from celery_kafka_backend import codec, timeline, topics
+from celery_kafka_backend import codec, places, timeline, topics
 from celery_kafka_backend.changes import Partition
 from celery_kafka_backend.cli import history_shown as shown
 from celery_kafka_backend.cli.broker import Broker
@@ -217,8 +217,11 @@ def from_log(
     topic = log_of(broker)
     parts = spans(broker, topic, since, until)
     home = (topic, topics.partition_of(task_id, len(parts)))  # the same hash that every producer of ours uses
-    found = _of_key(broker, {home: parts[home]}, task_id)
-    if earlier := elsewhere(broker, topic, task_id):
+    marks = {number: span for (_, number), span in parts.items()} if since is until is None else broker.ends(topic)
+    held: set[int] = set()
+    aside = {} if broker.embedded else places.oldest(topic, task_id, marks)
+    found = _of_key(broker, {home: parts[home], **aside}, task_id, held)
+    if earlier := elsewhere(broker, topic, task_id, marks, held):
         others = ", ".join(str(n) for n in sorted({number for (_, number), _ in earlier}))
         note = f"note: partitions were added to {topic}: what was written before is looked for in {others}, too"
         click.secho(f"{note} ({sum(end - start for _, (start, end) in earlier)} records)", fg="yellow", err=True)
@@ -228,9 +231,25 @@ def from_log(
     return found or _of_key(broker, {at: span for at, span in parts.items() if at != home}, task_id)
 
 
-def _of_key(broker: Broker, parts: Mapping[At, tuple[int, int]], task_id: str) -> list[tuple[Event, bytes]]:
+def _of_key(
+    broker: Broker, parts: Mapping[At, tuple[int, int]], task_id: str, held: set[int] | None = None
+) -> list[tuple[Event, bytes]]:
+    """Return a task's events in some spans, all of them or, with ``held``, those of the first.
+
+    Args:
+        broker: Kafka.
+        parts: The spans.
+        task_id: The task.
+        held: Takes the other partitions of which a record is out of place.
+    """
     key, found = task_id.encode(), []
-    for message in messages(broker, parts, next(iter(parts), ("the log", 0))[0]):
+    topic, home = next(iter(parts), ("the log", 0))
+    partitions = broker.partitions(topic) if held is not None else 0
+    for message in messages(broker, parts, topic):
+        if held is not None and message.partition() != home:
+            if places.out_of_place(message, partitions):
+                held.add(message.partition() or 0)
+            continue
         if message.key() != key:  # nothing else is asked of a message that is not ours: this is the whole cost
             continue
         try:

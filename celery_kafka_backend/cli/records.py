@@ -14,7 +14,7 @@ from celery_kafka_backend.cli.output import when
 from celery_kafka_backend.errors import NotAcknowledged
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from confluent_kafka import Consumer, Message
 
@@ -79,19 +79,17 @@ def messages(broker: Broker, parts: Mapping[At, Span], place: str) -> Iterator[M
         yield from batch
 
 
-def elsewhere(broker: Broker, topic: str, key: str) -> list[tuple[At, Span]]:
+def elsewhere(
+    broker: Broker, topic: str, key: str, marks: Mapping[int, Span], held: Collection[int]
+) -> list[tuple[At, Span]]:
     """Return where else events of a key may be, as `places.elsewhere` has it.
 
     Raises:
         Stop: Kafka did not answer.
-        PublishError: It refused.
     """
-    if broker.embedded:  # it adds no partitions
-        return []
-    marks = broker.ends(topic)
     return broker.ask(
         f"asking where {key} was in {topic}",
-        lambda: places.elsewhere(broker.reader, topic, key, marks, broker.timeout_s),
+        lambda: places.elsewhere(broker.reader, topic, key, marks, held, broker.timeout_s),
     )
 
 
@@ -100,7 +98,9 @@ def following(broker: Broker, topic: str, key: str, starts: Mapping[int, int]) -
 
     Also where partitions were added a moment ago, or are while it reads.
     """
-    there = {number for (_, number), _ in elsewhere(broker, topic, key)} | {topics.partition_of(key, len(starts))}
+    there = {topics.partition_of(key, len(starts))}
+    if not broker.embedded:  # it adds none
+        there |= places.moved(broker.reader, places.oldest(topic, key, broker.ends(topic)), len(starts))
     wanted = key.encode()
     consumer = broker.reader()
     ask_at = time.monotonic() + ASK_EVERY_S
