@@ -11,7 +11,7 @@ One table, keyed by (minute, partition of the log, task name), whose values are 
 where its partials arrive, so one process owns a name and writes its rows. The figures per queue and worker are cells
 inside these rows, and readers add up the ones that they are asked for: no second topic, no repartitioning.
 
-In memory, for it is small: a name needs some KB per minute, and `minutes.KEPT_MINUTES` are kept. Faust's own windows
+In memory, for it is small: a name needs some KB in a minute that changes, one later, for `minutes.KEPT_MINUTES`. Faust's own windows
 are not used: a table of theirs forgets by the greatest time seen, so one wrong clock would empty it.
 
 **A table that was lost is counted again.** Each partition has a mark in the table. Where an event comes and there is
@@ -269,7 +269,11 @@ class Insight:
         except (KafkaError, asyncio.TimeoutError) as exc:
             self._changed = changed | self._changed
             self._marks = marks | self._marks
-            self.complain(f"the changelog cannot be written: {exc!r}; `pipeline init` makes it if it is gone")
+            self.complain(
+                f"the changelog cannot be written: {exc!r}; `pipeline init` makes it if it is gone, `pipeline init --print`"
+                " says which rights it takes",
+                once="changelog",
+            )
             return False
         return True
 
