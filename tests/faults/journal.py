@@ -42,10 +42,10 @@ class Journal:
         if not lines:
             return
         if self._pid != os.getpid():
+            path = self._folder / f"{self._role}-{os.getpid()}.jsonl"
             self._lock = threading.Lock()
-            self._pid = os.getpid()
-            path = self._folder / f"{self._role}-{self._pid}.jsonl"
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            self._pid = os.getpid()  # at last: for other threads it says that there is a file
         common = {"at": time.time(), "pid": self._pid, "thread": threading.get_ident()}
         text = "".join(json.dumps({"what": what, **common, **facts}) + "\n" for what, facts in lines)
         with self._lock:
