@@ -66,6 +66,8 @@ def note(task, label, got):
         id=request.id,
         root=request.root_id,
         parent=request.parent_id,
+        group=request.group,
+        index=request.group_index,
         got=got,
         queue=(request.delivery_info or {}).get("routing_key"),
         priority=(request.delivery_info or {}).get("priority"),

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
 import redis
+from celery.backends.redis import RedisBackend
 from celery.result import GroupResult, allow_join_result, result_from_tuple
 
 from tests.canvas.answers import has_none
@@ -25,6 +26,7 @@ QUIET_S = 1.0
 PATIENCE_S = 60.0
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 VARIES = re.compile(r"Job: \d+|0x[0-9a-f]+")
+DEPENDENCY = re.compile(rf"Dependency ({UUID.pattern}) raised ")
 
 
 def play(programs, expected):
@@ -32,7 +34,11 @@ def play(programs, expected):
     sent = {seed: _send(program) for seed, program in programs.items()}
     _rest()
     for seed, program in programs.items():
-        if program["how"] == "again" and not isinstance(sent[seed], str) and sent[seed][0].ready():
+        if (
+            program["how"] == "again"
+            and not isinstance(sent[seed], str)
+            and _ended(sent[seed][0], expected and expected[seed])
+        ):
             sent[seed].append(sent[seed][1].apply_async())
         if not isinstance(sent[seed], str):
             sent[seed] = [one for one in sent[seed] if hasattr(one, "as_tuple")]
@@ -49,13 +55,13 @@ def play(programs, expected):
     wanted = {seed: Counter(answer["ran"]) for seed, answer in (expected or {}).items()}
     while True:
         ran, labels = _journal()
-        missing = [seed for seed in wanted if wanted[seed] - Counter(_shown(seed, ran, labels))]
+        missing = [seed for seed in wanted if wanted[seed] - Counter(_shown(ran[seed], Names(ran[seed], labels)))]
         if not missing or time.monotonic() > deadline:
             break
         time.sleep(0.3)
     _rest()
     ran, labels = _journal()
-    return {seed: _answer(seed, sent[seed], ran, labels) for seed in programs}
+    return {seed: _answer(sent[seed], ran[seed], Names(ran[seed], labels)) for seed in programs}
 
 
 def _send(program):
@@ -107,6 +113,13 @@ def _rest():
         time.sleep(0.1)
 
 
+def _ended(result, expected):
+    """Whether it has ended; where it has on Redis, it is waited for."""
+    if expected and len(expected["trees"]) > 1:
+        _wait([result], time.monotonic() + PATIENCE_S, is_ours=True)
+    return result.ready()
+
+
 def _wait(results, deadline, is_ours):
     if isinstance(results, str):
         return
@@ -137,71 +150,141 @@ def _journal():
     return by_seed, labels
 
 
-def _shown(seed, ran, labels):
-    shown = []
-    for line in ran[seed]:
-        facts = {
-            name: line.get(name)
-            for name in ("what", "label", "got", "exc", "queue", "priority", "mine", "stamps", "attempt")
+class Names:
+    """Labels instead of ids, and of what Celery leaves to chance only that it does.
+
+    Args:
+        lines: The journal of one program.
+        labels: By task id, of all programs.
+    """
+
+    def __init__(self, lines, labels):
+        self._labels = labels
+        calls, places = defaultdict(set), defaultdict(set)
+        for line in lines:
+            if line["what"] == "ran" and line.get("id"):
+                calls[line["id"], line["label"]].add(json.dumps(line["got"]))
+                places[line["group"], line["index"]].add(line["id"])
+        # A group behind a group in a chain is called by each of the first one's members, under the same ids.
+        self._called_otherwise = {label for (_, label), got in calls.items() if len(got) > 1}
+        # In the header of a generator the members of a group are counted from 0 again: which of two comes first, their ids decide.
+        self._ties = {
+            task_id: ", ".join(sorted(self.of(one) for one in ids))
+            for (group, _), ids in places.items()
+            if group and len(ids) > 1
+            for task_id in ids
         }
-        facts["failed"] = labels.get(line.get("failed"), "?") if line["what"] != "ran" else None
-        key = _masked(json.dumps(facts, sort_keys=True), labels)
-        shown.append(key)
+
+        self._tied = {self.of(task_id): tied for task_id, tied in self._ties.items()}
+
+    def of(self, task_id):
+        return self._labels.get(task_id, "?")
+
+    def in_text(self, text):
+        return VARIES.sub("…", UUID.sub(lambda found: f"<{self.of(found[0])}>", text))
+
+    def in_error(self, text):
+        """As `in_text`, of an exception's text."""
+        for found in DEPENDENCY.finditer(text):
+            if found[1] in self._ties:
+                text = f"{text[: found.start()]}Dependency <one of {self._ties[found[1]]}> raised …"
+                break
+        return self.in_text(text)
+
+    def in_value(self, value):
+        """Without what a task returned that was called in several ways, and results in one order where chance decides it."""
+        if not isinstance(value, (list, tuple)):
+            return value
+        if _label(value) in self._called_otherwise:
+            return [value[0], "…"]
+        found = [self.in_value(one) for one in value]
+        tied = [self._tied.get(_label(one)) for one in value]
+        if any(tied.count(each) > 1 for each in tied if each is not None):
+            found.sort(key=json.dumps)
+        return found
+
+    def value(self, value):
+        """The text of a result."""
+        if isinstance(value, BaseException):
+            return f"{type(value).__name__}({self.in_error(str(value))})"
+        return self.in_text(json.dumps(self.in_value(value), default=repr))
+
+
+def _label(value):
+    """Whose result that is: `work` returns its label first."""
+    return value[0] if isinstance(value, (list, tuple)) and value and isinstance(value[0], str) else None
+
+
+def _shown(lines, names):
+    shown = []
+    for line in lines:
+        facts = {name: line.get(name) for name in ("what", "label", "queue", "priority", "mine", "stamps", "attempt")}
+        facts["failed"] = names.of(line.get("failed")) if line["what"] != "ran" else None
+        facts["exc"] = line.get("exc") and [names.in_error(text) for text in line["exc"]]
+        facts["got"] = line.get("got") and names.in_value(line["got"])
+        shown.append(names.in_text(json.dumps(facts, sort_keys=True)))
     return shown
 
 
-def _masked(text, labels):
-    text = UUID.sub(lambda found: f"<{labels.get(found[0], '?')}>", text)
-    return VARIES.sub("…", text)
-
-
-def _answer(seed, results, ran, labels):
+def _answer(results, lines, names):
     if isinstance(results, str):
-        return {"sent": _masked(results, labels), "trees": [], "gets": [], "docs": {}, "ran": _shown(seed, ran, labels)}
-    ids = {line["id"]: line["label"] for line in ran[seed] if line.get("id")}
+        return {
+            "sent": names.in_text(results), "trees": [], "gets": [], "docs": {}, "ran": _shown(lines, names), "open": 0,
+        }  # fmt: skip
     docs = defaultdict(list)
-    for task_id, label in ids.items():
-        docs[label].append(_document(task_id, labels))
-    trees = [_tree(result, labels) for result in results]
+    for task_id, label in {line["id"]: line["label"] for line in lines if line.get("id")}.items():
+        docs[label].append(_document(task_id, names))
+    trees = [_tree(result, names) for result in results]
     return {
         "sent": "",
         "trees": trees,
-        "gets": [_get(result, tree, labels) for result, tree in zip(results, trees, strict=True)],
+        "gets": [_get(result, tree, names) for result, tree in zip(results, trees, strict=True)],
         "docs": {label: sorted(found) for label, found in docs.items()},
-        "ran": _shown(seed, ran, labels),
+        "ran": _shown(lines, names),
+        "open": _open_chords({line["group"] for line in lines if line.get("group")}.union(*map(_groups, results))),
     }
 
 
-def _document(task_id, labels):
+def _groups(result):
+    if result is None:
+        return set()
+    own = {result.id}.union(*map(_groups, result.results)) if isinstance(result, GroupResult) else set()
+    return own | _groups(result.parent)
+
+
+def _open_chords(groups):
+    """How many chords Celery's Redis backend still waits for: their size goes when they are decided."""
+    if not isinstance(app.backend, RedisBackend):
+        return 0
+    return sum(app.backend.client.exists(app.backend.get_key_for_group(one, ".s")) for one in groups)
+
+
+def _document(task_id, names):
     meta = app.AsyncResult(task_id)._get_task_meta()
-    return _masked(f"{meta['status']} {_value(meta.get('result'))}", labels)
+    return f"{meta['status']} {names.value(meta.get('result'))}"
 
 
-def _value(value):
-    return f"{type(value).__name__}({value})" if isinstance(value, BaseException) else json.dumps(value, default=repr)
-
-
-def _tree(result, labels):
+def _tree(result, names):
     if result is None:
         return None
     if isinstance(result, GroupResult):
-        made = {"group": [_tree(one, labels) for one in result.results]}
+        made = {"group": [_tree(one, names) for one in result.results]}
         made["counts"] = [result.completed_count(), result.successful(), result.failed(), result.ready()]
     else:
-        made = {"task": labels.get(result.id, "?"), "doc": _document(result.id, labels)}
+        made = {"task": names.of(result.id), "doc": _document(result.id, names)}
     if result.parent is not None:
-        made["parent"] = _tree(result.parent, labels)
+        made["parent"] = _tree(result.parent, names)
     return made
 
 
-def _get(result, tree, labels):
+def _get(result, tree, names):
     if "PENDING" in json.dumps(tree):  # then Celery's own may wait without end, whatever the timeout
         return "nothing"
     try:
         with allow_join_result():
-            return _masked(_value(result.get(timeout=2)), labels)
+            return names.value(result.get(timeout=2))
     except Exception as exc:  # noqa: BLE001 - an answer, too
-        return _masked(_value(exc), labels)
+        return names.value(exc)
 
 
 def main():
