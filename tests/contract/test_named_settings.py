@@ -172,7 +172,7 @@ def test_elasticsearch_save_meta_as_text_and_a_document_type_in_the_url(elastic_
 @pytest.mark.elasticsearch
 @pytest.mark.parametrize(("retries", "again"), [(0, True), (2, True), (2, False)])
 def test_elasticsearch_timeout_max_retries_and_retry_on_timeout(elastic_url: str, retries: int, again: bool) -> None:
-    conf = {"elasticsearch_max_retries": retries, "elasticsearch_retry_on_timeout": again, "elasticsearch_timeout": 1.0}
+    conf = {"elasticsearch_max_retries": retries, "elasticsearch_retry_on_timeout": again, "elasticsearch_timeout": 4.0}
     with (
         contextlib.closing(Doorman(_port(elastic_url))) as doorman,
         opened(doorman.url(elastic_url), conf) as (_, view),
@@ -184,7 +184,7 @@ def test_elasticsearch_timeout_max_retries_and_retry_on_timeout(elastic_url: str
             view.documents(["t"])
         assert len(doorman.seen) == 1 + retries
         doorman.lets_through()
-        doorman.delay_s = 3.0
+        doorman.delay_s = 8.0
         doorman.seen.clear()
         with pytest.raises(Unavailable, match="timed out"):
             view.documents(["t"])
