@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from celery_kafka_backend.sinks.contract import Row
 
 TABLES: Final = frozenset({"document", "side", "group", "group-side", "history", "chord"})
-"""The tables that every store has; a store's own (``native`` …) say the same in other words."""
+"""The tables that every store has."""
 CHORD: Final = "chord"
 HISTORY: Final = "history"
 
@@ -38,6 +38,8 @@ EXPIRES_AT: Final = "expires_at"
 KEEP: Final = 100_000
 """Rows that differ and are kept apart; beyond it they are only counted."""
 _FILES: Final = 64
+_IN_MEMORY: Final = 1 << 16
+"""Bytes of each that are no file yet."""
 _ENTRY: Final = struct.Struct(">16s16sq")
 _FACT: Final = re.compile(r"(.*?)/\d+\|", re.DOTALL)
 
@@ -76,7 +78,7 @@ class Difference(NamedTuple):
         table: Its table.
         key: Its key.
         columns: The columns that differ, `EXPIRES_AT` among them; all, if a view has no such row.
-        a: These columns in the first view, or None without the row.
+        a: Those of these that the first view's row has, or None without the row.
         b: … in the second.
     """
 
@@ -122,7 +124,7 @@ def compare(
     a: Readable,
     b: Readable,
     *,
-    tables: Collection[str] | None = TABLES,
+    tables: Collection[str] = TABLES,
     limit: int = 100,
     only: Collection[Key] | None = None,
     partition: Callable[[str, str], int] = lambda _table, _subject: 0,
@@ -134,7 +136,7 @@ def compare(
     Args:
         a: One view.
         b: The other.
-        tables: What to compare; None: all that there is.
+        tables: What to compare.
         limit: How many differences to describe, up to `KEEP`; all are counted.
         only: Only these rows.
         partition: Which partition a table's subject is in.
@@ -147,7 +149,7 @@ def compare(
     def chosen(view: Readable) -> Iterator[Row]:
         now_ms = wall_ms()
         for row in view.rows():
-            if (tables is None or row.table in tables) and (only is None or (row.table, row.key) in only):
+            if row.table in tables and (only is None or (row.table, row.key) in only):
                 if row.table != HISTORY or history_expires:
                     yield row
                 elif not 0 < (said := _as_its_event_says(row)).expires_at <= now_ms + TTL_TOLERANCE_MS:
@@ -178,7 +180,7 @@ def subject_of(table: str, key: str) -> str:
 def _as_its_event_says(row: Row) -> Row:
     """Some stores let a history entry go when its event expires, others keep it as long as anything of its task."""
     try:
-        return row._replace(expires_at=codec.decode(row.columns["value"]).expires_at or 0)
+        return row._replace(expires_at=codec.decode(row.columns.get("value")).expires_at or 0)
     except (CodecError, TypeError):  # what is damaged is compared as it is
         return row._replace(expires_at=0)
 
@@ -195,7 +197,7 @@ class _Ledger:
         partition: Callable[[str, str], int],
     ) -> None:
         self._files: list[IO[bytes]] = [
-            stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115 - the stack closes it
+            stack.enter_context(tempfile.SpooledTemporaryFile(_IN_MEMORY))  # noqa: SIM115 - the stack closes it
             for _ in range(_FILES)
         ]
         for row in rows:
@@ -259,7 +261,7 @@ def _describe(a: Iterator[Row], b: Iterator[Row], found: set[bytes], wanted: set
         ours, theirs = (_columns(mine.get((table, key))) for mine in rows)
         names = sorted({*(ours or ()), *(theirs or ())})
         if ours is not None and theirs is not None:
-            names = [name for name in names if not _same(name, ours.get(name), theirs.get(name))]
+            names = [name for name in names if not _same(name, ours, theirs)]
         if names:
             into.differences.append(Difference(table, key, tuple(names), _only(ours, names), _only(theirs, names)))
         else:  # written in between, and the same now
@@ -269,7 +271,10 @@ def _describe(a: Iterator[Row], b: Iterator[Row], found: set[bytes], wanted: set
     into.keys, into.only_a = sorted(keys[0] | keys[1]), keys[0] - keys[1]
 
 
-def _same(name: str, a: Any, b: Any) -> bool:
+def _same(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    if not (name in ours and name in theirs):  # which is not the same as None
+        return False
+    a, b = ours[name], theirs[name]
     if name == EXPIRES_AT:
         return same_expiry(a, b)
     return bool(a == b) and type(a) is type(b)
@@ -280,4 +285,4 @@ def _columns(row: Row | None) -> dict[str, Any] | None:
 
 
 def _only(columns: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any] | None:
-    return None if columns is None else {name: columns.get(name) for name in names}
+    return None if columns is None else {name: columns[name] for name in names if name in columns}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from datetime import timezone
+from functools import partial
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,10 +24,20 @@ from celery_kafka_backend.sinks.cassandra_guard import (
     stock_stays,
     winners,
 )
-from celery_kafka_backend.sinks.cassandra_native import NativeRow, stock_document
+from celery_kafka_backend.sinks.cassandra_native import NativeRow, native_row, stock_document
 from celery_kafka_backend.sinks.cassandra_place import Place
 from celery_kafka_backend.sinks.cassandra_wire import translated
-from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, document_row, history_row, side_row
+from celery_kafka_backend.sinks.contract import (
+    SIDES,
+    Row,
+    Shown,
+    StoreOptions,
+    document_row,
+    history_row,
+    or_unreadable,
+    side_row,
+)
+from celery_kafka_backend.sinks.native_columns import wrong
 from celery_kafka_backend.sinks.per_process import DriverView, PerProcess
 
 if TYPE_CHECKING:
@@ -44,6 +55,7 @@ _NOTHING: Final = Shown(None, 0, "", None)
 
 ROWS: Final = "SELECT id, name, k, event_id, guard, document, expiry, seen, pieces, hours FROM {view} WHERE subject = ? AND id IN ?"
 STATES: Final = "SELECT task_id, date_done, status, writetime(status) AS stamp FROM {native} WHERE task_id IN ?"
+NATIVE: Final = "SELECT task_id, status, result, date_done, traceback, children, writetime(status) AS stamp FROM {native} WHERE task_id IN ?"
 STOCK: Final = "SELECT status, result, date_done, traceback, children FROM {native} WHERE task_id = ? AND date_done = ?"
 HISTORY: Final = "SELECT hlc, event_id, value, expires_at FROM {history} WHERE task_id = ? AND hour IN ?"
 POSITIONS: Final = "SELECT topic, part, next FROM {position} WHERE namespace = ?"
@@ -62,7 +74,7 @@ class Cell:
         first = rows[0]
         self.id: str = first.id
         self.until = 0
-        self.side: Side | None = None
+        self.alive = False
         self.hours = sorted(first.hours or ())
         self.winners: dict[str, Ranked] = {}
         if first.expiry is None:
@@ -70,12 +82,18 @@ class Cell:
         whole = Term.unpack(first.expiry)
         if whole.until <= now_ms:
             return
+        self.alive = True
         self.until = 0 if whole.until >= NEVER else whole.until
-        self.side = merged(first.pieces or (), first.seen or 0, whole.until)
+        self._side = (first.pieces or (), first.seen or 0, whole.until)
         ranked = (
             Ranked(row.name, row.k, row.event_id, row.guard, row.document) for row in rows if row.name is not None
         )
         self.winners = winners(ranked, whole, now_ms)
+
+    @property
+    def side(self) -> Side | None:
+        """The side record."""
+        return merged(*self._side) if self.alive else None
 
     @property
     def winner(self) -> Ranked | None:
@@ -170,21 +188,50 @@ class CassandraView(DriverView[wire.Connection]):
             }
 
     def rows(self) -> Iterator[Row]:
-        """Scan the tables; not a snapshot. Celery's own rows follow from the documents, and are left out."""
+        """Scan the tables; not a snapshot."""
         with self._reading():
             source = _partitions(self._connection.read(ALL_ROWS))
             while chunk := list(islice(source, CHUNK)):
                 tasks = [rows[0].id for rows in chunk if rows[0].subject == TASK]
-                states = self._connection.read(STATES, tasks) if tasks else ()
-                stock = {task_id: status for task_id, _, status in _latest_stock(states)}
+                natives = self._connection.read(NATIVE, tasks) if tasks else ()
+                beside = {task_id: list(rows) for task_id, rows in groupby(natives, key=lambda row: row.task_id)}
                 for rows in chunk:
-                    yield from _dumped(rows[0].subject, Cell(rows, system_wall_ms()), stock)
+                    subject, each = rows[0].subject, rows[0].id
+                    table = SIDES.get(subject, CHORD)
+                    yield from or_unreadable(table, each, self._dumped(subject, each, rows, beside.get(each, [])))
             now_ms = system_wall_ms()
             for row in self._connection.read(WHOLE_HISTORY):
-                if not 0 < row.expires_at <= now_ms:
-                    key = f"{row.task_id}/{row.hlc}/{row.event_id}"
-                    found = {name: getattr(row, name) for name in BESIDE} | {"at": row.at and _ms(row.at)}
-                    yield history_row(key, bytes(row.value), row.expires_at, found, _beside)
+                key = f"{row.task_id}/{row.hlc}/{row.event_id}"
+                yield from or_unreadable("history", key, _history_rows(key, row, now_ms))
+
+    def _dumped(self, subject: str, each: str, rows: list[Any], natives: list[Any]) -> Iterator[Row]:
+        cell = Cell(rows, system_wall_ms())
+        if subject == CHORD:
+            for name, row in cell.winners.items():
+                columns = {"k": row.key, "value": bytes(row.document or b"")}
+                yield Row("chord", f"{each}/{name}", columns, cell.until)
+            return
+        if not cell.alive:
+            return
+        winner = cell.winner
+        if winner is not None and any(stock_stays(status, winner.key) for _, _, status in _latest_stock(natives)):
+            winner = None
+        if winner is not None and winner.document is not None and winner.guard is not None:
+            document, until = bytes(winner.document), Guard.unpack(winner.guard).shown_until
+            bad = {}
+            if subject == TASK:
+                recorded = partial(self._recorded, each, cell.hours)
+                bad = wrong(_ours(natives), _said, document, winner.event_id, recorded, mixed=True)
+            yield document_row(subject, each, document, until, bad)
+        key, event_id = (winner.key, winner.event_id) if winner is not None else (0, "")
+        yield side_row(subject, each, key, event_id, cell.side or Side())
+
+    def _recorded(self, task_id: str, hours: list[int]) -> list[bytes]:
+        """Return what the history has of a task in these hours, expired or not, in any order."""
+        found: list[Any] = []
+        for start in range(0, len(hours), CHUNK):
+            found += self._connection.read(HISTORY, task_id, hours[start : start + CHUNK])
+        return [bytes(row.value) for row in found]
 
     def candidates(self, query: Query) -> Iterator[bytes]:  # noqa: ARG002 - by its partitions, which are tasks'
         """Read the whole history: nothing but a task and its hours can be looked up here."""
@@ -207,21 +254,22 @@ def _beside(event: Event) -> dict[str, Any]:
     return {name: getattr(event, name) for name in BESIDE}
 
 
-def _dumped(subject: str, cell: Cell, stock: dict[str, str]) -> Iterator[Row]:
-    if subject == CHORD:
-        for name, row in cell.winners.items():
-            columns = {"k": row.key, "value": bytes(row.document or b"")}
-            yield Row("chord", f"{cell.id}/{name}", columns, cell.until)
-        return
-    if cell.side is None:
-        return
-    winner = cell.winner
-    if winner is not None and subject == TASK and cell.id in stock and stock_stays(stock[cell.id], winner.key):
-        winner = None
-    if winner is not None and winner.document is not None and winner.guard is not None:
-        yield document_row(subject, cell.id, bytes(winner.document), Guard.unpack(winner.guard).shown_until)
-    key, event_id = (winner.key, winner.event_id) if winner is not None else (0, "")
-    yield side_row(subject, cell.id, key, event_id, cell.side)
+def _history_rows(key: str, row: Any, now_ms: int) -> Iterator[Row]:
+    if not 0 < row.expires_at <= now_ms:
+        found = {name: getattr(row, name) for name in BESIDE} | {"at": row.at and _ms(row.at)}
+        yield history_row(key, bytes(row.value), row.expires_at, found, _beside)
+
+
+def _ours(natives: Sequence[Any]) -> dict[str, Any]:
+    """Return what a stock client reads of the row that we wrote; {} if there is none."""
+    for row in natives:  # the latest first
+        if row.stamp is None or not is_stock(row.stamp):
+            return {name: getattr(row, name) for name in NativeRow._fields} | {"date_done": _ms(row.date_done)}
+    return {}
+
+
+def _said(event: Event, document: bytes) -> dict[str, Any]:
+    return native_row(event, document)._asdict()
 
 
 def _chunks(ids: Sequence[str]) -> Iterator[list[str]]:

@@ -32,15 +32,16 @@ from __future__ import annotations
 
 import heapq
 import logging
+import struct
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
 from celery_kafka_backend import codec
-from celery_kafka_backend.changes import GROUP, Logged
+from celery_kafka_backend.changes import GROUP, TASK, Logged
 from celery_kafka_backend.errors import CodecError, SettingsError
 
 if TYPE_CHECKING:
@@ -52,6 +53,14 @@ if TYPE_CHECKING:
     from celery_kafka_backend.query import Query
 
 logger = logging.getLogger(__name__)
+
+UNREADABLE: Final = (
+    ArithmeticError, AttributeError, CodecError, LookupError, TypeError, ValueError, msgspec.MsgspecError, struct.error,
+)  # fmt: skip
+"""What comes of taking apart a row of ours that somebody has damaged."""
+DOCUMENTS: Final = {TASK: "document", GROUP: "group"}
+"""The dump's tables by subject."""
+SIDES: Final = {TASK: "side", GROUP: "group-side"}
 
 
 class StoreOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,17 +111,17 @@ class Row(NamedTuple):
     (in any order; only how long a *history* entry stays may differ, unless history has a retention of its own)::
 
         table       key               columns
-        document    task id           document
+        document    task id           document (and by `native_columns` what Celery's own columns have wrong)
         side        task id           k, event_id, run, seen, sent, received, started, attempts, workers (one text, "\n" between)
-        group       group id          document
+        group       group id          document (likewise)
         group-side  group id          k, event_id
         history     id/hlc/event id   value (and by `history_row` what a store has wrong beside it)
         chord       group id/name     k, value
 
-    What has expired has no row. A store's own tables (``native`` …) come beside these.
+    What has expired has no row. What cannot be read is a row that says so, by `or_unreadable`.
 
     Attributes:
-        table: document, side, group, history, chord, native … (the store's word).
+        table: document, side, group, group-side, history or chord.
         key: Unique within the table.
         columns: Every column, bytes, text, numbers or None.
         expires_at: ms since 1970; 0: never.
@@ -159,26 +168,36 @@ class Page(NamedTuple):
     after: str
 
 
-def document_row(subject: str, subject_id: str, document: bytes, expires_at: int) -> Row:
-    """Return the dump's row of a task's or group's document."""
-    return Row("group" if subject == GROUP else "document", subject_id, {"document": document}, expires_at)
+def document_row(
+    subject: str, subject_id: str, document: bytes | None, expires_at: int, wrong: Mapping[str, Any] | None = None
+) -> Row:
+    """Return the dump's row of a task's or group's document.
+
+    Args:
+        subject: `TASK` or `GROUP`.
+        subject_id: The task's or group's id.
+        document: As it is shown.
+        expires_at: ms since 1970; 0: never.
+        wrong: What Celery's own columns beside it have wrong, by `native_columns`.
+    """
+    columns = {"document": document, **(wrong or {})}
+    return Row(DOCUMENTS[subject], subject_id, columns, expires_at)
 
 
 def side_row(subject: str, subject_id: str, key: int, event_id: str, side: Side) -> Row:
     """Return the dump's row of a task's side record, or of a group's key."""
     columns: dict[str, Any] = {"k": key, "event_id": event_id}
-    if subject == GROUP:
-        return Row("group-side", subject_id, columns, side.expires_at)
-    columns |= {
-        "run": side.run,
-        "seen": side.seen,
-        "sent": side.sent,
-        "received": side.received,
-        "started": side.started,
-        "attempts": side.attempts,
-        "workers": "\n".join(side.workers),
-    }
-    return Row("side", subject_id, columns, side.expires_at)
+    if subject == TASK:
+        columns |= {
+            "run": side.run,
+            "seen": side.seen,
+            "sent": side.sent,
+            "received": side.received,
+            "started": side.started,
+            "attempts": side.attempts,
+            "workers": "\n".join(side.workers),
+        }
+    return Row(SIDES[subject], subject_id, columns, side.expires_at)
 
 
 def id_refusal(name: str, limit: int | None = None) -> str:
@@ -204,10 +223,24 @@ def history_row(
     """
     try:
         right = said(codec.decode(value))
-    except CodecError:  # as it was recorded: what cannot be read is compared as it is
+    except UNREADABLE:  # as it was recorded, or damaged: what cannot be read is compared as it is
         right = beside
     wrong = {name for name in {*beside, *right} if beside.get(name) != right.get(name)}
     return Row("history", key, {"value": value, **{name: beside.get(name) for name in wrong}}, expires_at)
+
+
+def or_unreadable(table: str, key: str, made: Iterable[Row]) -> Iterator[Row]:
+    """Yield rows; where what the store has cannot be made into one, a row in its place that says why.
+
+    Args:
+        table: Of the row in its place.
+        key: Likewise.
+        made: Makes the rows, one after the other, of what has been read already.
+    """
+    try:
+        yield from made
+    except UNREADABLE as exc:
+        yield Row(table, key, {"unreadable": f"{type(exc).__name__}: {exc}"}, 0)
 
 
 class Sink(ABC):

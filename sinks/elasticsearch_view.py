@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from elasticsearch import exceptions
 
 from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
 from celery_kafka_backend.order import system_wall_ms
-from celery_kafka_backend.sinks.contract import Row, Shown, StoreOptions, document_row, history_row, side_row
+from celery_kafka_backend.sinks.contract import (
+    DOCUMENTS,
+    Row,
+    Shown,
+    StoreOptions,
+    document_row,
+    history_row,
+    or_unreadable,
+    side_row,
+)
 from celery_kafka_backend.sinks.elasticsearch_indices import NEVER
-from celery_kafka_backend.sinks.elasticsearch_native import beside, stock_document, taken
+from celery_kafka_backend.sinks.elasticsearch_native import beside, native, stock_document, taken
 from celery_kafka_backend.sinks.elasticsearch_wire import READ_TIMEOUT_S, Place, bounded, translated
+from celery_kafka_backend.sinks.native_columns import wrong
 from celery_kafka_backend.sinks.per_process import DriverView, PerProcess
 
 if TYPE_CHECKING:
@@ -20,6 +32,7 @@ if TYPE_CHECKING:
 
     from elasticsearch import Elasticsearch
 
+    from celery_kafka_backend.events import Event
     from celery_kafka_backend.query import Query
 
 CHUNK: Final = 1000
@@ -179,21 +192,31 @@ class ElasticView(DriverView["Elasticsearch"]):
             for key, source in self._search(self._place.native, alive):
                 for subject, prefix in self._place.prefixes.items():
                     if key.startswith(prefix):
-                        yield from _native_rows(subject, key[len(prefix) :], source, now_ms)
-            for _, entry in self._search(f"{self._place.history}-*", {"match_all": {}}):
-                if entry.get("x", NEVER) > now_ms:
-                    where = f"{entry['task']}/{entry['hlc']}/{entry['event']}"
-                    found = {name: value for name, value in entry.items() if name not in _NOT_BESIDE}
-                    yield history_row(where, _bytes(entry), _expiry_ms(entry.get("x", 0)), found, beside)
+                        each = key[len(prefix) :]
+                        made = self._native_rows(subject, each, source, now_ms)
+                        yield from or_unreadable(DOCUMENTS[subject], each, made)
+            for key, entry in self._search(f"{self._place.history}-*", {"match_all": {}}):
+                where = f"{entry.get('task', key)}/{entry.get('hlc', 0)}/{entry.get('event', '')}"
+                yield from or_unreadable("history", where, _history_rows(entry, now_ms))
             yield from self._chord_rows(now_ms)
+
+    def _native_rows(self, subject: str, each: str, source: dict[str, Any], now_ms: int) -> Iterator[Row]:
+        shown, ckb = _shown(source, now_ms, task=subject == TASK), source["ckb"]
+        if shown.document is not None and shown.key:
+            said = partial(_said, subject, as_text=not isinstance(source.get("result"), dict))
+            found = {"result": source["result"]} if "result" in source else {}  # by @timestamp one knows whose it is
+            bad = wrong(found, said, shown.document, shown.event_id, partial(self.history, each))
+            yield document_row(subject, each, shown.document, ckb.get("u", 0), bad)
+        side = shown.side or Side(expires_at=_expiry_ms(ckb["x"]))
+        yield side_row(subject, each, ckb["k"], ckb["e"], side)
 
     def _chord_rows(self, now_ms: int) -> Iterator[Row]:
         alive = {"bool": {"filter": [{"term": {"what": "chord"}}, {"range": {"x": {"gt": now_ms}}}]}}
         for chunk in _chunks(chord for _, chord in self._search(self._place.beside, alive)):
             chords = {each["g"]: each for each in chunk}
             for fact in self._facts(list(chords), chords):
-                columns = {"k": fact["k"], "value": _bytes(fact)}
-                yield Row("chord", f"{fact['g']}/{fact['n']}", columns, _expiry_ms(chords[fact["g"]]["x"]))
+                key = f"{fact['g']}/{fact.get('n')}"
+                yield from or_unreadable("chord", key, _fact_rows(key, fact, chords[fact["g"]]["x"]))
 
 
 def _conditions(query: Query) -> Iterator[dict[str, Any]]:
@@ -245,16 +268,21 @@ def _chunks(found: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield chunk
 
 
-def _native_rows(subject: str, each: str, source: dict[str, Any], now_ms: int) -> Iterator[Row]:
-    shown, ckb = _shown(source, now_ms, task=subject == TASK), source["ckb"]
-    if shown.document is not None and shown.key:
-        until = ckb.get("u", 0)
-        yield document_row(subject, each, shown.document, until)
-        if subject == TASK:
-            columns: dict[str, Any] = {name: source[name] for name in ("result", "@timestamp") if name in source}
-            yield Row("native", each, columns, until)
-    side = shown.side or Side(expires_at=_expiry_ms(ckb["x"]))
-    yield side_row(subject, each, ckb["k"], ckb["e"], side)
+def _said(subject: str, event: Event, document: bytes, *, as_text: bool) -> dict[str, Any]:
+    """Return Celery's ``result``, as it comes out of JSON."""
+    fields = native(subject, event, document, as_text=as_text).fields
+    return {name: msgspec.json.decode(msgspec.json.encode(fields[name])) for name in ("result",) if name in fields}
+
+
+def _history_rows(entry: dict[str, Any], now_ms: int) -> Iterator[Row]:
+    if entry.get("x", NEVER) > now_ms:
+        where = f"{entry['task']}/{entry['hlc']}/{entry['event']}"
+        found = {name: value for name, value in entry.items() if name not in _NOT_BESIDE}
+        yield history_row(where, _bytes(entry), _expiry_ms(entry.get("x", 0)), found, beside)
+
+
+def _fact_rows(key: str, fact: dict[str, Any], until: int) -> Iterator[Row]:
+    yield Row("chord", key, {"k": fact["k"], "value": _bytes(fact)}, _expiry_ms(until))
 
 
 def _shown(source: Mapping[str, Any], now_ms: int, *, task: bool, serializer: str = "json") -> Shown:

@@ -38,7 +38,7 @@ from celery_kafka_backend.changes import GROUP, TASK, Side, history_expiry
 from celery_kafka_backend.errors import Rejected, SettingsError
 from celery_kafka_backend.order import Rank, rank_of_key, system_wall_ms
 from celery_kafka_backend.sinks.contract import Sink, StoreOptions, View, id_refusal
-from celery_kafka_backend.sinks.mongodb_native import EMPTY_GROUP, HIDDEN, beside, group_fields, task_fields
+from celery_kafka_backend.sinks.mongodb_native import NOTHING, beside, group_fields, task_fields
 from celery_kafka_backend.sinks.mongodb_view import MongoView
 from celery_kafka_backend.sinks.mongodb_wire import (
     CHORD,
@@ -70,7 +70,6 @@ CHUNK: Final = 1000
 """Writes per round trip: a slow server must answer within the socket's timeout, or the same batch comes for ever."""
 SWEEP_EVERY_S: Final = 10.0
 SWEEP_ROWS: Final = 2000
-_NOTHING: Final = {TASK: HIDDEN, GROUP: EMPTY_GROUP}
 _TTL: Final = 0
 _ENDS: Final = "ckb.x_1"
 
@@ -227,7 +226,7 @@ class MongoSink(Sink):
             self._sweep_due = time.monotonic() + SWEEP_EVERY_S
             for subject in (TASK, GROUP):
                 kept = {**{name: f"$ckb.{name}" for name in "kex"}, "d": []}
-                hidden = {"$mergeObjects": [{"_id": "$_id"}, {"$literal": _NOTHING[subject]}, {"ckb": kept}]}
+                hidden = {"$mergeObjects": [{"_id": "$_id"}, {"$literal": NOTHING[subject]}, {"ckb": kept}]}
                 expired = {"ckb.u": {"$lte": now}, "ckb.x": {"$gt": now}}
                 self._native(subject).update_many(expired, [{"$replaceWith": hidden}])
             found = chords.find({"x": {"$lte": now}}, limit=SWEEP_ROWS)
@@ -293,7 +292,7 @@ def _guarded(change: Change, now_ms: int) -> Write:
         document = None
     guard: dict[str, Any] = {"k": winner.key, "e": winner.id, "d": []}
     if document is None:
-        fields = _NOTHING[change.subject]
+        fields = NOTHING[change.subject]
     else:
         fields, guard["d"] = _fields_of(change.subject, winner, document)
         if winner.expires_at:

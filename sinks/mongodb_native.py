@@ -12,6 +12,7 @@ import msgspec
 from bson.datetime_ms import DatetimeMS
 
 from celery_kafka_backend import codec, documents
+from celery_kafka_backend.changes import GROUP, TASK
 from celery_kafka_backend.errors import CodecError, Unreadable
 from celery_kafka_backend.sinks.splices import COMPRESSED, ENCODERS, spliced, uncompressed
 
@@ -39,6 +40,7 @@ HIDDEN: Final[dict[str, Any]] = {
 """A task of which nothing is to be shown: every field that the stock backend reads is there, and says that."""
 EMPTY_GROUP: Final[dict[str, Any]] = {"result": "[]", "date_done": None}
 """A group that was deleted: the stock backend restores a group of no tasks."""
+NOTHING: Final = {TASK: HIDDEN, GROUP: EMPTY_GROUP}
 
 
 def _date(iso: str | None) -> DatetimeMS | None:

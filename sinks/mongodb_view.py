@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from bson.datetime_ms import DatetimeMS
 from bson.int64 import Int64
@@ -16,6 +16,7 @@ from celery_kafka_backend.changes import GROUP, TASK, Partition, Side
 from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.query import expression
 from celery_kafka_backend.sinks.contract import (
+    DOCUMENTS,
     Page,
     Row,
     Shown,
@@ -23,9 +24,18 @@ from celery_kafka_backend.sinks.contract import (
     Subscription,
     document_row,
     history_row,
+    or_unreadable,
     side_row,
 )
-from celery_kafka_backend.sinks.mongodb_native import beside, document_of, stock_document, stock_group
+from celery_kafka_backend.sinks.mongodb_native import (
+    NOTHING,
+    beside,
+    document_of,
+    group_fields,
+    stock_document,
+    stock_group,
+    task_fields,
+)
 from celery_kafka_backend.sinks.mongodb_stock import stock
 from celery_kafka_backend.sinks.mongodb_stream import ChangeStream
 from celery_kafka_backend.sinks.mongodb_wire import (
@@ -39,6 +49,7 @@ from celery_kafka_backend.sinks.mongodb_wire import (
     expiry_ms,
     translated,
 )
+from celery_kafka_backend.sinks.native_columns import differing, wrong
 from celery_kafka_backend.sinks.per_process import DriverView, PerProcess
 
 if TYPE_CHECKING:
@@ -48,6 +59,7 @@ if TYPE_CHECKING:
     from pymongo.client_session import ClientSession
     from pymongo.collection import Collection
 
+    from celery_kafka_backend.events import Event
     from celery_kafka_backend.query import Query
 
 CHUNK: Final = 1000
@@ -175,37 +187,70 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
         with translated(self.url):
             for subject in (TASK, GROUP):
                 for each in self._native(subject).find({"ckb.x": {"$gt": _now()}}):
-                    shown, ckb = self._shown_of(each), each["ckb"]
-                    if shown.document is not None:
-                        yield document_row(subject, each["_id"], shown.document, expiry_ms(ckb.get("u")))
-                        if subject == TASK:
-                            columns = {name: each[name] for name in sorted(each) if name not in ("_id", "ckb")}
-                            yield Row("native", each["_id"], columns, expiry_ms(ckb.get("u")))
-                    if subject == GROUP:
-                        yield side_row(GROUP, each["_id"], ckb["k"], ckb["e"], Side(expires_at=expiry_ms(ckb["x"])))
+                    yield from or_unreadable(DOCUMENTS[subject], str(each["_id"]), self._native_rows(subject, each))
             yield from self._side_rows()
             for each in self._collection(HISTORY).find({"$or": [{"x": {"$exists": False}}, {"x": {"$gt": _now()}}]}):
                 at = each.pop("_id")
-                value, until = bytes(each.pop("value")), expiry_ms(each.pop("x", None))
-                yield history_row(f"{at['t']}/{at['h']}/{at['e']}", value, until, _plain(each), beside)
+                key = f"{at['t']}/{at['h']}/{at['e']}"
+                yield from or_unreadable("history", key, _history_rows(key, each))
             yield from self._chord_rows()
+
+    def _native_rows(self, subject: str, each: dict[str, Any]) -> Iterator[Row]:
+        """Yield what one of Celery's documents shows, with what is wrong in it, and of a group its key."""
+        name, ckb, until = each["_id"], each["ckb"], expiry_ms(each["ckb"].get("u"))
+        if subject == GROUP:
+            yield side_row(GROUP, name, ckb["k"], ckb["e"], Side(expires_at=expiry_ms(ckb["x"])))
+        document = self._shown_of(each, subject).document
+        columns = _plain({field: value for field, value in each.items() if field not in ("_id", "ckb")})
+        if document is not None:
+            bad = wrong(columns, _SAID[subject], document, ckb["e"], partial(self.history, name))
+            yield document_row(subject, name, document, until, bad)
+        elif not ckb["d"] and (bad := differing(columns, NOTHING[subject])):
+            yield document_row(subject, name, None, until, bad)
 
     def _side_rows(self) -> Iterator[Row]:
         for chunk in _chunks(self._collection(SIDE).find({"x": {"$gt": _now()}})):
             natives = self._native(TASK).find(
                 {"_id": {"$in": [each["_id"] for each in chunk]}}, {"ckb.d": 0, "result": 0}
             )
-            keys = {each["_id"]: each["ckb"] for each in natives if "ckb" in each and each["ckb"]["x"] > _now()}
+            keys = {each["_id"]: each["ckb"] for each in natives if "ckb" in each}
             for each in chunk:
-                ckb = keys.get(each["_id"], {"k": 0, "e": ""})
-                yield side_row(TASK, each["_id"], ckb["k"], ckb["e"], _side(each))
+                yield from or_unreadable("side", str(each["_id"]), _side_rows(each, keys.get(each["_id"])))
 
     def _chord_rows(self) -> Iterator[Row]:
         for chunk in _chunks(self._collection(CHORD_EXPIRY).find({"x": {"$gt": _now()}})):
             ends = {each["_id"]: expiry_ms(each["x"]) for each in chunk}
             for each in self._collection(CHORD).find({"_id.g": {"$in": list(ends)}}):
                 group, name = each["_id"]["g"], each["_id"]["n"]
-                yield Row("chord", f"{group}/{name}", {"k": each["k"], "value": bytes(each["v"])}, ends[group])
+                key = f"{group}/{name}"
+                yield from or_unreadable("chord", key, _fact_rows(key, each, ends[group]))
+
+
+def _side_rows(each: dict[str, Any], ckb: dict[str, Any] | None) -> Iterator[Row]:
+    if ckb is None or not ckb["x"] > _now():
+        ckb = {"k": 0, "e": ""}
+    yield side_row(TASK, each["_id"], ckb["k"], ckb["e"], _side(each))
+
+
+def _history_rows(key: str, each: dict[str, Any]) -> Iterator[Row]:
+    value, until = bytes(each.pop("value")), expiry_ms(each.pop("x", None))
+    yield history_row(key, value, until, _plain(each), beside)
+
+
+def _fact_rows(key: str, each: dict[str, Any], until: int) -> Iterator[Row]:
+    yield Row("chord", key, {"k": each["k"], "value": bytes(each["v"])}, until)
+
+
+def _plain_task(event: Event, document: bytes) -> dict[str, Any]:
+    return cast("dict[str, Any]", _plain(task_fields(event, document)[0]))
+
+
+def _plain_group(event: Event, document: bytes) -> dict[str, Any]:
+    return cast("dict[str, Any]", _plain(group_fields(event, document)[0]))
+
+
+_SAID: Final = {TASK: _plain_task, GROUP: _plain_group}
+"""What Celery's fields are to be."""
 
 
 def _plain(value: Any) -> Any:

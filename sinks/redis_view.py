@@ -10,7 +10,17 @@ from celery_kafka_backend.changes import GROUP, TASK, Partition
 from celery_kafka_backend.errors import Unavailable
 from celery_kafka_backend.order import KEY_DIGITS, system_wall_ms
 from celery_kafka_backend.settings import mask
-from celery_kafka_backend.sinks.contract import Page, Row, Shown, StoreOptions, Subscription, document_row, side_row
+from celery_kafka_backend.sinks.contract import (
+    SIDES,
+    Page,
+    Row,
+    Shown,
+    StoreOptions,
+    Subscription,
+    document_row,
+    or_unreadable,
+    side_row,
+)
 from celery_kafka_backend.sinks.per_process import DriverView, PerProcess
 from celery_kafka_backend.sinks.redis_stock import stock
 from celery_kafka_backend.sinks.redis_wire import (
@@ -239,21 +249,18 @@ class RedisView(DriverView["redis.Redis"]):
             if kind == "document":
                 yield document_row(subject, subject_id, value, expires_at)
             elif kind == "side":
-                row = side_row(subject, subject_id, *unpack(value))
-                if abs(row.expires_at - expires_at) > SAME_MS:  # Redis goes by the one, and the next write by the other
-                    row = row._replace(columns={**row.columns, "ttl": expires_at})
-                yield row
+                yield from or_unreadable(SIDES[subject], subject_id, _side_rows(subject, subject_id, value, expires_at))
             elif kind == "history":
                 for member, hlc in value:
-                    event_id = msgspec.json.decode(member, type=_Identified).id
                     own = int(hlc) + self._history_ms if self._history_ms else 0
                     until = min(filter(None, (own, expires_at)), default=0)
-                    yield Row("history", f"{subject_id}/{int(hlc)}/{event_id}", {"value": member}, until)
+                    at = f"{subject_id}/{int(hlc)}/"
+                    yield from or_unreadable("history", at, _history_rows(at, member, until))
             else:
                 for name, fact in value.items():
                     if name != CHORD_EXPIRY:
-                        columns = {"k": int(fact[:KEY_DIGITS]), "value": fact[KEY_DIGITS:]}
-                        yield Row("chord", f"{subject_id}/{name.decode()}", columns, expires_at)
+                        at = f"{subject_id}/{_text(name)}"
+                        yield from or_unreadable("chord", at, _fact_rows(at, fact, expires_at))
 
     def _place(self, key: bytes) -> tuple[str, str, str] | None:
         """Return subject, kind of key and id, or None if it is not ours or only bookkeeping."""
@@ -266,6 +273,22 @@ class RedisView(DriverView["redis.Redis"]):
                 kind = "side" if key.endswith(b"k") else "history"
                 return subject, kind, _text(key[len(prefix) + 1 : -3])
         return None
+
+
+def _side_rows(subject: str, subject_id: str, value: bytes, expires_at: int) -> Iterator[Row]:
+    row = side_row(subject, subject_id, *unpack(value))
+    if abs(row.expires_at - expires_at) > SAME_MS:  # Redis goes by the one, and the next write by the other
+        row = row._replace(columns={**row.columns, "ttl": expires_at})
+    yield row
+
+
+def _history_rows(at: str, member: bytes, until: int) -> Iterator[Row]:
+    event_id = msgspec.json.decode(member, type=_Identified).id
+    yield Row("history", at + event_id, {"value": member}, until)
+
+
+def _fact_rows(key: str, fact: bytes, until: int) -> Iterator[Row]:
+    yield Row("chord", key, {"k": int(fact[:KEY_DIGITS]), "value": fact[KEY_DIGITS:]}, until)
 
 
 def _text(subject_id: bytes) -> str:

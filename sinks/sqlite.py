@@ -30,6 +30,8 @@ from celery_kafka_backend.errors import Rejected, SettingsError
 from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.sinks import sqlite_statements as statements
 from celery_kafka_backend.sinks.contract import (
+    DOCUMENTS,
+    SIDES,
     Row,
     Shown,
     Sink,
@@ -38,15 +40,17 @@ from celery_kafka_backend.sinks.contract import (
     document_row,
     history_row,
     id_refusal,
+    or_unreadable,
     side_row,
 )
+from celery_kafka_backend.sinks.native_columns import wrong
 from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, stock_group, task_row
 from celery_kafka_backend.sinks.sqlite_search import search_condition
 from celery_kafka_backend.sinks.sqlite_wire import connect, path_of, translated
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from celery_kafka_backend.changes import Batch, Change
     from celery_kafka_backend.events import Event
@@ -308,6 +312,7 @@ class SqliteView(View):
             mine: _Mine | None = getattr(self._local, "mine", None)
             if mine is None:
                 mine = self._local.mine = _Mine(connect(self._path, "rw", self._timeout_s))
+                mine.connection.text_factory = _any_text
                 self._all.add(mine)
             yield mine.connection
 
@@ -390,14 +395,11 @@ class SqliteView(View):
         shown = f"document IS NOT NULL AND shown_until NOT BETWEEN 1 AND {now_ms} AND {alive}"
         with self._reading() as db:
             for subject in (TASK, GROUP):
-                query = f"SELECT task_id, document, shown_until FROM ckb_{subject} WHERE {shown}"  # noqa: S608
-                for each, document, until in db.execute(query):
-                    yield document_row(subject, each, document, until)
+                yield from self._document_rows(db, subject, shown)
                 more = ", " + statements.SIDE_COLUMNS if subject == TASK else ""
                 query = f"SELECT task_id, k, event_id, expires_at{more} FROM ckb_{subject} WHERE {alive}"  # noqa: S608
-                for each, key, event_id, expires_at, *side in db.execute(query):
-                    record = _side(expires_at, *side) if side else Side(expires_at=expires_at)
-                    yield side_row(subject, each, key, event_id, record)
+                for each, *columns in db.execute(query):
+                    yield from or_unreadable(SIDES[subject], each, _side_rows(subject, each, *columns))
             query = f"SELECT task_id, hlc, event_id, value, expires_at, kind, state, at FROM ckb_history WHERE {alive}"  # noqa: S608
             for each, hlc, event_id, value, expires_at, *beside in db.execute(query):
                 found = dict(zip(("kind", "state", "at"), beside, strict=True))
@@ -405,10 +407,50 @@ class SqliteView(View):
             query = f"SELECT group_id, name, k, value, expires_at FROM ckb_chord JOIN ckb_chord_expiry USING (group_id) WHERE {alive}"  # noqa: S608
             for group_id, name, key, value, expires_at in db.execute(query):
                 yield Row("chord", f"{group_id}/{name}", {"k": key, "value": value}, expires_at)
-            query = f"SELECT n.task_id, {statements.NATIVE}, shown_until FROM celery_taskmeta n JOIN ckb_task USING (task_id) WHERE k > 0 AND {shown}"  # noqa: S608
-            names = statements.NATIVE.split(", ")
-            for each, *values, until in db.execute(query):
-                yield Row("native", each, dict(zip(names, values, strict=True)), until)
+
+    def _document_rows(self, db: sqlite3.Connection, subject: str, shown: str) -> Iterator[Row]:
+        """Yield documents, each with what is wrong in Celery's own row beside it."""
+        native, names, _ = _NATIVE[subject]
+        columns = ", ".join(f"n.{name}" for name in names)
+        query = (
+            f"SELECT o.task_id, o.document, o.shown_until, o.event_id, {columns} FROM ckb_{subject} o"  # noqa: S608
+            f" LEFT JOIN {native} = o.task_id WHERE {shown}"
+        )
+        for each, *columns in db.execute(query):
+            yield from or_unreadable(DOCUMENTS[subject], each, _document_row(db, subject, each, *columns))
+
+
+def _document_row(
+    db: sqlite3.Connection, subject: str, each: str, document: bytes, until: int, event_id: str, *values: Any
+) -> Iterator[Row]:
+    _, names, row = _NATIVE[subject]
+
+    def said(event: Event, shown: bytes) -> dict[str, Any]:
+        return dict(zip(names, row(event, shown), strict=True))
+
+    def history() -> list[bytes]:
+        query = "SELECT value FROM ckb_history WHERE task_id = ? AND event_id = ?"
+        return [value for (value,) in db.execute(query, (each, event_id))]
+
+    bad = wrong(dict(zip(names, values, strict=True)), said, document, event_id, history)
+    yield document_row(subject, each, document, until, bad)
+
+
+_NATIVE: Final[dict[str, tuple[str, list[str], Callable[[Event, bytes], tuple[Any, ...]]]]] = {
+    TASK: ("celery_taskmeta n ON n.task_id", statements.NATIVE.split(", "), task_row),
+    GROUP: ("celery_tasksetmeta n ON n.taskset_id", ["result", "date_done"], group_row),
+}
+"""Celery's own table and which of its columns is our id, its columns, and what makes them."""
+
+
+def _any_text(raw: bytes) -> str:
+    """Return a text also of bytes that are none: one damaged value must not end what is asked of all."""
+    return raw.decode(errors="backslashreplace")
+
+
+def _side_rows(subject: str, each: str, key: int, event_id: str, expires_at: int, *side: Any) -> Iterator[Row]:
+    record = _side(expires_at, *side) if side else Side(expires_at=expires_at)
+    yield side_row(subject, each, key, event_id, record)
 
 
 def _beside(event: Event) -> dict[str, Any]:

@@ -85,12 +85,9 @@ def command(ctx: click.Context, first: str, second: str, within: float, limit: i
     return Exit.OK if verdict.found.equal else Exit.DIFFERENT
 
 
-def _tables(pipeline: Pipeline, one: str, other: str) -> Collection[str] | None:
-    """Return what both have; None: all, for two of one kind have also that store's own tables."""
-    schemes = {"sqlite" if url == LOG else url.partition("://")[0] for url in (one, other)}
+def _tables(pipeline: Pipeline, one: str, other: str) -> Collection[str]:
+    """Return what both have."""
     both_keep = all(keeps_history(url, pipeline.options(url)) for url in (one, other) if url != LOG)
-    if len(schemes) == 1 and both_keep:
-        return None
     return TABLES if both_keep else TABLES - {HISTORY}
 
 
@@ -111,14 +108,18 @@ def show(verdict: Verdict, names: list[str]) -> None:
     for one in found.differences:
         screen.print(f"{one.table} {one.key}", style="bold")
         for column in one.columns:
-            here = "no such row" if one.a is None else short(repr(one.a.get(column)), 120)
-            there = "no such row" if one.b is None else short(repr(one.b.get(column)), 120)
-            screen.print(f"  {column}: {here}  |  {there}")
+            screen.print(f"  {column}: {_value(one.a, column)}  |  {_value(one.b, column)}")
     for text in _notes(verdict, names):
         screen.print(text)
     same_things = "The views are the same." if names[1] != LOG else "The view is what the log says."
     verdict_text = same_things if found.equal else f"{found.different} rows differ."
     screen.print(verdict_text, style="green" if found.equal else "red")
+
+
+def _value(columns: Mapping[str, Any] | None, name: str) -> str:
+    if columns is None:
+        return "no such row"
+    return short(repr(columns[name]), 120) if name in columns else "-"
 
 
 def _notes(verdict: Verdict, names: list[str]) -> Iterator[str]:

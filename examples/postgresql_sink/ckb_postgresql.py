@@ -17,6 +17,7 @@ import threading
 import time
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import ckb_postgresql_statements as statements
@@ -25,7 +26,18 @@ import psycopg
 from celery_kafka_backend.changes import GROUP, TASK, Batch, Partition, Side, history_expiry
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
 from celery_kafka_backend.settings import mask
-from celery_kafka_backend.sinks.contract import Row, Shown, Sink, StoreOptions, View, document_row, id_refusal, side_row
+from celery_kafka_backend.sinks.contract import (
+    Row,
+    Shown,
+    Sink,
+    StoreOptions,
+    View,
+    document_row,
+    history_row,
+    id_refusal,
+    side_row,
+)
+from celery_kafka_backend.sinks.native_columns import wrong
 from celery_kafka_backend.sinks.per_process import PerProcess
 from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, stock_group, task_row
 
@@ -44,7 +56,6 @@ OF_THE_VALUES: Final = (psycopg.DataError, psycopg.IntegrityError, psycopg.error
 SWEEP_EVERY_S: Final = 10.0
 SWEEP_ROWS: Final = 2_000
 DEFAULTS: Final = {"connect_timeout": 5, "options": "-c statement_timeout=30000", "application_name": "celery-kafka"}
-_COLUMNS: Final = statements.NATIVE.split(", ")
 
 
 def _now_ms() -> int:
@@ -232,12 +243,15 @@ def _winner(change: Change, now_ms: int) -> dict[str, Any]:
         "subject": change.subject, "id": change.id, "k": event.key, "e": event.id, "document": document,
         "until": expires_at if document else 0,
     }  # fmt: skip
-    if document is not None and change.subject == TASK:
-        found |= zip(_COLUMNS, map(_text, task_row(event, document)), strict=True)
-        found |= {name: (found[name] or "")[:MAX_NATIVE_CHARS] or None for name in ("name", "worker", "queue")}
-    elif document is not None:
-        found |= zip(("result", "date_done"), group_row(event, document), strict=True)
-    return found
+    return found if document is None else found | _native(change.subject, event, document)
+
+
+def _native(subject: str, event: Event, document: bytes) -> dict[str, Any]:
+    """Return the values of Celery's own columns."""
+    if subject == GROUP:
+        return dict(zip(statements.BESIDE[GROUP], group_row(event, document), strict=True))
+    found = dict(zip(statements.BESIDE[TASK], map(_text, task_row(event, document)), strict=True))
+    return found | {name: (found[name] or "")[:MAX_NATIVE_CHARS] or None for name in ("name", "worker", "queue")}
 
 
 def _text(value: Any) -> Any:
@@ -322,16 +336,18 @@ class PostgresView(View):
 
     def rows(self) -> Iterator[Row]:
         """Read the tables one after the other; not a snapshot."""
-        for subject, each, document, until in self._ask(statements.ROWS_DOCUMENT):
-            yield document_row(subject, each, document, until)
+        for subject in (TASK, GROUP):
+            for each, document, until, event_id, *values in self._ask(statements.ROWS_DOCUMENT[subject]):
+                found = dict(zip(statements.BESIDE[subject], map(_plain, values), strict=True))
+                bad = wrong(found, partial(_native, subject), document, event_id, partial(self.history, each))
+                yield document_row(subject, each, document, until, bad)
         for subject, each, key, event_id, expires_at, *side in self._ask(statements.ROWS_SIDE):
             yield side_row(subject, each, key, event_id, _side(expires_at, *side))
-        for each, hlc, event_id, value, expires_at in self._ask(statements.ROWS_HISTORY):
-            yield Row("history", f"{each}/{hlc}/{event_id}", {"value": value}, expires_at)
+        for each, hlc, event_id, value, expires_at, *beside in self._ask(statements.ROWS_HISTORY):
+            found = dict(zip(("kind", "state", "at"), beside, strict=True))
+            yield history_row(f"{each}/{hlc}/{event_id}", value, expires_at, found, _beside)
         for group_id, name, key, value, expires_at in self._ask(statements.ROWS_CHORD):
             yield Row("chord", f"{group_id}/{name}", {"k": key, "value": value}, expires_at)
-        for each, *values, until in self._ask(statements.ROWS_NATIVE):
-            yield Row("native", each, dict(zip(_COLUMNS, map(_plain, values), strict=True)), until)
 
 
 def _askable(ids: Sequence[str]) -> list[str]:
@@ -345,6 +361,10 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _beside(event: Event) -> dict[str, Any]:
+    return {"kind": event.kind, "state": event.state, "at": event.at}
 
 
 def _plain(value: Any) -> Any:

@@ -181,13 +181,20 @@ READ_HISTORY: Final = f"SELECT value FROM ckb_history WHERE task_id = %(id)s::te
 READ_CHORD: Final = f"SELECT name, value FROM ckb_chord JOIN ckb_chord_expiry USING (group_id) WHERE group_id = %(id)s::text AND {_ALIVE}"
 READ_POSITIONS: Final = "SELECT topic, partition, next FROM ckb_position WHERE namespace = %(namespace)s"
 
-ROWS_DOCUMENT: Final = f"SELECT subject, id, document, shown_until FROM ckb_task WHERE {_SHOWN}"
+BESIDE: Final = {"task": _COLUMNS, "group": ["result", "date_done"]}
+"""Celery's own columns, by subject."""
+_BESIDE_ID: Final = {"task": "celery_taskmeta n ON n.task_id", "group": "celery_tasksetmeta n ON n.taskset_id"}
+ROWS_DOCUMENT: Final = {
+    subject: (
+        f"SELECT o.id, o.document, o.shown_until, o.event_id, {', '.join(f'n.{each}' for each in BESIDE[subject])}"
+        f" FROM ckb_task o LEFT JOIN {native} = o.id WHERE o.subject = '{subject}' AND {_SHOWN}"
+    )
+    for subject, native in _BESIDE_ID.items()
+}
 ROWS_SIDE: Final = f"SELECT subject, id, k, event_id, expires_at, {SIDE} FROM ckb_task WHERE {_ALIVE}"
-ROWS_HISTORY: Final = f"SELECT task_id, hlc, event_id, value, expires_at FROM ckb_history WHERE {_ALIVE}"
+ROWS_HISTORY: Final = (
+    f"SELECT task_id, hlc, event_id, value, expires_at, kind, state, at FROM ckb_history WHERE {_ALIVE}"
+)
 ROWS_CHORD: Final = (
     f"SELECT group_id, name, k, value, expires_at FROM ckb_chord JOIN ckb_chord_expiry USING (group_id) WHERE {_ALIVE}"
-)
-ROWS_NATIVE: Final = (
-    f"SELECT n.task_id, {', '.join(f'n.{each}' for each in _COLUMNS)}, shown_until FROM celery_taskmeta n"
-    f" JOIN ckb_task ON subject = 'task' AND ckb_task.id = n.task_id WHERE k > 0 AND {_SHOWN}"
 )

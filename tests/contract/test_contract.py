@@ -213,10 +213,9 @@ def test_every_store_has_the_same_rows(place: Place, retention_ms: int | None, t
     from tests.contract.conftest import _Memory  # noqa: PLC0415
 
     def comparable(rows: list[Row]) -> list[Row]:
-        shared = [row for row in rows if row.table != "native"]
         if retention_ms is not None:
-            return shared
-        return [row._replace(expires_at=0) if row.table == "history" else row for row in shared]
+            return rows
+        return [row._replace(expires_at=0) if row.table == "history" else row for row in rows]
 
     reference = _Memory(f"memory://{tmp_path}")
     assert comparable(apply(place, [ITEMS], **kept)) == comparable(apply(reference, [ITEMS], **kept))
@@ -439,8 +438,6 @@ def test_expiries_are_absolute_and_exact(place: Place) -> None:
         )
     )
     found = {(row.table, row.key): row.expires_at for row in place.dump() if row.table != "history"}
-    assert found.pop(("native", "t"), at) == at
-    assert found.pop(("native", "never"), 0) == 0
     assert found == {
         ("document", "t"): at,
         ("side", "t"): at,

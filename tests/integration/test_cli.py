@@ -357,6 +357,14 @@ def test_two_equal_views_verify(shell, tmp_path):
         assert shell("replay", "--to", url).returncode == 0
     done = shell("verify", "--view", a, "--against", b)
     assert (done.returncode, "The views are the same." in done.stdout) == (0, True)
+    with sqlite3.connect(tmp_path / "b.db") as db:
+        db.execute("UPDATE celery_taskmeta SET status = 'LOST'")
+        db.execute("UPDATE ckb_task SET workers = X'07'")
+    for other in (a, "log"):
+        done = shell("verify", "--view", b, "--against", other)
+        assert done.returncode == Exit.DIFFERENT, done.said
+        assert "native.status: \"'LOST', not 'SUCCESS'\"  |  -" in done.stdout, done.stdout
+        assert 'unreadable: "TypeError: a bytes-like object' in done.stdout, done.stdout
 
 
 def test_ctrl_c_stops_run_cleanly(shell):

@@ -22,7 +22,7 @@ from celery_kafka_backend.errors import UnknownVersion
 from celery_kafka_backend.processors.crew import feed_all
 from celery_kafka_backend.processors.plan import Target, begin, prepare
 from celery_kafka_backend.processors.replay import Replayed, replay
-from celery_kafka_backend.processors.verify import TABLES, compare
+from celery_kafka_backend.processors.verify import compare
 from celery_kafka_backend.sinks.registry import open_view
 from tests.integration.kafka_topics import must_arrive
 from tests.patience import PATIENCE_S, until
@@ -232,6 +232,6 @@ def numbers(done: Replayed) -> tuple[int, ...]:
 
 
 def assert_same(a: Any, b: Any) -> None:
-    found = compare(a, b, tables=TABLES, limit=3)
+    found = compare(a, b, limit=3)
     assert found.equal, found.differences
     assert {table.rows > 0 for table in found.a.values()} == {True}

@@ -76,8 +76,15 @@ def test_history_with_a_retention_of_its_own_expires_alike_in_every_store() -> N
     assert compare(view(a), view(a._replace(expires_at=NOW + 1_000)), history_expires=True).equal
 
 
-def test_a_stores_own_tables_are_not_compared() -> None:
-    assert compare(view(row("a", table="native")), view()).equal
+def test_tables_that_are_not_asked_for_are_not_compared() -> None:
+    assert compare(view(row("a", table="history")), view(), tables={"document"}).equal
+
+
+def test_a_column_that_says_nothing_is_not_one_that_is_not_there() -> None:
+    """A store names a column beside its rows only where that is wrong, and it may be wrong to be empty."""
+    bare = row("a")
+    (found,) = compare(view(bare), view(bare._replace(columns={**bare.columns, "name": None}))).differences
+    assert (found.columns, found.a, found.b) == (("name",), {}, {"name": None})
 
 
 def test_what_expires_while_we_look_is_no_difference() -> None:
