@@ -14,6 +14,9 @@ VERSIONS := oldest celery-5.5 celery-5.6 newest
 
 # Nothing may hang for ever: Ctrl-C first, so that pytest can stop the servers, and a kill a minute later.
 BOUNDED := timeout --foreground --signal=INT --kill-after=60
+# Two threads that print a traceback at once can make CPython 3.11 fail in `ast.parse` (pytest-dev/pytest#10763), and pytest,
+# which reads a failed test's source so, ends the whole run. Without carets in tracebacks only pytest asks for it.
+export PYTHONNODEBUGRANGES := 1
 # A test that takes five minutes is stuck; its stacks are printed before the bound above ends it.
 PYTEST := $(BIN)/python -m pytest -p faulthandler -o faulthandler_timeout=300
 

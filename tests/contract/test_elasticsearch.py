@@ -198,7 +198,7 @@ def test_another_server_and_one_of_another_version_are_settings(
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_an_overloaded_server_is_unavailable(doorman: Doorman, elasticsearch_url: str, status: int) -> None:
-    sink = registry.open_sink(doorman.url(elasticsearch_url), quick())
+    sink = registry.open_sink(doorman.url(elasticsearch_url), StoreOptions(options={"max_retries": 0}))
     sink.open()
     sink.write(batch(stated("SUCCESS", 10)))
     doorman.answers(status, {"error": {"type": "es_rejected_execution_exception", "reason": "queue is full"}})
@@ -381,7 +381,7 @@ def test_a_host_that_is_gone_is_passed_over(elasticsearch_url: str) -> None:
 def test_it_speaks_tls(server: service.ElasticServer, elasticsearch_url: str) -> None:
     with contextlib.closing(Doorman(server.port, tls=True)) as doorman:
         url = doorman.url(elasticsearch_url).replace("elasticsearch://", "elasticsearch+https://")
-        untrusting = registry.open_sink(url, quick())
+        untrusting = registry.open_sink(url, StoreOptions(options={"max_retries": 0}))
         with pytest.raises(Unavailable, match="certificate"):
             untrusting.open()
         sink = registry.open_sink(url, StoreOptions(options={"ca_certs": doorman.authority}))

@@ -9,6 +9,7 @@ import http.client
 import http.server
 import json
 import ssl
+import sys
 import tempfile
 import threading
 import time
@@ -43,7 +44,7 @@ class Doorman:
         """Waits so long before it answers."""
         self._answer: tuple[int, bytes, str] | None = None
         (self.port,) = ports.free(1)
-        self._server = http.server.ThreadingHTTPServer((ports.HOST, self.port), _handler(self))
+        self._server = _Server((ports.HOST, self.port), _handler(self))
         self._server.daemon_threads = True
         self._folder = tempfile.TemporaryDirectory()
         self.authority = str(Path(self._folder.name) / "ca.pem")
@@ -87,6 +88,13 @@ class Doorman:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert(ports.HOST).configure_cert(context)
         return context
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A client that goes before its answer is no fault of ours.
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def _handler(doorman: Doorman) -> type[http.server.BaseHTTPRequestHandler]:
