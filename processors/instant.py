@@ -27,6 +27,7 @@ from celery_kafka_backend.processors.extent import extent
 from celery_kafka_backend.processors.replay import replay
 from celery_kafka_backend.processors.verify import CHORD, HISTORY, TABLES, Comparison, Key, compare, subject_of
 from celery_kafka_backend.sinks.contract import UNREADABLE
+from celery_kafka_backend.sinks.native_columns import PREFIX
 from celery_kafka_backend.sinks.registry import open_view
 
 if TYPE_CHECKING:
@@ -128,6 +129,10 @@ class LogSide(ViewSide):
         self._settings = settings
         self._target = target
         self._there: dict[Partition, int] = {}
+
+    def rows(self) -> Iterator[Row]:
+        for row in super().rows():  # Celery's own columns are as we have just written them
+            yield row._replace(columns={name: row.columns[name] for name in row.columns if not name.startswith(PREFIX)})
 
     def positions(self) -> dict[Partition, int]:
         return dict(self._there)
