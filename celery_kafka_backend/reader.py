@@ -196,7 +196,10 @@ class Ear:
     def again(self, ids: Sequence[str]) -> None:
         """Have tasks read again that one listens for: what was heard of them has not arrived."""
         with self._lock:
-            self._new.update(each for each in ids if each in self._ids)
+            for each in ids:
+                if each in self._ids:
+                    self._ids[each] = None  # as if never seen: a view that is polled tells only what is not as it was
+                    self._new.add(each)
 
     def meet(self, ids: Sequence[str], patience_s: float | None = None) -> dict[str, bytes]:
         """Listen for tasks and return the documents there are of them already.
@@ -237,6 +240,7 @@ class Ear:
             return {}
         except BaseException:  # a time limit's, a key's: what it had heard is not known
             self._lose()
+            self.again(list(self._ids))
             raise
         if self._said_lost:
             logger.warning("the view is back")

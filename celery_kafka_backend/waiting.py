@@ -145,7 +145,11 @@ class ResultConsumer(older.BaseResultConsumer):  # type: ignore[misc]
     def _changed(self, task_id: str, document: bytes) -> None:
         meta = self.backend.decode_result(document)
         meta.setdefault("task_id", task_id)
-        self.on_state_change(meta, None)
+        try:
+            self.on_state_change(meta, None)
+        except BaseException:
+            self.ear.again([task_id])  # whoever else waits for it has not heard
+            raise
         if meta["status"] in states.READY_STATES:
             self.cancel_for(task_id)
 
@@ -153,11 +157,11 @@ class ResultConsumer(older.BaseResultConsumer):  # type: ignore[misc]
         self, result: Any, timeout: float | None = None, on_interval: Callable[[], Any] | None = None, **kwargs: Any
     ) -> Iterator[None]:
         """Look once at what is there already, in the waiter's own thread, then wait for the rest of the timeout."""
-        outer = getattr(self._here, "until", None)
-        self._here.until = until = None if timeout is None else time.monotonic() + timeout
         unknown = [one for one in members(result) if not has_ended(one)]
         if not all(one.id for one in unknown):
             self.backend.get_key_for_task("")  # says what is wrong with that, where waiting would have no end
+        outer = getattr(self._here, "until", None)
+        self._here.until = until = None if timeout is None else time.monotonic() + timeout
         # A group asks the backend of the thread that waits; its members know that of the thread that sent them.
         foreign = [one for one in unknown if one.backend is not self.backend]
         for one in foreign:

@@ -50,6 +50,15 @@ def test_a_result_that_comes_later_is_heard(place: Place, ear: Ear) -> None:
     assert heard(ear, "t") == json_document("t", "SUCCESS")
 
 
+def test_what_was_heard_and_did_not_arrive_is_heard_again(place: Place, ear: Ear) -> None:
+    sink = place.sink()
+    ear.meet(["t"])
+    sink.write(batch(stated("SUCCESS", 10)))
+    assert heard(ear, "t") == json_document("t", "SUCCESS")
+    ear.again(["t", "nobody"])
+    assert heard(ear, "t") == json_document("t", "SUCCESS")
+
+
 def test_a_task_is_met_while_another_thread_hears(place: Place, ear: Ear) -> None:
     sink = place.sink()
     ear.meet(["slow"])
