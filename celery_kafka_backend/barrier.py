@@ -416,8 +416,9 @@ class _Log:
         low, high = handle.get_watermark_offsets(last, timeout=_left(deadline))
         if there == 1 or low:
             return 0  # as old as the log is kept
-        begun = self._first_offsets(handle, range(there), now - places.HEARD_MS, deadline).values()
-        if 0 in begun and not any(0 < offset < sys.maxsize for offset in begun):
+        begun = self._first_offsets(handle, range(there), now - places.HEARD_MS, deadline)
+        # Not by these alone: a partition that has nothing new may be empty, or have nothing but what is older.
+        if 0 in begun.values() and begun == self._first_offsets(handle, range(there), 0, deadline):
             return 0  # so young that nobody has added to it yet
         for age_ms in (7 * topics.DAY_MS, topics.DAY_MS, topics.DAY_MS // 8, places.HEARD_MS):
             if high and self._first_offsets(handle, [there - 1], now - age_ms, deadline)[there - 1]:

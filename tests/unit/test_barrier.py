@@ -10,11 +10,12 @@ import msgspec
 import pytest
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
-from celery_kafka_backend import events, settings, topics
+from celery_kafka_backend import events, places, settings, topics
 from celery_kafka_backend.barrier import Allowance, Barrier, _ends, document_after, greatest
 from celery_kafka_backend.changes import GROUP, Partition
 from celery_kafka_backend.errors import SettingsError, Unavailable, Unsure
 from celery_kafka_backend.events import Event
+from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.reads import Reads
 from celery_kafka_backend.sinks.contract import Shown
 from tests.patience import PATIENCE_S
@@ -152,3 +153,48 @@ def test_a_delete_stays_done_while_the_view_folds_it(folded):
     view = FoldingAtTheWorstMoment(folded)
     assert barrier.documents(view, GROUP, ["t"], NOW) == {}
     assert barrier.documents(view, GROUP, ["t"], NOW) == {}
+
+
+class Index:
+    """A log: of each partition when its records were written."""
+
+    def __init__(self, *partitions):
+        self._times = partitions
+
+    def list_topics(self, topic, timeout):
+        found = {number: SimpleNamespace(error=None) for number in range(len(self._times))}
+        return SimpleNamespace(topics={topic: SimpleNamespace(error=None, partitions=found)})
+
+    def offsets_for_times(self, asked, timeout):
+        def first(at):
+            return next((n for n, time in enumerate(self._times[at.partition]) if time >= at.offset), -1)
+
+        return [SimpleNamespace(partition=at.partition, offset=first(at), error=None) for at in asked]
+
+    def get_watermark_offsets(self, at, timeout):
+        return 0, len(self._times[at.partition])
+
+
+NEW, OLD = 1_000, places.HEARD_MS + 60_000
+
+
+@pytest.mark.parametrize(
+    ("ages", "looks"),
+    [
+        (([OLD], []), True),
+        (([OLD], [NEW]), True),  # nothing new in the first one: it is older than the other all the same
+        (([OLD, NEW], [NEW]), True),
+        (([NEW], [NEW]), False),
+        (([], [NEW]), False),
+    ],
+)
+def test_where_an_id_belonged_before_partitions_were_added_is_looked_at_by_a_process_that_never_saw_it(
+    ages, looks, monkeypatch
+):
+    now = system_wall_ms()
+    task = next(f"t{n}" for n in range(99) if topics.partition_of(f"t{n}", 2) == 1)  # of one partition it was in 0
+    grown = msgspec.structs.replace(settings.parse("kafka://x/?view=memory://x"), partitions=2)
+    log = Barrier(grown)._log
+    monkeypatch.setattr(log, "_handle", lambda: Index(*([now - age for age in each] for each in ages)))
+    found = log.ends([task], time.monotonic() + PATIENCE_S, dict)
+    assert {at.partition for at in found} == ({0, 1} if looks else {1})
