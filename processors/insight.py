@@ -100,7 +100,8 @@ class Insight:
         self._max_bytes = max_bytes
         self._opened = False
         self._name = uuid.uuid4().hex
-        self._written_at = 0
+        self._written_at = {0}
+        """When we wrote last, ms since 1970, as the view may have it: of a write that failed nobody knows."""
         self._minutes: dict[bytes, Minute] = {}
         self._counted: list[Any] = []
         self._changed: dict[bytes, int] = {}
@@ -331,8 +332,11 @@ class Insight:
         if not self._opened:
             self._store.open()
             self._opened = True
-        before, self._written_at = self._written_at, system_wall_ms()
-        return self._store.write(rows, self._written_at, self._name) == before
+        before, now_ms = set(self._written_at), system_wall_ms()
+        self._written_at.add(now_ms)
+        there = self._store.write(rows, now_ms, self._name)
+        self._written_at = {now_ms}
+        return there in before
 
     def complain(self, text: str, once: str = "") -> None:
         """Log an error, each text once a minute, or each ``once`` of many texts."""

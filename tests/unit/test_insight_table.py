@@ -12,6 +12,7 @@ import pytest
 from aiokafka.errors import KafkaTimeoutError
 
 from celery_kafka_backend import partials
+from celery_kafka_backend.errors import Unavailable
 from celery_kafka_backend.partials import BUCKET, Cell, Partial
 from celery_kafka_backend.processors import minutes
 from celery_kafka_backend.processors.insight import Insight, end_if_stuck
@@ -280,6 +281,40 @@ def test_a_view_that_was_emptied_is_written_again():
         await work.keep()
         await work.keep()
         assert {row.task for row in store.rows} == {"a", "b", "c"}
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("arrived", [False, True])
+def test_a_view_that_was_away_has_lost_nothing_by_that(caplog: pytest.LogCaptureFixture, arrived: bool):
+    """A write failed: what was put before is there, and perhaps that, too."""
+
+    class Away(Store):
+        away = False
+
+        def write(self, rows: Sequence[MinuteRow], at_ms: int, writer: str) -> int:
+            before = self.at if self.away and not arrived else super().write(rows, at_ms, writer)
+            if self.away:
+                raise Unavailable("away")
+            return before
+
+    async def scenario() -> None:
+        store = Away()
+        work = Insight(Table(), store, MAX_BYTES)
+        for name in "abc":
+            work.take(event(0, 5, task=name))
+        await work.keep()
+        store.away = True
+        work.take(event(1, 5, task="c"))
+        for _ in range(2):
+            await asyncio.sleep(0.002)  # a write is known by its millisecond
+            await work.keep()
+        store.away = False
+        store.rows.clear()
+        for _ in range(2):
+            await work.keep()
+        assert {row.task for row in store.rows} == {"c"}
+        assert "has lost" not in caplog.text
 
     asyncio.run(scenario())
 
