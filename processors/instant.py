@@ -305,8 +305,8 @@ def _leave_out_older(
         for key in chunk:
             subject = subject_of(*key)
             told = [each[subject] for each in known if each.get(subject)]
-            if key[0] == HISTORY:  # which may outlive all else that is known of its task
-                told.append(int(key[1].rsplit("/", 2)[1]))
+            if key[0] == HISTORY and (hlc := key[1].rsplit("/", 2)[1]).isdecimal():  # else it is damaged
+                told.append(int(hlc))  # it may outlive all else that is known of its task
             began = min(told, default=0)
             if began < begins.get(Partition(log, place(key[0], subject)), 0):
                 older.add(key)

@@ -36,6 +36,7 @@ import struct
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from itertools import islice
+from operator import index
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -238,7 +239,9 @@ def or_unreadable(table: str, key: str, made: Iterable[Row]) -> Iterator[Row]:
         made: Makes the rows, one after the other, of what has been read already.
     """
     try:
-        yield from made
+        for row in made:
+            index(row.expires_at)  # SQLite keeps a text in any column
+            yield row
     except UNREADABLE as exc:
         yield Row(table, key, {"unreadable": f"{type(exc).__name__}: {exc}"}, 0)
 

@@ -252,10 +252,9 @@ class RedisView(DriverView["redis.Redis"]):
                 yield from or_unreadable(SIDES[subject], subject_id, _side_rows(subject, subject_id, value, expires_at))
             elif kind == "history":
                 for member, hlc in value:
-                    own = int(hlc) + self._history_ms if self._history_ms else 0
-                    until = min(filter(None, (own, expires_at)), default=0)
-                    at = f"{subject_id}/{int(hlc)}/"
-                    yield from or_unreadable("history", at, _history_rows(at, member, until))
+                    at = f"{subject_id}/{hlc:.0f}/"
+                    made = _history_rows(subject_id, member, hlc, self._history_ms, expires_at)
+                    yield from or_unreadable("history", at, made)
             else:
                 for name, fact in value.items():
                     if name != CHORD_EXPIRY:
@@ -282,9 +281,12 @@ def _side_rows(subject: str, subject_id: str, value: bytes, expires_at: int) -> 
     yield row
 
 
-def _history_rows(at: str, member: bytes, until: int) -> Iterator[Row]:
-    event_id = msgspec.json.decode(member, type=_Identified).id
-    yield Row("history", at + event_id, {"value": member}, until)
+def _history_rows(
+    subject_id: str, member: bytes, score: float, history_ms: int | None, expires_at: int
+) -> Iterator[Row]:
+    hlc, event_id = int(score), msgspec.json.decode(member, type=_Identified).id
+    until = min(filter(None, (hlc + history_ms if history_ms else 0, expires_at)), default=0)
+    yield Row("history", f"{subject_id}/{hlc}/{event_id}", {"value": member}, until)
 
 
 def _fact_rows(key: str, fact: bytes, until: int) -> Iterator[Row]:

@@ -403,10 +403,12 @@ class SqliteView(View):
             query = f"SELECT task_id, hlc, event_id, value, expires_at, kind, state, at FROM ckb_history WHERE {alive}"  # noqa: S608
             for each, hlc, event_id, value, expires_at, *beside in db.execute(query):
                 found = dict(zip(("kind", "state", "at"), beside, strict=True))
-                yield history_row(f"{each}/{hlc}/{event_id}", value, expires_at, found, _beside)
+                key = f"{each}/{hlc}/{event_id}"
+                yield from or_unreadable("history", key, [history_row(key, value, expires_at, found, _beside)])
             query = f"SELECT group_id, name, k, value, expires_at FROM ckb_chord JOIN ckb_chord_expiry USING (group_id) WHERE {alive}"  # noqa: S608
             for group_id, name, key, value, expires_at in db.execute(query):
-                yield Row("chord", f"{group_id}/{name}", {"k": key, "value": value}, expires_at)
+                fact = Row("chord", f"{group_id}/{name}", {"k": key, "value": value}, expires_at)
+                yield from or_unreadable("chord", fact.key, [fact])
 
     def _document_rows(self, db: sqlite3.Connection, subject: str, shown: str) -> Iterator[Row]:
         """Yield documents, each with what is wrong in Celery's own row beside it."""

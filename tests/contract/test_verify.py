@@ -451,6 +451,19 @@ def broken_sqlite(place: Place) -> Iterator[Damage]:
                 lambda v=changed: db.execute(f"UPDATE ckb_task SET workers = {v} WHERE task_id = 't1'"),
                 lambda: db.execute("UPDATE ckb_task SET workers = 'celery@a' WHERE task_id = 't1'"),
             )
+        for table, column, which, subject in (
+            ("ckb_task", "expires_at", "task_id = 't1'", "t1"),
+            ("ckb_task", "shown_until", "task_id = 't1'", "t1"),
+            ("ckb_group", "shown_until", "task_id = 'g'", "g"),
+            ("ckb_chord_expiry", "expires_at", "group_id = 'g'", "g"),
+        ):
+            (kept,) = db.execute(f"SELECT {column} FROM {table} WHERE {which}").fetchone()
+            for changed in ("'x'", "1e300"):
+                yield Damage(
+                    subject,
+                    lambda t=table, c=column, w=which, v=changed: db.execute(f"UPDATE {t} SET {c} = {v} WHERE {w}"),
+                    lambda t=table, c=column, w=which, v=kept: db.execute(f"UPDATE {t} SET {c} = {v} WHERE {w}"),
+                )
 
 
 def broken_redis(place: Place) -> Iterator[Damage]:
@@ -461,6 +474,8 @@ def broken_redis(place: Place) -> Iterator[Damage]:
         kept = client.get(side)
         yield Damage("t1", lambda: client.set(side, b"x", keepttl=True), lambda: client.set(side, kept, keepttl=True))
         yield Damage("t1", lambda: client.zadd(history, {b"\xff": 5}), lambda: client.zrem(history, b"\xff"))
+        ((entry, hlc),) = client.zrange(history, 0, -1, withscores=True)
+        yield Damage("t1", lambda: client.zadd(history, {entry: "inf"}), lambda: client.zadd(history, {entry: hlc}))
         yield Damage("g", lambda: client.hset(chord, b"1|bad", b"x"), lambda: client.hdel(chord, b"1|bad"))
 
 
