@@ -85,13 +85,14 @@ class ResultConsumer(older.BaseResultConsumer):  # type: ignore[misc]
     def drain_events(self, timeout: float | None = None) -> None:
         """Hear for a moment: one thread listens, the others wait for what it hears. Whoever is there tells it."""
         slice_s = HEAR_SLICE_S if timeout is None else min(timeout, HEAR_SLICE_S)
-        if not self._takes_turn(slice_s):
-            return
         try:
+            if not self._takes_turn(slice_s):
+                return
             if not self._heard:
                 self._heard.extend(self.ear.hear(slice_s, self._patience_s()).items())
         finally:
-            self._hearing = None
+            if self._hearing == threading.get_ident():  # also where a time limit came right after we had taken it
+                self._hearing = None
         self._tell()
 
     def _takes_turn(self, slice_s: float) -> bool:
@@ -115,8 +116,8 @@ class ResultConsumer(older.BaseResultConsumer):  # type: ignore[misc]
         """Tell what was heard, in order; where that raises, have the rest read again."""
         me = threading.get_ident()
         within = me in self._telling
-        self._telling.add(me)
         try:
+            self._telling.add(me)
             self._heard.extend((found or {}).items())
             while (told := self._next()) is not None:
                 self._changed(*told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from celery import Celery
@@ -11,7 +12,7 @@ from celery.result import AsyncResult
 from celery_kafka_backend.sinks.contract import StoreOptions
 from celery_kafka_backend.sinks.registry import open_sink
 from tests.contract.factories import batch, stated
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, until
 
 
 @pytest.fixture
@@ -87,3 +88,23 @@ def test_an_interrupt_in_the_moment_when_it_hears_loses_nothing(app, end, monkey
         first.get(timeout=PATIENCE_S, on_interval=lambda *_: end(other))
     first.get(timeout=PATIENCE_S, on_interval=lambda *_: end(first) if heard else None)
     assert heard == [other]
+
+
+def test_an_interrupt_in_the_moment_when_it_begins_to_hear_leaves_the_turn_to_other_threads(app, end, monkeypatch):
+    first, other = pending(app, 2)
+    consumer = app.backend.result_consumer
+    takes_turn = consumer._takes_turn
+
+    def interrupted(slice_s):
+        assert takes_turn(slice_s)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(consumer, "_takes_turn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        first.get(timeout=PATIENCE_S)
+    with ThreadPoolExecutor(1) as elsewhere:
+        heard = elsewhere.submit(other.get, timeout=PATIENCE_S)
+        until(lambda: other.id in consumer.ear._ids and other.id not in consumer.ear._new, "the other thread hears")
+        end(other)
+        assert heard.result() == 42
