@@ -59,9 +59,14 @@ class Tally:
 
         What is counted already is left out. Where ``first`` is after `next`, the log has nothing in between.
         """
+        if first > self.next:
+            self.next = first
+            for bucket in self._buckets.values():
+                if (bucket.number + 1) * BUCKET <= first:
+                    bucket.close()
         end = first + len(logged)
         while self.next < end:
-            start = max(first, self.next)
+            start = self.next
             number = start // BUCKET
             until = min(end, (number + 1) * BUCKET)
             bucket = self._bucket(number)

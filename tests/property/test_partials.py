@@ -169,3 +169,19 @@ def test_a_bucket_without_any_task_settles():
     tally.add(0, [None] * (BUCKET + 1))
     assert not list(told(tally))
     assert tally.settled == BUCKET
+
+
+def test_a_gap_that_ends_with_its_bucket_takes_nothing_from_the_next_one() -> None:
+    """A control record, as an operator's transaction leaves one, is no record that is read."""
+    records: list[Logged | None] = [event(random.Random(0), number) for number in range(BUCKET + 9)]
+    tally, reader = Tally(0, 0), Reader()
+    tally.add(0, records[: BUCKET - 1])
+    tally.add(BUCKET, [])
+    tally.add(BUCKET, records[BUCKET : BUCKET + 3])
+    for value in told(tally):
+        reader.take(value)
+    tally.add(BUCKET + 3, records[BUCKET + 3 :])
+    for value in told(tally):
+        reader.take(value)
+    records[BUCKET - 1] = None
+    assert reader.totals() == straight(records).totals()
