@@ -238,8 +238,9 @@ def _compare_file(a: bytes, b: bytes, just_gone: int, found: set[bytes], result:
 
 
 def row_digest(row: Row) -> bytes:
-    """Return 128 bits of a row's key and columns; text and bytes are not the same."""
-    return blake2b(msgspec.msgpack.encode([row.key, sorted(row.columns.items())]), digest_size=16).digest()
+    """Return 128 bits of a row's key and columns; text and bytes are not the same. Damage may be of a driver's own type."""
+    said = msgspec.msgpack.encode([row.key, sorted(row.columns.items())], enc_hook=repr)
+    return blake2b(said, digest_size=16).digest()
 
 
 def same_expiry(a: int, b: int) -> bool:

@@ -192,10 +192,11 @@ def _told(verdict: Verdict, here: str, there: str) -> dict[str, Any]:
 
 
 def _readable(columns: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return columns with text instead of bytes, which may be no Unicode."""
-    if columns is None:
-        return None
-    return {
-        name: value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
-        for name, value in columns.items()
-    }
+    """Return columns as JSON can say them."""
+    return None if columns is None else {name: _plain(value) for name, value in columns.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):  # which may be no Unicode
+        return value.decode(errors="backslashreplace")
+    return value if value is None or isinstance(value, (str, int, float)) else repr(value)  # a driver's own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from celery_kafka_backend.cli.verify import _readable
 from celery_kafka_backend.processors.verify import compare
 from celery_kafka_backend.sinks.contract import Row
 
@@ -50,6 +51,14 @@ def test_a_column_that_differs_is_named_with_both_values() -> None:
 
 def test_text_is_not_bytes() -> None:
     assert not compare(view(row("a", "v")), view(row("a", b"v"))).equal
+
+
+def test_a_value_of_a_store_s_own_type_is_a_difference() -> None:
+    strange = object()
+    (found,) = compare(view(row("a", 1), row("b")), view(row("a", strange), row("b"))).differences
+    assert (found.key, found.b) == ("a", {"value": strange})
+    assert _readable(found.b) == {"value": repr(strange)}
+    assert _readable({"text": b"a\xff", "none": None, "number": 1}) == {"text": "a\\xff", "none": None, "number": 1}
 
 
 def test_a_missing_row_is_named_on_either_side() -> None:
