@@ -1,7 +1,8 @@
 """Where in the log the events of an id are: where its key belongs, and where it belonged before partitions were added.
 
 Kafka keeps no history of how many partitions a topic had. So it is read off the log. A partition's oldest records tell
-whether any are left of an earlier count: of every two keys at least one belonged elsewhere then. Only where that is so,
+whether any are left of an earlier count: of every two keys at least one belonged elsewhere then. Where that is so, and
+where the keys are too few to tell,
 all earlier counts are thought of. While there were `n` partitions, the last of them was there, and got its share of the
 keys; once it has something, and until producers have heard that another was added, an id may lie where it belongs among
 `n`. Knows no view and no Celery. Rights: Describe and Read on the log.
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 HEARD_MS: Final = 300_000
 """Within so long every record is where it belongs by the new count: producers ask every 30 s, and try for two minutes."""
 SAMPLE: Final = 100
-"""The oldest records of a partition, of which none is out of place if there was no other count."""
+"""The oldest records of a partition, of which none is out of place if there was no other count …"""
+ENOUGH: Final = 20
+"""… and they have so many keys: of fewer, each may have stayed where it was."""
+DEEPER: Final = 20_000
+"""So many are looked at where those are few."""
 SHARE: Final = 1_000
 """No partition gets so many records before the next one gets its first."""
 STEP_MS: Final = 1_000
@@ -66,57 +71,78 @@ def _joined(found: Iterable[tuple[int, Span]]) -> list[tuple[int, Span]]:
     return joined
 
 
-def oldest(topic: str, key: str, marks: Mapping[int, Span]) -> dict[At, Span]:
-    """Return the oldest records of every other partition in which events of a key may be: `out_of_place` asks for them.
+class Oldest:
+    """The oldest records of some partitions: whether any is left there of an earlier count.
+
+    Args:
+        topic: The log.
+        marks: Of each of these partitions its first and its next offset.
+        partitions: How many the topic has.
+    """
+
+    def __init__(self, topic: str, marks: Mapping[int, Span], partitions: int) -> None:
+        self._topic = topic
+        self._partitions = partitions
+        self._left = {n: (low, high) for n, (low, high) in marks.items() if low < high}
+        """Of each what was not looked at."""
+        self._begins = {n: low for n, (low, _) in self._left.items()}
+        self._keys: dict[int, set[bytes]] = {n: set() for n in self._left}
+        self._moved: set[int] = set()
+
+    @property
+    def spans(self) -> dict[At, Span]:
+        """The records to `see` first."""
+        return self._next(SAMPLE)
+
+    def see(self, message: Message) -> None:
+        """Look at a record."""
+        n, key = message.partition() or 0, message.key()
+        self._left[n] = (message.offset() or 0) + 1, self._left[n][1]
+        if key:
+            self._keys[n].add(key)
+            if topics.place_of(key, self._partitions) != n:
+                self._moved.add(n)
+
+    def moved(self, make: Callable[[], Consumer]) -> set[int]:
+        """Return the partitions that have records of an earlier count, or of too few keys to tell.
+
+        Args:
+            make: Makes a consumer as `past.reader` does, for one read.
+
+        Raises:
+            PublishError: Kafka refused, or gave nothing for long.
+        """
+        for most in (SAMPLE, DEEPER):
+            if wanted := self._next(most):
+                consumer = make()
+                try:
+                    for found, _ in past.batches(consumer, wanted, SAMPLE):
+                        for message in found:
+                            self.see(message)
+                finally:
+                    consumer.close()
+        return self._moved | self._unsure()
+
+    def _next(self, most: int) -> dict[At, Span]:
+        """Return what of the first ``most`` records is still to be looked at."""
+        ends = {n: min(self._begins[n] + most, self._left[n][1]) for n in self._unsure()}
+        return {(self._topic, n): (self._left[n][0], end) for n, end in ends.items() if self._left[n][0] < end}
+
+    def _unsure(self) -> set[int]:
+        few = {n for n, keys in self._keys.items() if len(keys) < ENOUGH and self._left[n][0] < self._left[n][1]}
+        return few - self._moved
+
+
+def oldest(topic: str, key: str, marks: Mapping[int, Span]) -> Oldest:
+    """Return the oldest records of every other partition in which events of a key may be.
 
     Args:
         topic: The log.
         key: The key.
         marks: Of each partition its first and its next offset.
     """
-    places = {topics.partition_of(key, count) for count in range(1, len(marks))}
-    places.discard(topics.partition_of(key, len(marks)))
-    return _oldest(topic, {n: marks[n] for n in places})
-
-
-def _oldest(topic: str, marks: Mapping[int, Span]) -> dict[At, Span]:
-    return {(topic, n): (low, min(low + SAMPLE, high)) for n, (low, high) in marks.items() if low < high}
-
-
-def out_of_place(message: Message, partitions: int) -> bool:
-    """Return whether a record was written while the topic had fewer partitions."""
-    key = message.key()
-    return bool(key) and topics.place_of(key, partitions) != message.partition()  # type: ignore[arg-type]
-
-
-def moved(make: Callable[[], Consumer], wanted: Mapping[At, Span], partitions: int) -> set[int]:
-    """Return the partitions of which any of these records is out of place.
-
-    Args:
-        make: Makes a consumer as `past.reader` does, for one read.
-        wanted: Records, as `oldest` has them.
-        partitions: How many the topic has.
-
-    Raises:
-        PublishError: Kafka refused, or gave nothing for long.
-    """
-    if not wanted:
-        return set()
-    consumer = make()
-    try:
-        found = (message for some, _ in past.batches(consumer, wanted, SAMPLE) for message in some)
-        return {message.partition() or 0 for message in found if out_of_place(message, partitions)}
-    finally:
-        consumer.close()
-
-
-def any_moved(make: Callable[[], Consumer], topic: str, marks: Mapping[int, Span]) -> bool:
-    """Return whether any partition has records from when there were fewer, of those that are looked at.
-
-    Raises:
-        PublishError: Kafka refused, or gave nothing for long.
-    """
-    return bool(moved(make, _oldest(topic, marks), len(marks)))
+    places = [topics.partition_of(key, count) for count in range(1, len(marks) + 1)]
+    return Oldest(topic, {n: marks[n] for n in places if n != places[-1]}, len(marks))
 
 
 def elsewhere(
@@ -134,7 +160,7 @@ def elsewhere(
         topic: The log.
         key: The key.
         marks: Of each partition its first and its next offset.
-        held: The partitions of which the oldest records are out of place.
+        held: The partitions of which the oldest records are out of place, as `Oldest.moved` has them.
         timeout_s: Bound on each question to Kafka.
 
     Raises:
@@ -206,12 +232,11 @@ def of_task(
         span = marks[home[1]]
         if not embedded:
             span = _within(consumer, home, span, since_ms, until_ms, timeout_s)
-        held: set[int] = set()
-        parts = {home: span, **({} if embedded else oldest(topic, task_id, marks))}
-        values = list(_values(make, parts, key, len(marks), held))
-        for at, there in elsewhere(make, topic, task_id, marks, held, timeout_s):
+        aside = oldest(topic, task_id, {} if embedded else marks)
+        values = list(_values(make, home, span, key, aside))
+        for at, there in elsewhere(make, topic, task_id, marks, aside.moved(make), timeout_s):
             span = _within(consumer, at, there, since_ms, until_ms, timeout_s)
-            values += _values(make, {at: span}, key, len(marks), held)
+            values += _values(make, at, span, key)
     except KafkaException as exc:
         raise translate(exc, f"reading {topic}") from exc
     else:
@@ -232,18 +257,17 @@ def _within(
 
 
 def _values(
-    make: Callable[[], Consumer], parts: Mapping[At, Span], key: bytes, partitions: int, held: set[int]
+    make: Callable[[], Consumer], at: At, span: Span, key: bytes, aside: Oldest | None = None
 ) -> Iterator[bytes]:
-    """Yield what the first span has of a key, and note which others have a record that is out of place."""
-    home = next(iter(parts))[1]
+    """Yield what a span has of a key, and look at the first of those aside."""
     consumer = make()
     try:
-        for found, _ in past.batches(consumer, parts):
+        for found, _ in past.batches(consumer, {at: span, **(aside.spans if aside else {})}):
             for message in found:
-                if message.partition() == home:
+                if message.partition() == at[1]:
                     if message.key() == key:
                         yield message.value() or b""
-                elif out_of_place(message, partitions):
-                    held.add(message.partition() or 0)
+                elif aside is not None:
+                    aside.see(message)
     finally:
         consumer.close()

@@ -146,7 +146,7 @@ def _joined(broker: Broker, topic: str, parts: Mapping[At, tuple[int, int]]) -> 
     if broker.embedded:  # it adds none
         return False
     marks = {number: span for (_, number), span in parts.items()}
-    if not places.any_moved(broker.reader, topic, marks):
+    if not places.Oldest(topic, marks, len(marks)).moved(broker.reader):
         return False
     note = f"note: partitions were added to {topic} in that time: the tasks of all of them are in memory at once"
     click.secho(note, fg="yellow", err=True)

@@ -218,10 +218,9 @@ def from_log(
     parts = spans(broker, topic, since, until)
     home = (topic, topics.partition_of(task_id, len(parts)))  # the same hash that every producer of ours uses
     marks = {number: span for (_, number), span in parts.items()} if since is until is None else broker.ends(topic)
-    held: set[int] = set()
-    aside = {} if broker.embedded else places.oldest(topic, task_id, marks)
-    found = _of_key(broker, {home: parts[home], **aside}, task_id, held)
-    if earlier := elsewhere(broker, topic, task_id, marks, held):
+    aside = places.oldest(topic, task_id, {} if broker.embedded else marks)
+    found = _of_key(broker, {home: parts[home], **aside.spans}, task_id, aside)
+    if earlier := elsewhere(broker, topic, task_id, marks, aside.moved(broker.reader)):
         others = ", ".join(str(n) for n in sorted({number for (_, number), _ in earlier}))
         note = f"note: partitions were added to {topic}: what was written before is looked for in {others}, too"
         click.secho(f"{note} ({sum(end - start for _, (start, end) in earlier)} records)", fg="yellow", err=True)
@@ -232,23 +231,21 @@ def from_log(
 
 
 def _of_key(
-    broker: Broker, parts: Mapping[At, tuple[int, int]], task_id: str, held: set[int] | None = None
+    broker: Broker, parts: Mapping[At, tuple[int, int]], task_id: str, aside: places.Oldest | None = None
 ) -> list[tuple[Event, bytes]]:
-    """Return a task's events in some spans, all of them or, with ``held``, those of the first.
+    """Return a task's events in some spans, all of them or, with ``aside``, those of the first.
 
     Args:
         broker: Kafka.
         parts: The spans.
         task_id: The task.
-        held: Takes the other partitions of which a record is out of place.
+        aside: Looks at the records of the others.
     """
     key, found = task_id.encode(), []
     topic, home = next(iter(parts), ("the log", 0))
-    partitions = broker.partitions(topic) if held is not None else 0
     for message in messages(broker, parts, topic):
-        if held is not None and message.partition() != home:
-            if places.out_of_place(message, partitions):
-                held.add(message.partition() or 0)
+        if aside is not None and message.partition() != home:
+            aside.see(message)
             continue
         if message.key() != key:  # nothing else is asked of a message that is not ours: this is the whole cost
             continue

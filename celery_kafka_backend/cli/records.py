@@ -100,7 +100,7 @@ def following(broker: Broker, topic: str, key: str, starts: Mapping[int, int]) -
     """
     there = {topics.partition_of(key, len(starts))}
     if not broker.embedded:  # it adds none
-        there |= places.moved(broker.reader, places.oldest(topic, key, broker.ends(topic)), len(starts))
+        there |= places.oldest(topic, key, broker.ends(topic)).moved(broker.reader)
     wanted = key.encode()
     consumer = broker.reader()
     ask_at = time.monotonic() + ASK_EVERY_S

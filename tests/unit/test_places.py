@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_kafka_backend import places, topics
+from celery_kafka_backend import past, places, topics
 from tests.examples import tried_on
 
 DAY = 86_400_000
@@ -76,3 +76,56 @@ def test_when_a_partition_began_is_known_by_the_time_index():
     assert found[1] > 1_700_000_000_000  # nothing yet: by now
     assert 0 <= found[2] - 1_234_567_890_123 <= places.STEP_MS
     assert found[3] == 0  # deleted: as old as the log
+
+
+class Log:
+    """The records of partition 1 of a topic, by their keys."""
+
+    def __init__(self, keys):
+        self.keys = keys
+        self.reads = []
+
+    def batches(self, _consumer, spans, *_):
+        self.reads.append(spans)
+        (at, (start, end)), *_ = spans.items()
+        yield (
+            [
+                SimpleNamespace(key=key.encode, partition=lambda: at[1], offset=lambda n=n: n)
+                for n, key in enumerate(self.keys[start:end], start)
+            ],
+            {},
+        )
+
+    def moved(self, monkeypatch):
+        monkeypatch.setattr(past, "batches", self.batches)
+        aside = places.Oldest("log", {1: (0, len(self.keys)), 2: (0, 0)}, 8)
+        return aside.moved(lambda: SimpleNamespace(close=lambda: None))
+
+
+STAYED = [key for key in (f"k{n}" for n in range(5_000)) if {topics.partition_of(key, n) for n in (4, 8)} == {1}]
+MOVED = next(
+    key for key in (f"m{n}" for n in range(99)) if topics.partition_of(key, 4) == 1 != topics.partition_of(key, 8)
+)
+
+
+def test_a_partition_with_a_record_out_of_place_was_there_when_there_were_fewer(monkeypatch):
+    assert Log([STAYED[0], MOVED]).moved(monkeypatch) == {1}
+    assert Log([STAYED[0]]).moved(monkeypatch) == set()
+    assert Log([]).moved(monkeypatch) == set()
+
+
+def test_a_task_with_many_events_hides_no_record_that_is_out_of_place(monkeypatch):
+    log = Log([STAYED[0]] * 5_000 + [MOVED] + STAYED[:500])
+    assert log.moved(monkeypatch) == {1}
+    assert log.reads == [{("log", 1): (0, 100)}, {("log", 1): (100, 5_501)}]
+
+
+def test_the_oldest_records_of_many_tasks_are_enough(monkeypatch):
+    log = Log([*STAYED[:100], MOVED])
+    assert log.moved(monkeypatch) == set()
+    assert log.reads == [{("log", 1): (0, 100)}]
+
+
+def test_where_the_oldest_records_are_of_too_few_tasks_there_may_have_been_fewer_partitions(monkeypatch):
+    assert Log([STAYED[0]] * (places.DEEPER + 1)).moved(monkeypatch) == {1}
+    assert Log([STAYED[0]] * places.DEEPER).moved(monkeypatch) == set()  # that was all
