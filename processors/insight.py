@@ -45,7 +45,7 @@ from celery_kafka_backend.errors import CodecError, Crashed, PublishError, Setti
 from celery_kafka_backend.kafka import OncePerInterval, translate
 from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.partials import MINUTE_MS
-from celery_kafka_backend.past import batches, reader
+from celery_kafka_backend.past import batches, offsets_at, reader
 from celery_kafka_backend.processors import minutes
 from celery_kafka_backend.processors.faust_client import client_options
 from celery_kafka_backend.sinks.insight import MinuteRow, open_insight
@@ -382,9 +382,8 @@ def earlier(settings: Settings, partition: int, before: int, written_s: float) -
     consumer = reader(settings)
     try:
         since_ms = int(written_s * 1_000) - (minutes.KEPT_MINUTES + 1) * MINUTE_MS
-        (first,) = consumer.offsets_for_times([TopicPartition(*at, max(since_ms, 0))], timeout=ANSWER_S)
         low, _ = consumer.get_watermark_offsets(TopicPartition(*at), timeout=ANSWER_S)
-        low = max(low, first.offset)
+        low = max(low, offsets_at(consumer, [at], since_ms, ANSWER_S).get(at, low))
         return [
             (message.value(), message.timestamp()[1] / 1000)
             for batch, _ in batches(consumer, {at: (low, before)})
