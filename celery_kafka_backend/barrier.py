@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
@@ -310,6 +310,22 @@ def _subject(event: Event) -> str:
     return GROUP if event.kind in events.GROUP_KINDS else TASK
 
 
+class _Moved(NamedTuple):
+    """Where events may be that belong elsewhere by now.
+
+    Attributes:
+        partitions: By how many that is said.
+        since_ms: Since when all that is written is where it belongs; 0: it always was.
+        ends: By partition: before which offset such events may stand. Those that the views have passed are taken out.
+        final: Whether none can come to these.
+    """
+
+    partitions: int
+    since_ms: int
+    ends: dict[int, int]
+    final: bool
+
+
 class _Log:
     """Reads single partitions of the log, through a handle of its own that joins no group.
 
@@ -321,12 +337,7 @@ class _Log:
         self._settings = settings
         self._topic = topics.task_events(settings.topic_prefix)
         self._counts = {settings.partitions}
-        self._moved: dict[int, int] = {}
-        """By partition: before which offset events of ids that belong elsewhere by now may stand, and no view has passed."""
-        self._home_since = (0, 0)
-        """By how many partitions, and since when, ms, all that is written is where it belongs."""
-        self._looked = False
-        """Whether nothing more can come to what has moved."""
+        self._moved = _Moved(0, 0, {}, final=False)
         self._reading = threading.Lock()
         self._making = threading.Lock()
         self._consumer: Any = None
@@ -386,29 +397,32 @@ class _Log:
 
         A process that was started after partitions were added has never seen the earlier count: it may be any.
         """
-        if self._home_since[0] != there or not self._looked:
+        if self._moved.partitions != there or not self._moved.final:
             with self._translated("Describe"):
                 _led(partial(self._look_for_moved, there, deadline), deadline)
-        if self._moved:
+        ends = self._moved.ends  # another thread may look again meanwhile
+        if ends:
             at = positions()
-            self._moved = {n: end for n, end in self._moved.items() if at.get(Partition(self._topic, n), 0) < end}
-        if not self._moved:
+            for n, end in list(ends.items()):
+                if at.get(Partition(self._topic, n), 0) >= end:
+                    ends.pop(n, None)
+        if not ends:
             return {}
         may = {topics.partition_of(one, count) for one in ids for count in range(1, there)}
         home = self._places(ids, there)
-        return {n: end for n, end in self._moved.items() if n in may - home}
+        return {n: end for n, end in list(ends.items()) if n in may - home}
 
     def _look_for_moved(self, there: int, deadline: float) -> None:
         handle, now = self._handle(), order.system_wall_ms()
-        count, since_ms = self._home_since
+        count, since_ms, _, _ = self._moved
         if count != there:
             since_ms = self._all_home_since(handle, there, now, deadline)
-        moved = self._first_offsets(handle, range(there), since_ms, deadline) if since_ms else {}
-        looked = since_ms < now
-        for n in moved if looked else ():
-            if moved[n] == sys.maxsize:  # all that it has is older
-                _, moved[n] = handle.get_watermark_offsets(TopicPartition(self._topic, n), timeout=_left(deadline))
-        self._moved, self._home_since, self._looked = moved, (there, since_ms), looked
+        ends = self._first_offsets(handle, range(there), since_ms, deadline) if since_ms else {}
+        final = since_ms < now
+        for n in ends if final else ():
+            if ends[n] == sys.maxsize:  # all that it has is older
+                _, ends[n] = handle.get_watermark_offsets(TopicPartition(self._topic, n), timeout=_left(deadline))
+        self._moved = _Moved(there, since_ms, ends, final)
 
     def _all_home_since(self, handle: Any, there: int, now: int, deadline: float) -> int:
         """Return since when, ms, all that is written is where it belongs; 0: it always was."""

@@ -223,9 +223,9 @@ def test_a_process_that_never_saw_the_earlier_count_looks_where_an_id_belonged_t
 
     def settled():
         assert barrier.beyond(TASK, task, lambda: passed, PATIENCE_S) is None
-        return not barrier._log._moved  # never looked for again
+        return not barrier._log._moved.ends  # never looked for again
 
-    until(settled, lambda: barrier._log._moved)
+    until(settled, lambda: barrier._log._moved.ends)
 
 
 def test_catching_up_waits_and_says_whether_it_did(log, barrier):
