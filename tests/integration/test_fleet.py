@@ -35,6 +35,11 @@ def history(fleet, task_id, until=None, sent=1, received=0, retried=0, timeout_s
         time.sleep(0.05)
 
 
+def last_of(fleet, task_id, kind):
+    """The last event of a kind; a client may tell of its sending when the task has ended already."""
+    return next(event for event in reversed(history(fleet, task_id, kind)) if event.kind == kind)
+
+
 def kinds(found):
     return [event.kind for event in found]
 
@@ -126,7 +131,7 @@ def test_a_killed_child_is_a_lost_worker_told_by_the_parent(fleet):
     result = fleet.app.die.delay()
     with pytest.raises(WorkerLostError):
         result.get(timeout=PATIENCE_S)
-    lost = history(fleet, result.id, events.WORKER_LOST)[-1]
+    lost = last_of(fleet, result.id, events.WORKER_LOST)
     assert lost.role == events.PARENT
     assert lost.state == "FAILURE"
 
@@ -149,7 +154,7 @@ def test_revoked_before_it_starts(fleet, tmp_path):
     go.touch()
     with pytest.raises(TaskRevokedError):
         waiting.get(timeout=PATIENCE_S)
-    assert history(fleet, waiting.id, events.REVOKED)[-1].by.startswith("worker@")
+    assert last_of(fleet, waiting.id, events.REVOKED).by.startswith("worker@")
     assert [one.get(timeout=PATIENCE_S) for one in busy] == [None, None]
     assert waiting.state == "REVOKED"
 
@@ -160,7 +165,7 @@ def test_revoked_while_it_runs(fleet):
     running.revoke(terminate=True, signal="SIGKILL")
     with pytest.raises(TaskRevokedError):
         running.get(timeout=PATIENCE_S)
-    said = history(fleet, running.id, events.REVOKED)[-1]
+    said = last_of(fleet, running.id, events.REVOKED)
     assert said.message == "terminated"
     assert said.by.startswith("worker@")
 
@@ -175,7 +180,7 @@ def test_expired_before_a_worker_was_free(fleet, tmp_path):
     go.touch()
     with pytest.raises(TaskRevokedError):
         late.get(timeout=PATIENCE_S)
-    assert history(fleet, late.id, events.EXPIRED)[-1].state == "REVOKED"
+    assert last_of(fleet, late.id, events.EXPIRED).state == "REVOKED"
     for one in busy:
         one.get(timeout=PATIENCE_S)
 
@@ -273,9 +278,9 @@ def test_a_stock_client_that_was_already_waiting_hears_the_result(fleet):
 def test_what_a_task_refuses_or_ignores_is_in_its_history(fleet):
     tasks = fleet.app
     refused = tasks.refuse.delay()
-    assert history(fleet, refused.id, events.REJECTED)[-1].requeue is False
+    assert last_of(fleet, refused.id, events.REJECTED).requeue is False
     ignored = tasks.shrug.delay()
-    assert history(fleet, ignored.id, events.STATE)[-1].state == "IGNORED"
+    assert last_of(fleet, ignored.id, events.STATE).state == "IGNORED"
     assert ignored.state == "PENDING"
 
 
@@ -303,7 +308,7 @@ def test_a_state_that_is_set_from_outside_is_in_the_log_when_that_returns(fleet)
 
 def test_an_unknown_task_is_in_the_history_of_its_id(fleet):
     result = fleet.app.app.send_task("no.such.task")
-    said = history(fleet, result.id, events.UNKNOWN_TASK)[-1]
+    said = last_of(fleet, result.id, events.UNKNOWN_TASK)
     assert said.name == "no.such.task"
     assert said.role == events.PARENT
 
