@@ -149,9 +149,13 @@ class KafkaBackend(NestedGroups, Chords):
         """Call a failed task's errbacks, when the view shows how it failed: they ask for that by its id, without waiting."""
         # Not in a worker's main process, whose loop must not stand still, nor in a chord processor, which knows no view.
         if self.recorder.runs_task and not field(request, "is_eager"):
+            task_id, bound_s = field(request, "id"), self.settings.barrier_timeout_s
+            stored = self._here.stored
             with suppress(Unsure, Unavailable):
-                bound_s = self.settings.barrier_timeout_s
-                self.barrier.caught_up([field(request, "id")], self.reader.positions, bound_s, patient=False)
+                if stored is not None and stored[0] == task_id:
+                    self.barrier.passed(stored[1].stored, self.reader.positions, bound_s)
+                else:
+                    self.barrier.caught_up([task_id], self.reader.positions, bound_s, patient=False)
         super()._call_task_errbacks(request, exc, traceback)
 
     @contextmanager
@@ -172,7 +176,7 @@ class KafkaBackend(NestedGroups, Chords):
             return
         here = self._here
         ending = Ending(task_id, self._identity(task_id, state, request), kind or self._kind(result, state), more or {})
-        outer = here.planned, here.parted
+        outer = here.planned, here.parted, here.stored
         try:
             if is_declared(field(request, "chord")) and field(request, "id") == task_id:
                 if stored:
@@ -187,7 +191,7 @@ class KafkaBackend(NestedGroups, Chords):
                 self._log_ignored(ending, result, state, request)
             yield
         finally:
-            here.planned, here.parted = outer
+            here.planned, here.parted, here.stored = outer
 
     def _log_ignored(self, ending: Ending, result: Any, state: str, request: Any) -> None:
         """Log the end of a task that stores nothing: history and findings need it."""

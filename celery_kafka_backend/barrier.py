@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from confluent_kafka import Message
 
     from celery_kafka_backend.events import Event
+    from celery_kafka_backend.producer.publisher import Stored
     from celery_kafka_backend.reader import Reader
     from celery_kafka_backend.settings import Settings
     from celery_kafka_backend.sinks.contract import Shown
@@ -212,6 +213,17 @@ class Barrier:
         with self._bounded(timeout_s) as deadline:
             ends = self._log.ends(ids, deadline, positions)
             return not self._behind(ends, positions, deadline, patient=patient)
+
+    def passed(self, stored: Stored, positions: Positions, timeout_s: float) -> bool:
+        """Wait until the view has folded a record of this process; return False if it did not in time.
+
+        Asks Kafka nothing: two questions less than `caught_up`. A view that stands still is not waited for.
+
+        Raises:
+            Unavailable: As `beyond`.
+        """
+        ends = {stored.partition: (0, stored.offset + 1)}
+        return not self._behind(ends, positions, time.monotonic() + timeout_s)
 
     def complete(self, positions: Positions, timeout_s: float) -> bool:
         """Wait until a view shows all that the log holds now; return False if it did not in time.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from celery.result import GroupResult
 
     from celery_kafka_backend.events import Event
-    from celery_kafka_backend.producer.publisher import Record, Stored
+    from celery_kafka_backend.producer.publisher import Delivery, Record, Stored
     from celery_kafka_backend.producer.recorder import Identity
 
 logger = get_logger(__name__)
@@ -66,12 +66,14 @@ class Here(Reading):
         planned: The end of a task that is about to be stored.
         parted: The task whose chord part is sent.
         unstored: The task whose result could not be stored.
+        stored: The task whose planned end is in Kafka, and its delivery, where that is known.
         counting: Whether a chord of Celery's own backend is being counted.
     """
 
     planned: Ending | None = None
     parted: str | None = None
     unstored: str | None = None
+    stored: tuple[str, Delivery] | None = None
     counting = False
 
 
@@ -107,7 +109,9 @@ class Writes(Reads):
             event = self._state_event(task_id, result, encoded, state, traceback, request, planned)
             record = self._state_record(event, encoded, traceback, request)
         if state in states.READY_STATES:
-            self._store(record, f"{state} of {task_id}", task_id, state, request)
+            delivery = self._store(record, f"{state} of {task_id}", task_id, state, request)
+            if planned is not None and delivery is not None and delivery.offset >= 0:
+                self._here.stored = task_id, delivery
         else:
             self.recorder.publisher.cast(record)
             if request is None:  # an abort, or a state set from outside: what comes next may depend on it
@@ -178,16 +182,15 @@ class Writes(Reads):
             event, doc=msgspec.Raw(stub(event, claim, children)), opaque=None, claim=claim
         )  # fmt: skip
 
-    def _store(self, record: Record, what: str, task_id: str, state: str, request: Any) -> None:
-        """See what must not be lost into Kafka, as far as ``delivery`` says."""
+    def _store(self, record: Record, what: str, task_id: str, state: str, request: Any) -> Delivery | None:
+        """See what must not be lost into Kafka, as far as ``delivery`` says; return where it is, if that is known."""
         wait_s = self._wait_s(task_id, request)
         courier = self.recorder.courier
         try:
             if wait_s:
-                courier.store(record, what, wait_s, self._retries)
-            else:
-                pipelined = self.settings.delivery == "pipelined" and self.recorder.role == events.CHILD
-                courier.queue(record, what, remember=pipelined)
+                return courier.store(record, what, wait_s, self._retries)
+            pipelined = self.settings.delivery == "pipelined" and self.recorder.role == events.CHILD
+            courier.queue(record, what, remember=pipelined)
         except TooLarge as exc:
             raise encode_error(exc) from exc
         except PublishError as exc:
@@ -202,6 +205,7 @@ class Writes(Reads):
                 f"{what} not stored in Kafka at {self.settings.bootstrap_servers}: {exc}",
                 task_id=task_id, state=state,
             ) from exc  # fmt: skip
+        return None
 
     @cached_property
     def _retries(self) -> Retries:

@@ -145,8 +145,8 @@ class Courier:
             pause_ms = get_exponential_backoff_interval(retries.base_ms, attempt, retries.longest_ms, full_jitter=True)
             time.sleep(pause_ms / 1000)
 
-    def store(self, record: Record, what: str, wait_s: float, retries: Retries = ONCE) -> None:
-        """Return once a record is acknowledged, or on this host's disk where there is a detour.
+    def store(self, record: Record, what: str, wait_s: float, retries: Retries = ONCE) -> Delivery | None:
+        """Return once a record is acknowledged: its delivery; None once it is on this host's disk, where there is a detour.
 
         Arguments and errors are those of `carry`; a spool that cannot take the record is as none.
         """
@@ -156,10 +156,11 @@ class Courier:
             except SpoolError as exc:
                 logger.error("%s: %s; waiting for Kafka", what, exc)  # noqa: TRY400 - no bug of ours
             else:
-                return
-        self.carry(record, what, wait_s, retries)
+                return None
+        delivery = self.carry(record, what, wait_s, retries)
         if self.detour is not None:
             self.detour.answered(None)
+        return delivery
 
     def _within(self, record: Record, wait_s: float) -> Delivery:
         """Send a record until it is acknowledged or the time is over, again after errors that pass."""

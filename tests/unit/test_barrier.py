@@ -16,6 +16,7 @@ from celery_kafka_backend.changes import GROUP, Partition
 from celery_kafka_backend.errors import SettingsError, Unavailable, Unsure
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.order import system_wall_ms
+from celery_kafka_backend.producer.publisher import Stored
 from celery_kafka_backend.reads import Reads
 from celery_kafka_backend.sinks.contract import Shown
 from tests.patience import PATIENCE_S
@@ -198,3 +199,14 @@ def test_where_an_id_belonged_before_partitions_were_added_is_looked_at_by_a_pro
     monkeypatch.setattr(log, "_handle", lambda: Index(*([now - age for age in each] for each in ages)))
     found = log.ends([task], time.monotonic() + PATIENCE_S, dict)
     assert {at.partition for at in found} == ({0, 1} if looks else {1})
+
+
+def test_for_what_this_process_has_stored_itself_kafka_is_not_asked():
+    nowhere = settings.parse("kafka://127.0.0.1:1/?view=memory://x")
+    barrier, stored = Barrier(nowhere), Stored(Partition("log", 2), 7)
+    at = iter([7, 7, 8])
+    assert barrier.passed(stored, lambda: {stored.partition: next(at)}, PATIENCE_S)
+    assert not barrier.passed(stored, lambda: {Partition("log", 1): 9}, 0.01)
+    asked = []
+    assert not barrier.passed(stored, lambda: asked.append(1) or {}, PATIENCE_S), "a view that stands still"
+    assert len(asked) == 1
