@@ -42,7 +42,7 @@ _JSON: Final = kombu_json.JSONEncoder(allow_nan=False)
 _LOST: Final = frozenset({"WorkerLostError"})
 _BESIDE: Final = (("children",), ("args", "kwargs"), ("children", "args", "kwargs"))
 """What a document can do without, rather than that its result cannot be stored; the least first."""
-SET_S: Final = 0.2
+SET_S: Final = 1.0
 """How long a client that sets a state waits for Kafka to have it; in a worker nobody waits."""
 
 

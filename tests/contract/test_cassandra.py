@@ -108,9 +108,9 @@ def test_a_server_that_is_frozen_or_killed_in_the_middle_of_a_batch_is_unavailab
     admin(own, service.KEYSPACE.format("away", "true"))
     options = patient_for(2)
     sink, view = registry.open_sink(own.url("away"), options), registry.open_view(own.url("away"), options)
-    sink.open()
+    again(sink.open)  # two seconds are soon over where much else is done
     first = batch(stated("SUCCESS", 10, task="first"))
-    sink.write(first)
+    again(lambda: sink.write(first))
     own.freeze()
     with pytest.raises(Unavailable):
         sink.write(first)
@@ -122,26 +122,31 @@ def test_a_server_that_is_frozen_or_killed_in_the_middle_of_a_batch_is_unavailab
     ids = [f"t{n}" for n in range(4_000)]
     found = batch(*(stated("SUCCESS", 10, task=each) for each in ids), positions={Partition("x", 0): 9})
 
+    written = threading.Event()
+
     def kill_once_something_is_there() -> None:
-        while not view.documents(ids[:100]):
+        while not (again(lambda: view.documents(ids[:100])) or written.is_set()):
             time.sleep(0.002)
         own.kill()
 
     killer = threading.Thread(target=kill_once_something_is_there)
     killer.start()
-    with pytest.raises(Unavailable):
-        sink.write(found)
-    killer.join()
+    try:
+        with pytest.raises(Unavailable):
+            sink.write(found)
+    finally:
+        written.set()
+        killer.join()
     with pytest.raises(Unavailable):
         view.documents(["first"])
     with pytest.raises(Unavailable):
         registry.open_sink(own.url("away"), StoreOptions()).open()
     own.restart()
     assert again(lambda: view.documents(["first"])), "what was acknowledged outlives SIGKILL"
-    assert view.positions() == {}
+    assert again(view.positions) == {}
     again(lambda: sink.write(found))
-    assert view.documents(ids).keys() == set(ids)
-    assert view.positions() == {Partition("x", 0): 9}
+    assert again(lambda: view.documents(ids)).keys() == set(ids)
+    assert again(view.positions) == {Partition("x", 0): 9}
     for each in (sink, view):
         each.close()
 
