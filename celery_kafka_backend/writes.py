@@ -43,7 +43,7 @@ _LOST: Final = frozenset({"WorkerLostError"})
 _BESIDE: Final = (("children",), ("args", "kwargs"), ("children", "args", "kwargs"))
 """What a document can do without, rather than that its result cannot be stored; the least first."""
 SET_S: Final = 1.0
-"""How long a client that sets a state waits for Kafka to have it; in a worker nobody waits."""
+"""How long whoever sets a state outside of any task waits for Kafka to have it; Celery itself does not."""
 
 
 class Ending(NamedTuple):
@@ -115,10 +115,10 @@ class Writes(Reads):
         else:
             self.recorder.publisher.cast(record)
             if request is None:  # an abort, or a state set from outside: what comes next may depend on it
-                if self.recorder.role == events.CLIENT:
-                    self.recorder.publisher.flush(SET_S)
-                else:
+                if self.recorder.role == events.CHILD:
                     self.recorder.publisher.send_casts()
+                else:
+                    self.recorder.publisher.flush(SET_S)
         return encoded
 
     def _state_record(self, event: Event, encoded: Any, traceback: Any, request: Any) -> Record:
