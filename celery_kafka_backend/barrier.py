@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from celery_kafka_backend import codec, events, kafka, order, places, topics
+from celery_kafka_backend import codec, events, kafka, order, past, places, topics
 from celery_kafka_backend.changes import GROUP, TASK, Partition, beats
 from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import PublishError, UnknownVersion, Unreadable, Unsure
@@ -453,11 +453,9 @@ class _Log:
 
     def _first_offsets(self, handle: Any, partitions: Iterable[int], since_ms: int, deadline: float) -> dict[int, int]:
         """Return of each partition the first offset that was written since then; `sys.maxsize` if there is none."""
-        asked = [TopicPartition(self._topic, n, since_ms) for n in partitions]
-        answers = handle.offsets_for_times(asked, timeout=_left(deadline))
-        if failed := next((one.error for one in answers if one.error is not None), None):
-            raise KafkaException(failed)
-        return {one.partition: one.offset if one.offset >= 0 else sys.maxsize for one in answers}
+        asked = [(self._topic, n) for n in partitions]
+        found = past.offsets_at(handle, asked, since_ms, _left(deadline))
+        return {at[1]: found.get(at, sys.maxsize) for at in asked}
 
     def _partitions(self, handle: Any, deadline: float) -> Mapping[int, Any]:
         ask = partial(handle.list_topics, self._topic, timeout=_left(deadline))

@@ -12,6 +12,7 @@ from celery_kafka_backend.chord_records import Part
 from celery_kafka_backend.complaints import Complaints
 from celery_kafka_backend.errors import PipelineError
 from celery_kafka_backend.kafka import consumer_config
+from celery_kafka_backend.past import offsets_at
 from celery_kafka_backend.places import HEARD_MS
 from celery_kafka_backend.settings import SETTING
 from celery_kafka_backend.topics import partition_of
@@ -81,12 +82,12 @@ class ChordReader:
         count = self.partitions(topic)
         if not count:
             return []
-        last = TopicPartition(topic, count - 1, max(since_ms - HEARD_MS, 0))
-        (before,) = self._consumer.offsets_for_times([last], timeout=READ_S)
-        if before.error is not None:
-            raise KafkaException(before.error)
+        last = (topic, count - 1)
+        before = offsets_at(self._consumer, [last], since_ms - HEARD_MS, READ_S)
         # It had something by then, so every producer had heard of it.
-        whole = before.offset if before.offset >= 0 else self._consumer.get_watermark_offsets(last, timeout=READ_S)[1]
+        whole = (
+            before[last] if before else self._consumer.get_watermark_offsets(TopicPartition(*last), timeout=READ_S)[1]
+        )
         counts = [count] if whole else range(1, count + 1)
         return sorted({partition_of(one, each) for one in ids for each in counts})
 
@@ -142,15 +143,10 @@ class ChordReader:
 
     def since(self, topic: str, partitions: list[int], at_ms: int) -> Iterator[tuple[bytes | None, bytes | None]]:
         """Yield keys and values of what was written at ``at_ms`` or later, up to the end of each partition."""
-        # Less than 0 means something else to Kafka.
-        asked = [TopicPartition(topic, partition, max(at_ms, 0)) for partition in partitions]
-        starts = {}
-        for at in self._consumer.offsets_for_times(asked, timeout=READ_S):
-            if at.error is not None:
-                raise KafkaException(at.error)
-            starts[at.partition] = at.offset
-        for partition, offset in starts.items():
-            if offset < 0:
+        found = offsets_at(self._consumer, [(topic, partition) for partition in partitions], at_ms, READ_S)
+        starts = {partition: offset for (_, partition), offset in found.items()}
+        for partition in partitions:
+            if partition not in starts:
                 # Nothing so late, says Kafka. librdkafka's embedded broker always says so: it keeps
                 # no times. A look at the last records costs little.
                 low, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=READ_S)

@@ -170,7 +170,7 @@ class Index:
         def first(at):
             return next((n for n, time in enumerate(self._times[at.partition]) if time >= at.offset), -1)
 
-        return [SimpleNamespace(partition=at.partition, offset=first(at), error=None) for at in asked]
+        return [SimpleNamespace(topic=at.topic, partition=at.partition, offset=first(at), error=None) for at in asked]
 
     def get_watermark_offsets(self, at, timeout):
         return 0, len(self._times[at.partition])

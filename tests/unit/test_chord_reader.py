@@ -91,7 +91,7 @@ class Index:
         (at,) = asked
         assert at.partition == 5
         offset = next((n for n, time in enumerate(self._times) if time >= at.offset), -1)
-        return [SimpleNamespace(offset=offset, error=None)]
+        return [SimpleNamespace(topic=at.topic, partition=at.partition, offset=offset, error=None)]
 
     def get_watermark_offsets(self, at, timeout):
         return 0, len(self._times)
