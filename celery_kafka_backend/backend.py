@@ -153,7 +153,7 @@ class KafkaBackend(NestedGroups, Chords):
             stored = self._here.stored
             with suppress(Unsure, Unavailable):
                 if stored is not None and stored[0] == task_id:
-                    self.barrier.passed(stored[1].stored, self.reader.positions, bound_s)
+                    self.barrier.passed(stored[1].stored, self.reader.positions, bound_s, patient=False)
                 else:
                     self.barrier.caught_up([task_id], self.reader.positions, bound_s, patient=False)
         super()._call_task_errbacks(request, exc, traceback)

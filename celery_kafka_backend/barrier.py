@@ -137,7 +137,7 @@ class Barrier:
         self._stuck: dict[Partition, int] = {}
         self.allowance = Allowance(ALLOWANCE_S, ALLOWANCE_SHARE)
         """For whoever reads in an event loop: a revoke of a thousand ids is a thousand reads in a row."""
-        self._unshown: OrderedDict[tuple[str, str], tuple[Partition, int, Event]] = OrderedDict()
+        self._unshown: OrderedDict[tuple[str, str], tuple[Stored, Event]] = OrderedDict()
 
     def task_document(
         self, reader: Reader, task_id: str, timeout_s: float, now_ms: int, spooled: Sequence[Event] = ()
@@ -214,16 +214,16 @@ class Barrier:
             ends = self._log.ends(ids, deadline, positions)
             return not self._behind(ends, positions, deadline, patient=patient)
 
-    def passed(self, stored: Stored, positions: Positions, timeout_s: float) -> bool:
+    def passed(self, stored: Stored, positions: Positions, timeout_s: float, *, patient: bool = True) -> bool:
         """Wait until the view has folded a record of this process; return False if it did not in time.
 
-        Asks Kafka nothing: two questions less than `caught_up`. A view that stands still is not waited for.
+        Asks Kafka nothing: two questions less than `caught_up`. Who is not ``patient`` does as there.
 
         Raises:
             Unavailable: As `beyond`.
         """
         ends = {stored.partition: (0, stored.offset + 1)}
-        return not self._behind(ends, positions, time.monotonic() + timeout_s)
+        return not self._behind(ends, positions, time.monotonic() + timeout_s, patient=patient)
 
     def complete(self, positions: Positions, timeout_s: float) -> bool:
         """Wait until a view shows all that the log holds now; return False if it did not in time.
@@ -279,10 +279,10 @@ class Barrier:
 
     # -- what this process wrote itself ------------------------------------------------------
 
-    def keep_unshown(self, event: Event, partition: Partition, offset: int) -> None:
+    def keep_unshown(self, event: Event, stored: Stored) -> None:
         """Remember a write of this process that the view has not shown, so that its own reads see it."""
         subject = _subject(event)
-        self._unshown[subject, event.task] = partition, offset, event
+        self._unshown[subject, event.task] = stored, event
         while len(self._unshown) > KEPT:
             self._unshown.popitem(last=False)
 
@@ -311,8 +311,8 @@ class Barrier:
         kept = self._unshown.get((subject, subject_id))
         if kept is None:
             return None
-        partition, offset, event = kept
-        if positions().get(partition, 0) <= offset:
+        stored, event = kept
+        if positions().get(stored.partition, 0) <= stored.offset:
             return event
         self._unshown.pop((subject, subject_id), None)
         return None

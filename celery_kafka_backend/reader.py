@@ -123,18 +123,6 @@ class Reader:
         """Return the next offset of each partition that the view has not folded yet."""
         return self._retrying(lambda view: view.positions())
 
-    def passed(self, partition: Partition, offset: int, timeout_s: float) -> bool:
-        """Wait until the view has folded the record at an offset; return False if it did not in time."""
-        deadline = time.monotonic() + timeout_s
-        pause = POLL_FIRST_S
-        while self.positions().get(partition, 0) <= offset:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            time.sleep(min(pause, left))
-            pause = min(pause * 1.5, 0.1)
-        return True
-
     def close(self) -> None:
         """Let go of the view."""
         self._view.close()

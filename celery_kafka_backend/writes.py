@@ -430,15 +430,15 @@ class Writes(Reads):
         expires = who.wall + self.settings.retention_ms
         event = self.recorder.event(events.FORGOTTEN, task_id, who, expires_at=expires)
         self.recorder.forgotten.keep(task_id, latest)
-        self.barrier.keep_unshown(event, *self._append(event, events.FORGOTTEN))
+        self.barrier.keep_unshown(event, self._append(event, events.FORGOTTEN))
 
     def _append_shown(self, event: Event, what: str) -> bool:
         """Append an event and wait, bounded, until the primary view has folded it."""
         timeout_s = self.settings.barrier_timeout_s
-        partition, offset = self._append(event, what)
-        if self.reader.passed(partition, offset, timeout_s):
+        stored = self._append(event, what)
+        if self.barrier.passed(stored, self.reader.positions, timeout_s):
             return True
-        self.barrier.keep_unshown(event, partition, offset)
+        self.barrier.keep_unshown(event, stored)
         logger.warning(
             "%s of %s is safe in Kafka, but %s has not shown it within %g s: does a processor run?",
             what, event.task, self.reader.view.url, timeout_s,

@@ -150,7 +150,7 @@ class FoldingAtTheWorstMoment:
 @pytest.mark.parametrize("folded", [True, False])
 def test_a_delete_stays_done_while_the_view_folds_it(folded):
     barrier = Barrier(settings.parse("kafka://x/?view=memory://x"))
-    barrier.keep_unshown(event(kind=events.GROUP_DELETED, doc=b""), FoldingAtTheWorstMoment.at, 1)
+    barrier.keep_unshown(event(kind=events.GROUP_DELETED, doc=b""), Stored(FoldingAtTheWorstMoment.at, 1))
     view = FoldingAtTheWorstMoment(folded)
     assert barrier.documents(view, GROUP, ["t"], NOW) == {}
     assert barrier.documents(view, GROUP, ["t"], NOW) == {}
@@ -208,5 +208,7 @@ def test_for_what_this_process_has_stored_itself_kafka_is_not_asked():
     assert barrier.passed(stored, lambda: {stored.partition: next(at)}, PATIENCE_S)
     assert not barrier.passed(stored, lambda: {Partition("log", 1): 9}, 0.01)
     asked = []
-    assert not barrier.passed(stored, lambda: asked.append(1) or {}, PATIENCE_S), "a view that stands still"
+    assert not barrier.passed(stored, lambda: asked.append(1) or {}, PATIENCE_S, patient=False), (
+        "a view that stands still"
+    )
     assert len(asked) == 1
