@@ -2,10 +2,9 @@
 
 Kafka keeps no history of how many partitions a topic had. So it is read off the log. A partition's oldest records tell
 whether any are left of an earlier count: of every two keys at least one belonged elsewhere then. Where that is so, and
-where the keys are too few to tell,
-all earlier counts are thought of. While there were `n` partitions, the last of them was there, and got its share of the
-keys; once it has something, and until producers have heard that another was added, an id may lie where it belongs among
-`n`. Knows no view and no Celery. Rights: Describe and Read on the log.
+where the keys are too few to tell, all earlier counts are thought of. While there were `n` partitions, the last of them
+was there, and got its share of the keys; once it has something, and until producers have heard that another was added,
+an id may lie where it belongs among `n`. Knows no view and no Celery. Rights: Describe and Read on the log.
 """
 
 from __future__ import annotations

@@ -188,12 +188,12 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
             for subject in (TASK, GROUP):
                 for each in self._native(subject).find({"ckb.x": {"$gt": _now()}}):
                     yield from or_unreadable(DOCUMENTS[subject], str(each["_id"]), self._native_rows(subject, each))
-            yield from self._side_rows()
+            yield from self._all_side_rows()
             for each in self._collection(HISTORY).find({"$or": [{"x": {"$exists": False}}, {"x": {"$gt": _now()}}]}):
                 at = each.pop("_id")
                 key = f"{at['t']}/{at['h']}/{at['e']}"
                 yield from or_unreadable("history", key, _history_rows(key, each))
-            yield from self._chord_rows()
+            yield from self._all_fact_rows()
 
     def _native_rows(self, subject: str, each: dict[str, Any]) -> Iterator[Row]:
         """Yield what one of Celery's documents shows, with what is wrong in it, and of a group its key."""
@@ -208,7 +208,7 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
         elif not ckb["d"] and (bad := differing(columns, NOTHING[subject])):
             yield document_row(subject, name, None, until, bad)
 
-    def _side_rows(self) -> Iterator[Row]:
+    def _all_side_rows(self) -> Iterator[Row]:
         for chunk in _chunks(self._collection(SIDE).find({"x": {"$gt": _now()}})):
             natives = self._native(TASK).find(
                 {"_id": {"$in": [each["_id"] for each in chunk]}}, {"ckb.d": 0, "result": 0}
@@ -217,7 +217,7 @@ class MongoView(DriverView["MongoClient[dict[str, Any]]"]):
             for each in chunk:
                 yield from or_unreadable("side", str(each["_id"]), _side_rows(each, keys.get(each["_id"])))
 
-    def _chord_rows(self) -> Iterator[Row]:
+    def _all_fact_rows(self) -> Iterator[Row]:
         for chunk in _chunks(self._collection(CHORD_EXPIRY).find({"x": {"$gt": _now()}})):
             ends = {each["_id"]: expiry_ms(each["x"]) for each in chunk}
             for each in self._collection(CHORD).find({"_id.g": {"$in": list(ends)}}):

@@ -44,7 +44,7 @@ from celery_kafka_backend.sinks.contract import (
     side_row,
 )
 from celery_kafka_backend.sinks.native_columns import wrong
-from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, stock_group, task_row
+from celery_kafka_backend.sinks.sqlite_native import beside, group_row, stock_document, stock_group, task_row
 from celery_kafka_backend.sinks.sqlite_search import search_condition
 from celery_kafka_backend.sinks.sqlite_wire import connect, path_of, translated
 
@@ -401,10 +401,10 @@ class SqliteView(View):
                 for each, *columns in db.execute(query):
                     yield from or_unreadable(SIDES[subject], each, _side_rows(subject, each, *columns))
             query = f"SELECT task_id, hlc, event_id, value, expires_at, kind, state, at FROM ckb_history WHERE {alive}"  # noqa: S608
-            for each, hlc, event_id, value, expires_at, *beside in db.execute(query):
-                found = dict(zip(("kind", "state", "at"), beside, strict=True))
+            for each, hlc, event_id, value, expires_at, *columns in db.execute(query):
+                found = dict(zip(("kind", "state", "at"), columns, strict=True))
                 key = f"{each}/{hlc}/{event_id}"
-                yield from or_unreadable("history", key, [history_row(key, value, expires_at, found, _beside)])
+                yield from or_unreadable("history", key, [history_row(key, value, expires_at, found, beside)])
             query = f"SELECT group_id, name, k, value, expires_at FROM ckb_chord JOIN ckb_chord_expiry USING (group_id) WHERE {alive}"  # noqa: S608
             for group_id, name, key, value, expires_at in db.execute(query):
                 fact = Row("chord", f"{group_id}/{name}", {"k": key, "value": value}, expires_at)
@@ -453,10 +453,6 @@ def _any_text(raw: bytes) -> str:
 def _side_rows(subject: str, each: str, key: int, event_id: str, expires_at: int, *side: Any) -> Iterator[Row]:
     record = _side(expires_at, *side) if side else Side(expires_at=expires_at)
     yield side_row(subject, each, key, event_id, record)
-
-
-def _beside(event: Event) -> dict[str, Any]:
-    return {"kind": event.kind, "state": event.state, "at": event.at}
 
 
 def _side(expires_at: int, *columns: Any) -> Side:

@@ -90,6 +90,11 @@ class _Stock(msgspec.Struct, omit_defaults=True):
     queue: str | None = None
 
 
+def beside(event: Event) -> dict[str, Any]:
+    """Return what stands beside an event in the history."""
+    return {"kind": event.kind, "state": event.state, "at": event.at}
+
+
 def stock_group(result: bytes, serializer: str) -> bytes | None:
     """Return what a key-value backend would hold for a group that Celery's SQL backend saved; None: not by this serializer."""
     return spliced(serializer, {}, {"result": result})

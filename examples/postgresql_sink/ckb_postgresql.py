@@ -39,7 +39,7 @@ from celery_kafka_backend.sinks.contract import (
 )
 from celery_kafka_backend.sinks.native_columns import wrong
 from celery_kafka_backend.sinks.per_process import PerProcess
-from celery_kafka_backend.sinks.sqlite_native import group_row, stock_document, stock_group, task_row
+from celery_kafka_backend.sinks.sqlite_native import beside, group_row, stock_document, stock_group, task_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -343,9 +343,9 @@ class PostgresView(View):
                 yield document_row(subject, each, document, until, bad)
         for subject, each, key, event_id, expires_at, *side in self._ask(statements.ROWS_SIDE):
             yield side_row(subject, each, key, event_id, _side(expires_at, *side))
-        for each, hlc, event_id, value, expires_at, *beside in self._ask(statements.ROWS_HISTORY):
-            found = dict(zip(("kind", "state", "at"), beside, strict=True))
-            yield history_row(f"{each}/{hlc}/{event_id}", value, expires_at, found, _beside)
+        for each, hlc, event_id, value, expires_at, *columns in self._ask(statements.ROWS_HISTORY):
+            found = dict(zip(("kind", "state", "at"), columns, strict=True))
+            yield history_row(f"{each}/{hlc}/{event_id}", value, expires_at, found, beside)
         for group_id, name, key, value, expires_at in self._ask(statements.ROWS_CHORD):
             yield Row("chord", f"{group_id}/{name}", {"k": key, "value": value}, expires_at)
 
@@ -361,10 +361,6 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _beside(event: Event) -> dict[str, Any]:
-    return {"kind": event.kind, "state": event.state, "at": event.at}
 
 
 def _plain(value: Any) -> Any:
