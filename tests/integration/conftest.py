@@ -10,12 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
+from celery_kafka_backend import codec
 from tests.integration import locked_kafka
 from tests.patience import PATIENCE_S, until
 from tests.services import native
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Self
 
+    from celery_kafka_backend.events import Event
     from tests.integration.locked_kafka import LockedKafka
 
 HERE = Path(__file__).parent
@@ -171,6 +174,28 @@ class Fleet:
                 sys.path.remove(str(HERE))
             self._app = fleet_app
         return self._app
+
+    def history(self, task_id: str, *wanted: str) -> list[Event]:
+        """A task's events in order, once there are those wanted, each as often as named: each process appends for itself."""
+
+        def found() -> list[Event]:
+            return [codec.decode(value) for value in self.app.app.backend.reader.history(task_id)]
+
+        def enough() -> list[Event] | None:
+            told = found()
+            return None if Counter(wanted) - Counter(event.kind for event in told) else told
+
+        if not wanted:
+            return found()
+        return until(enough, lambda: f"not {wanted}, but {[event.kind for event in found()]}")
+
+    def last(self, task_id: str, kind: str) -> Event:
+        """A task's last event of a kind, waited for."""
+        return next(event for event in reversed(self.history(task_id, kind)) if event.kind == kind)
+
+    def kinds(self, task_id: str) -> list[str]:
+        """What kinds of events there are of a task by now, in order."""
+        return [event.kind for event in self.history(task_id)]
 
     def stop(self) -> None:
         """End every process, the worker first."""

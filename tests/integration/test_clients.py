@@ -16,21 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from celery_kafka_backend import codec, events
+from celery_kafka_backend import events
 from tests.patience import PATIENCE_S
 from tests.services import native, ports
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
-
-
-def history(fleet, task_id, *wanted):
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        found = [codec.decode(value) for value in fleet.app.app.backend.reader.history(task_id)]
-        if set(wanted) <= {event.kind for event in found}:
-            return found
-        assert time.monotonic() < deadline, f"{[event.kind for event in found]} and no more of {wanted}"
-        time.sleep(0.05)
 
 
 def script(fleet, text, *, patch=""):
@@ -63,7 +53,7 @@ def test_a_script_that_ends_at_once_has_told_what_it_sent(fleet, last_words):
         """,
     )
     for task_id in ids:
-        history(fleet, task_id, events.SENT, events.SUCCESS)
+        fleet.history(task_id, events.SENT, events.SUCCESS)
 
 
 def test_a_script_s_forks_each_tell_what_they_sent(fleet):
@@ -88,7 +78,7 @@ def test_a_script_s_forks_each_tell_what_they_sent(fleet):
     )
     assert len(set(ids)) == 14
     for task_id in ids:
-        history(fleet, task_id, events.SENT, events.SUCCESS)
+        fleet.history(task_id, events.SENT, events.SUCCESS)
 
 
 PATCH = {
@@ -139,7 +129,7 @@ def test_many_waiters_of_one_process_all_hear(fleet, kind):
     assert found["heard"] == [True] * 40
     assert found["ticks"] > 10
     for task_id in found["ids"]:
-        history(fleet, task_id, events.SENT, events.SUCCESS)
+        fleet.history(task_id, events.SENT, events.SUCCESS)
 
 
 # -- servers that fork -------------------------------------------------------------------------------
@@ -196,7 +186,7 @@ def test_a_server_that_forked_after_it_had_sent_a_task(fleet, tmp_path, server):
         assert [one["result"] for one in ran] == [3] * 24
         # Told while the server still runs: nobody may have to wait for the process to send more, or to end.
         for one in ran + sent:
-            said = history(fleet, one["id"], events.SENT, events.SUCCESS)
+            said = fleet.history(one["id"], events.SENT, events.SUCCESS)
             assert one["pid"] in [event.pid for event in said if event.kind == events.SENT]
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE_S)
@@ -253,7 +243,7 @@ def test_django_s_autoreloader(fleet, tmp_path):
         assert again["result"] == 3
         assert again["pid"] != first["pid"]
         for one in (first, again):
-            history(fleet, one["id"], events.SENT, events.SUCCESS)
+            fleet.history(one["id"], events.SENT, events.SUCCESS)
         os.killpg(process.pid, signal.SIGINT)
         process.wait(PATIENCE_S)
     finally:

@@ -15,29 +15,10 @@ from celery import chain, chord, group
 from celery.exceptions import ChordError, TaskRevokedError, WorkerLostError
 from celery.result import AsyncResult, GroupResult
 
-from celery_kafka_backend import codec, events, order
+from celery_kafka_backend import events, order
 from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
-
-
-def history(fleet, task_id, until=None, sent=1, received=0, retried=0, timeout_s=PATIENCE_S):
-    """Events of a task in order; waits for ``until`` and so many others: each process appends for itself."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        found = [codec.decode(value) for value in fleet.app.app.backend.reader.history(task_id)]
-        said = [event.kind for event in found]
-        expected = {events.SENT: sent, events.RECEIVED: received, events.RETRY: retried}
-        enough = all(said.count(kind) >= number for kind, number in expected.items())
-        if until is None or (until in said and enough):
-            return found
-        assert time.monotonic() < deadline, f"no {until} in {[event.kind for event in found]}"
-        time.sleep(0.05)
-
-
-def last_of(fleet, task_id, kind):
-    """The last event of a kind; a client may tell of its sending when the task has ended already."""
-    return next(event for event in reversed(history(fleet, task_id, kind)) if event.kind == kind)
 
 
 def kinds(found):
@@ -61,7 +42,7 @@ def test_a_task_leaves_its_whole_life_in_the_log(fleet):
     began = time.monotonic()
     result = fleet.app.add.delay(1, 1)
     result.get(timeout=PATIENCE_S)
-    life = history(fleet, result.id, events.SUCCESS, received=1)
+    life = fleet.history(result.id, events.SENT, events.RECEIVED, events.SUCCESS)
     assert kinds(life) == [events.SENT, events.RECEIVED, events.STARTED, events.SUCCESS]
     sent, received, started, success = life
     assert sent.role == events.CLIENT
@@ -79,7 +60,7 @@ def test_a_task_leaves_its_whole_life_in_the_log(fleet):
 def test_a_retry_keeps_the_run_and_says_when_the_next_attempt_is_due(fleet):
     result = fleet.app.flaky.delay(2)
     assert result.get(timeout=PATIENCE_S) == 2
-    life = history(fleet, result.id, events.SUCCESS, sent=3, received=3, retried=2)
+    life = fleet.history(result.id, *[events.SENT] * 3, *[events.RECEIVED] * 3, *[events.RETRY] * 2, events.SUCCESS)
     assert len({event.run for event in life}) == 1
     retries = [event for event in life if event.kind == events.RETRY]
     assert [event.attempt for event in retries] == [0, 1]
@@ -93,14 +74,14 @@ def test_a_retry_keeps_the_run_and_says_when_the_next_attempt_is_due(fleet):
 def test_custom_states_and_their_meta(fleet):
     result = fleet.app.progress.delay(3)
     assert result.get(timeout=PATIENCE_S) == 3
-    steps = [event for event in history(fleet, result.id, events.SUCCESS) if event.kind == events.STATE]
+    steps = [event for event in fleet.history(result.id, events.SENT, events.SUCCESS) if event.kind == events.STATE]
     assert [event.state for event in steps] == ["PROGRESS"] * 3
     assert b'"step": 2' in steps[-1].document
 
 
 def test_an_ignored_result_leaves_no_document_but_its_life(fleet):
     result = fleet.app.quiet.delay()
-    life = history(fleet, result.id, events.SUCCESS)
+    life = fleet.history(result.id, events.SENT, events.SUCCESS)
     assert life[-1].ignored
     assert life[-1].document is None
     assert result.state == "PENDING"
@@ -109,7 +90,7 @@ def test_an_ignored_result_leaves_no_document_but_its_life(fleet):
 def test_a_replacement_inherits_the_run(fleet):
     result = fleet.app.replaced.delay(4, 5)
     assert result.get(timeout=PATIENCE_S) == 9
-    life = history(fleet, result.id, events.SUCCESS, sent=2)
+    life = fleet.history(result.id, *[events.SENT] * 2, events.SUCCESS)
     assert len({event.run for event in life}) == 1
     assert [event.name for event in life if event.kind == events.SENT] == ["fleet_app.replaced", "fleet_app.add"]
 
@@ -122,7 +103,7 @@ def test_a_chain_s_successor_inherits_the_run_and_a_child_starts_its_own(fleet):
     parent = tasks.spawn.delay(2)
     children = parent.get(timeout=PATIENCE_S)
     for child in children:
-        first = history(fleet, child, events.SUCCESS)[0]
+        first = fleet.history(child, events.SENT, events.SUCCESS)[0]
         assert first.parent == parent.id
         assert first.run == order.run_at(first.sent_at)
 
@@ -131,7 +112,7 @@ def test_a_killed_child_is_a_lost_worker_told_by_the_parent(fleet):
     result = fleet.app.die.delay()
     with pytest.raises(WorkerLostError):
         result.get(timeout=PATIENCE_S)
-    lost = last_of(fleet, result.id, events.WORKER_LOST)
+    lost = fleet.last(result.id, events.WORKER_LOST)
     assert lost.role == events.PARENT
     assert lost.state == "FAILURE"
 
@@ -139,7 +120,7 @@ def test_a_killed_child_is_a_lost_worker_told_by_the_parent(fleet):
 def test_a_requeued_task_of_a_killed_child_succeeds_in_its_second_life(fleet, tmp_path):
     result = fleet.app.die_once.delay(str(tmp_path / "died"))
     assert result.get(timeout=PATIENCE_S) == "second life"
-    life = history(fleet, result.id, events.SUCCESS, received=2)
+    life = fleet.history(result.id, events.SENT, *[events.RECEIVED] * 2, events.SUCCESS)
     # Its first "started" may have died with it; what the parent saw did not.
     assert kinds(life).count(events.RECEIVED) == 2
     assert len({event.run for event in life}) == 1
@@ -149,23 +130,23 @@ def test_revoked_before_it_starts(fleet, tmp_path):
     tasks, go = fleet.app, tmp_path / "go"
     busy = [tasks.until_there.delay(str(go)) for _ in range(2)]
     waiting = tasks.add.delay(1, 1)
-    history(fleet, waiting.id, events.RECEIVED)
+    fleet.history(waiting.id, events.SENT, events.RECEIVED)
     tasks.app.control.revoke(waiting.id, reply=True, timeout=PATIENCE_S, destination=[fleet.node("worker")])
     go.touch()
     with pytest.raises(TaskRevokedError):
         waiting.get(timeout=PATIENCE_S)
-    assert last_of(fleet, waiting.id, events.REVOKED).by.startswith("worker@")
+    assert fleet.last(waiting.id, events.REVOKED).by.startswith("worker@")
     assert [one.get(timeout=PATIENCE_S) for one in busy] == [None, None]
     assert waiting.state == "REVOKED"
 
 
 def test_revoked_while_it_runs(fleet):
     running = fleet.app.nap.delay(30)
-    history(fleet, running.id, events.STARTED)
+    fleet.history(running.id, events.SENT, events.STARTED)
     running.revoke(terminate=True, signal="SIGKILL")
     with pytest.raises(TaskRevokedError):
         running.get(timeout=PATIENCE_S)
-    said = last_of(fleet, running.id, events.REVOKED)
+    said = fleet.last(running.id, events.REVOKED)
     assert said.message == "terminated"
     assert said.by.startswith("worker@")
 
@@ -174,13 +155,13 @@ def test_expired_before_a_worker_was_free(fleet, tmp_path):
     tasks, go = fleet.app, tmp_path / "go"
     busy = [tasks.until_there.delay(str(go)) for _ in range(2)]
     for one in busy:
-        history(fleet, one.id, events.STARTED)
+        fleet.history(one.id, events.SENT, events.STARTED)
     late = tasks.add.apply_async((1, 1), expires=0.5)
     time.sleep(0.6)
     go.touch()
     with pytest.raises(TaskRevokedError):
         late.get(timeout=PATIENCE_S)
-    assert last_of(fleet, late.id, events.EXPIRED).state == "REVOKED"
+    assert fleet.last(late.id, events.EXPIRED).state == "REVOKED"
     for one in busy:
         one.get(timeout=PATIENCE_S)
 
@@ -278,9 +259,9 @@ def test_a_stock_client_that_was_already_waiting_hears_the_result(fleet):
 def test_what_a_task_refuses_or_ignores_is_in_its_history(fleet):
     tasks = fleet.app
     refused = tasks.refuse.delay()
-    assert last_of(fleet, refused.id, events.REJECTED).requeue is False
+    assert fleet.last(refused.id, events.REJECTED).requeue is False
     ignored = tasks.shrug.delay()
-    assert last_of(fleet, ignored.id, events.STATE).state == "IGNORED"
+    assert fleet.last(ignored.id, events.STATE).state == "IGNORED"
     assert ignored.state == "PENDING"
 
 
@@ -308,7 +289,7 @@ def test_a_state_that_is_set_from_outside_is_in_the_log_when_that_returns(fleet)
 
 def test_an_unknown_task_is_in_the_history_of_its_id(fleet):
     result = fleet.app.app.send_task("no.such.task")
-    said = last_of(fleet, result.id, events.UNKNOWN_TASK)
+    said = fleet.last(result.id, events.UNKNOWN_TASK)
     assert said.name == "no.such.task"
     assert said.role == events.PARENT
 

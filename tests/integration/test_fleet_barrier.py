@@ -12,7 +12,7 @@ import redis
 from celery import VERSION
 from celery.result import AsyncResult, GroupResult
 
-from celery_kafka_backend import codec, events
+from celery_kafka_backend import events
 from tests.integration.conftest import Fleet
 from tests.patience import PATIENCE_S, until
 from tests.services import kafka as kafka_service
@@ -26,10 +26,6 @@ REVOKED_AT_ONCE = VERSION[:2] >= (5, 6)
 """Whether a task that waits for its time says that it was revoked before that time comes."""
 REQUEUES_UNREAD = VERSION[:2] < (5, 7)
 """Whether a worker puts a lost child's task back (`reject_on_worker_lost`) without asking whether it had succeeded."""
-
-
-def kinds(fleet, task_id):
-    return [codec.decode(value).kind for value in fleet.app.app.backend.reader.history(task_id)]
 
 
 def shown(fleet, task_id):
@@ -64,7 +60,7 @@ def test_a_child_killed_after_its_success_has_succeeded(fleet, tmp_path, acknowl
     assert last.get(timeout=PATIENCE_S) == "stored"
     assert first.get(timeout=PATIENCE_S) == "stored"
     assert f"errback of {first.id}" not in fleet.log("worker")
-    assert not {events.WORKER_LOST, events.FAILURE} & {*kinds(fleet, first.id), *kinds(fleet, last.id)}
+    assert not {events.WORKER_LOST, events.FAILURE} & {*fleet.kinds(first.id), *fleet.kinds(last.id)}
 
 
 def test_a_child_killed_before_its_success_is_lost(fleet):
@@ -88,10 +84,10 @@ def test_a_revoke_of_what_has_succeeded_is_not_even_written(fleet, tmp_path):
     until(lambda: waiting.state == "REVOKED", "the other one is revoked")
     until(lambda: done.state == "SUCCESS", "the view shows it")
     if VERSION[:2] != (5, 6):  # it writes that without looking
-        assert events.REVOKED not in kinds(fleet, done.id)
+        assert events.REVOKED not in fleet.kinds(done.id)
     # Where somebody writes it all the same, the order key keeps the success.
     tasks.app.backend.mark_as_revoked(done.id, reason="revoked")
-    until(lambda: events.REVOKED in kinds(fleet, done.id), "not in the history")
+    until(lambda: events.REVOKED in fleet.kinds(done.id), "not in the history")
     assert AsyncResult(done.id, app=tasks.app).state == "SUCCESS"
 
 
@@ -135,7 +131,7 @@ def test_a_forget_holds_for_what_the_view_has_not_even_seen(fleet, tmp_path):
         assert AsyncResult(done.id, app=tasks.app).state == "PENDING"
     assert tasks.app.backend.catch_up(done.id, timeout_s=PATIENCE_S)
     assert shown(fleet, done.id).document is None
-    assert kinds(fleet, done.id).count(events.SUCCESS) == 1
+    assert fleet.kinds(done.id).count(events.SUCCESS) == 1
 
 
 def test_a_client_can_wait_for_the_view_to_catch_up(fleet, tmp_path):

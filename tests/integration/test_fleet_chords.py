@@ -10,7 +10,7 @@ from celery import chord
 from celery.exceptions import ChordError
 from celery.result import AsyncResult
 
-from celery_kafka_backend import codec, events
+from celery_kafka_backend import events
 from tests.patience import PATIENCE_S
 
 pytestmark = [
@@ -24,8 +24,7 @@ pytestmark = [
 
 def body_runs(fleet, body_id):
     """How often the body started, by the log."""
-    found = [codec.decode(value) for value in fleet.app.app.backend.reader.history(body_id)]
-    return sum(event.kind == events.STARTED for event in found)
+    return fleet.kinds(body_id).count(events.STARTED)
 
 
 def test_two_hundred_members_in_header_order_and_the_body_once(fleet):

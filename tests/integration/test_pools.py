@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 import uuid
-from collections import Counter
 from typing import NamedTuple
 
 import pytest
 from celery import VERSION, chord, group
 from celery.exceptions import TaskRevokedError
 
-from celery_kafka_backend import codec, events
+from celery_kafka_backend import events
 from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.kafka, pytest.mark.redis]
@@ -42,20 +40,6 @@ class Pool(NamedTuple):
         node = self.fleet.node(self.name)
         self.fleet.app.app.control.revoke(result.id, terminate=True, signal="SIGKILL", destination=[node])
 
-    def history(self, task_id, *until):
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            found = [codec.decode(value) for value in self.fleet.app.app.backend.reader.history(task_id)]
-            lacking = Counter(until) - Counter(event.kind for event in found)
-            if not lacking:
-                return found
-            assert time.monotonic() < deadline, f"no {lacking} in {[event.kind for event in found]}"
-            time.sleep(0.05)
-
-    def last(self, task_id, kind):
-        """The last event of a kind; a client may tell of its sending when the task has ended already."""
-        return next(event for event in reversed(self.history(task_id, kind)) if event.kind == kind)
-
 
 @pytest.fixture(scope="module", params=POOLS)
 def pool(fleet, request):
@@ -79,7 +63,7 @@ def tasks(fleet):
 def test_success(pool, tasks):
     result = pool.send(tasks.add, 2, 3)
     assert result.get(timeout=PATIENCE_S) == 5
-    said = pool.last(result.id, events.SUCCESS)
+    said = pool.fleet.last(result.id, events.SUCCESS)
     assert said.role == events.CHILD
     assert said.worker.startswith(f"{pool.name}@")
 
@@ -92,7 +76,7 @@ def test_failure(pool, tasks):
 def test_retry(pool, tasks):
     result = pool.send(tasks.flaky, 2)
     assert result.get(timeout=PATIENCE_S) == 2
-    life = pool.history(result.id, events.RETRY, events.RETRY, events.SUCCESS)  # from up to three processes
+    life = pool.fleet.history(result.id, events.RETRY, events.RETRY, events.SUCCESS)  # from up to three processes
     assert [event.attempt for event in life if event.kind == events.RETRY] == [0, 1]
     assert len({event.run for event in life}) == 1
 
@@ -100,13 +84,13 @@ def test_retry(pool, tasks):
 def test_custom_states(pool, tasks):
     result = pool.send(tasks.progress, 3)
     assert result.get(timeout=PATIENCE_S) == 3
-    life = pool.history(result.id, *[events.STATE] * 3, events.SUCCESS)
+    life = pool.fleet.history(result.id, *[events.STATE] * 3, events.SUCCESS)
     assert [event.state for event in life if event.kind == events.STATE] == ["PROGRESS"] * 3
 
 
 def test_ignored_result(pool, tasks):
     result = pool.send(tasks.quiet)
-    assert pool.last(result.id, events.SUCCESS).ignored
+    assert pool.fleet.last(result.id, events.SUCCESS).ignored
     assert result.state == "PENDING"
 
 
@@ -115,22 +99,22 @@ def test_revoked_before_it_starts(pool, tasks):
     tasks.app.control.revoke(task_id, destination=[pool.fleet.node(pool.name)], reply=True, timeout=PATIENCE_S)
     with pytest.raises(TaskRevokedError):
         pool.send(tasks.add, 1, 1, task_id=task_id).get(timeout=PATIENCE_S)
-    assert pool.last(task_id, events.REVOKED).by.startswith(f"{pool.name}@")
+    assert pool.fleet.last(task_id, events.REVOKED).by.startswith(f"{pool.name}@")
 
 
 def test_revoked_while_it_runs(pool, tasks):
     endless = {"threads", "solo", *(["gevent"] if VERSION[:2] < (5, 5) else [])}
     if pool.name in endless:  # Celery cannot end a thread, nor 5.4 a greenlet: the task goes on, and its result counts
         result = pool.send(tasks.nap, 1)
-        pool.history(result.id, events.STARTED)
+        pool.fleet.history(result.id, events.STARTED)
         pool.terminate(result)
         if VERSION[:2] == (5, 6):  # it stores REVOKED when it is asked to, and the success replaces that
-            pool.history(result.id, events.SUCCESS)
+            pool.fleet.history(result.id, events.SUCCESS)
             result = tasks.app.AsyncResult(result.id)
         assert result.get(timeout=PATIENCE_S) == 1
         return
     result = pool.send(tasks.nap, 60)
-    pool.history(result.id, events.STARTED)
+    pool.fleet.history(result.id, events.STARTED)
     pool.terminate(result)
     with pytest.raises(TaskRevokedError):
         result.get(timeout=PATIENCE_S)
@@ -164,7 +148,7 @@ def test_two_hundred_quick_tasks(pool, tasks):
     sent = [pool.send(tasks.add, i, 1) for i in range(200)]
     assert [one.get(timeout=PATIENCE_S) for one in sent] == [i + 1 for i in range(200)]
     for one in sent:
-        kinds = [event.kind for event in pool.history(one.id, events.SUCCESS)]
+        kinds = [event.kind for event in pool.fleet.history(one.id, events.SUCCESS)]
         assert kinds.count(events.SUCCESS) == 1
 
 

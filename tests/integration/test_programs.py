@@ -10,7 +10,7 @@ from urllib.error import HTTPError, URLError
 
 import pytest
 
-from celery_kafka_backend import codec, events
+from celery_kafka_backend import events
 from celery_kafka_backend.result import KafkaResult
 from tests.patience import PATIENCE_S, until
 from tests.services import native, ports
@@ -44,10 +44,6 @@ def celery(fleet):
         return done.stdout
 
     return run
-
-
-def history(fleet, task_id):
-    return [codec.decode(value) for value in fleet.app.app.backend.reader.history(task_id)]
 
 
 def test_result(fleet, celery):
@@ -118,7 +114,7 @@ def test_beat_and_backend_cleanup(fleet, tmp_path):
     text = log.read_text()
     assert "celery.backend_cleanup" not in text
     task_id = text.partition("fleet_app.add sent. id->")[2].split()[0]
-    found = until(lambda: (said := history(fleet, task_id)) and said[-1].kind == events.SUCCESS and said)
+    found = fleet.history(task_id, events.SENT, events.SUCCESS)
     assert found[0].kind == events.SENT
     assert fleet.app.app.AsyncResult(task_id).get(timeout=PATIENCE_S) == 4
     assert fleet.app.app.send_task("celery.backend_cleanup").get(timeout=PATIENCE_S) is None

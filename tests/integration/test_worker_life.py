@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from celery_kafka_backend import codec, events
+from celery_kafka_backend import events
 from tests.patience import PATIENCE_S
 from tests.services.proxy import Proxy
 
@@ -80,10 +80,6 @@ def ended(fleet, name, number):
             pytest.fail(f"{name} hangs at exit:\n{fleet.log(name)[-3000:]}")
 
 
-def kinds(fleet, task_id):
-    return [codec.decode(value).kind for value in fleet.app.app.backend.reader.history(task_id)]
-
-
 def children(worker):
     return psutil.Process(worker.process.pid).children(recursive=True)
 
@@ -119,8 +115,7 @@ def test_children_that_are_spawned_rather_than_forked_know_what_they_are(fleet, 
     sent = [spawning.send(tasks.add, i, i) for i in range(20)]
     assert [one.get(timeout=PATIENCE_S) for one in sent] == [2 * i for i in range(20)]
     for one in sent:
-        found = [codec.decode(value) for value in fleet.app.app.backend.reader.history(one.id)]
-        (success,) = [event for event in found if event.kind == events.SUCCESS]
+        (success,) = [event for event in fleet.history(one.id) if event.kind == events.SUCCESS]
         assert success.role == events.CHILD
         assert success.pid != spawning.process.pid
 
@@ -184,7 +179,7 @@ def test_what_a_worker_finished_before_it_was_shut_down_is_stored(fleet, shut_do
     assert finished
     for task_id in finished:
         assert fleet.app.app.AsyncResult(task_id).get(timeout=PATIENCE_S) == 0.05
-        assert events.SUCCESS in kinds(fleet, task_id)
+        assert events.SUCCESS in fleet.kinds(task_id)
     # acks_late: what it did not finish was delivered again
     assert [one.get(timeout=PATIENCE_S) for one in sent] == [0.05] * len(sent)
 
