@@ -110,6 +110,7 @@ class RedisView(DriverView["redis.Redis"]):
     def __init__(self, url: str, options: StoreOptions) -> None:
         self.url = mask(url)
         self._options = options
+        connect(url, options, retries=1).close()  # says what is wrong with them now, and not to whoever reads first
         self._own = PerProcess(lambda: connect(url, options, retries=1), _disconnect)
         self._prefixes = {subject: options.key_prefix.encode() + name for subject, name in NATIVE.items()}
         self._chord_prefix = options.key_prefix.encode() + CHORD

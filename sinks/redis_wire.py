@@ -9,6 +9,7 @@ import struct
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote, urlsplit
 
 import redis
 import redis.connection
@@ -42,6 +43,7 @@ DENIED: Final = re.compile(
     r"\b(NOAUTH|WRONGPASS|NOPERM)\b|invalid (username-)?password|no password is set"
     r"|ACL failure in script|user executing the script can't"  # of what a script calls
 )
+_NO_DATABASE: Final = re.compile(r"DB index|SELECT is not allowed in cluster mode")
 _OF_A_PIPELINE: Final = " of pipeline caused error: "
 """As redis-py tells which command of a pipeline was refused."""
 
@@ -132,7 +134,11 @@ def unpack(packed: bytes) -> tuple[int, str, Side]:
 
 
 def connect(url: str, options: StoreOptions, retries: int) -> redis.Redis:
-    """Return a client with its pool; nothing is connected yet."""
+    """Return a client with its pool; nothing is connected yet.
+
+    Raises:
+        SettingsError: The URL or an option is not one that the driver takes.
+    """
     given: dict[str, Any] = {"socket_timeout": 30.0, "socket_connect_timeout": 5.0, "socket_keepalive": True}
     given |= options.options
     # Retry lives in the host. RESP2, because replies are read in bulk and pushes would come between.
@@ -140,12 +146,22 @@ def connect(url: str, options: StoreOptions, retries: int) -> redis.Redis:
     # Celery writes ssl_cert_reqs=CERT_REQUIRED, redis-py required.
     url = re.sub(r"(ssl_cert_reqs=)CERT_(\w+)", lambda found: found[1] + found[2].lower(), url)
     try:
+        _check_database(url)
         client = _by_sentinels(url, given) if url.startswith("sentinel:") else redis.Redis.from_url(url, **given)
     except (ValueError, TypeError, redis.RedisError) as exc:
         raise SettingsError("view", f"{mask(url)}: {exc}") from exc
     pool = client.connection_pool
     pool.connection_class = type("Bounded", (_Bounded, pool.connection_class), {})
+    connection(client)  # else an option that it does not take were a TypeError of whoever reads first
     return client
+
+
+def _check_database(url: str) -> None:
+    """Refuse a path that is no number, of which redis-py makes database 0: others may keep something there."""
+    for each in url.split(";"):
+        database = unquote(urlsplit(each).path).replace("/", "")
+        if database and not database.isdecimal():
+            raise SettingsError("view", f"{mask(url)}: {database!r} is no number of a database", "redis://host:6379/0")
 
 
 def _by_sentinels(url: str, given: dict[str, Any]) -> redis.Redis:
@@ -202,7 +218,8 @@ def connection(client: redis.Redis) -> Any:
     try:
         return pool.connection_class(**pool.connection_kwargs)
     except TypeError as exc:
-        raise SettingsError("view", f"redis-py does not take the view's options: {exc}") from exc
+        problem = f"redis-py does not take the view's options: {exc}"
+        raise SettingsError("view", problem, "correct kafka_backend_settings['view_options'] or the URL") from exc
 
 
 def tells_expiry(client: redis.Redis) -> bool:
@@ -228,6 +245,9 @@ def translated(url: str) -> Iterator[None]:
             raise SettingsError("view", f"{url} refuses us: {exc}", "check user, password and ACL") from exc
         if AWAY.search(said):
             raise Unavailable(f"{url}: {exc}") from exc
+        if _NO_DATABASE.search(said):
+            remedy = "name a database that the server has: it has as many as its setting `databases` says, from 0 on"
+            raise SettingsError("view", f"{url}: {exc}", remedy) from exc
         if said.startswith("WRONGTYPE"):
             remedy = "delete it, or take another database or topic_prefix"
             raise SettingsError(

@@ -257,10 +257,27 @@ def test_an_eviction_policy_is_warned_of(own: service.RedisServer, opened: Any) 
     assert "volatile-ttl" in warning
 
 
-@pytest.mark.parametrize("options", [{"no_such_option": 1}])
-def test_an_option_that_redis_py_does_not_know_is_a_setting(redis_url: str, options: dict[str, Any]) -> None:
-    with pytest.raises(SettingsError):
-        registry.open_sink(redis_url, StoreOptions(options=options)).open()
+@pytest.mark.parametrize("opening", [registry.open_sink, registry.open_view])
+def test_an_option_that_redis_py_does_not_know_is_a_setting(redis_url: str, opening: Any) -> None:
+    with pytest.raises(SettingsError, match=r"no_such_option.*view_options"):
+        opening(redis_url, StoreOptions(options={"no_such_option": 1}))
+
+
+@pytest.mark.parametrize("opening", [registry.open_sink, registry.open_view])
+@pytest.mark.parametrize("url", ["redis://h:1/results", "rediss://:s3cret@h/-1", "sentinel://h:1/0;sentinel://h:2/0x"])
+def test_a_database_that_is_no_number_is_a_setting(url: str, opening: Any) -> None:
+    """redis-py would take database 0 without a word, where others may keep something."""
+    with pytest.raises(SettingsError, match="no number of a database") as caught:
+        opening(url, StoreOptions(options={"master_name": "m"} if url.startswith("sentinel") else {}))
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_database_that_the_server_does_not_have_is_a_setting(own: service.RedisServer) -> None:
+    url = re.sub(r"\d+$", "2000000000", own.url)
+    with pytest.raises(SettingsError, match="databases"):
+        registry.open_sink(url, StoreOptions()).open()
+    with pytest.raises(SettingsError, match="databases"):
+        documents(url, "t")
 
 
 def test_a_history_with_a_retention_of_its_own_goes_with_its_latest_event(redis_url: str) -> None:
