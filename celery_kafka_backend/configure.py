@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final
 
 from celery.app.defaults import DEFAULTS
@@ -11,9 +12,11 @@ from celery_kafka_backend import settings as settings_module
 from celery_kafka_backend.errors import SettingsError, SpoolError
 from celery_kafka_backend.settings import SETTING, Settings
 from celery_kafka_backend.sinks.contract import StoreOptions
-from celery_kafka_backend.sinks.registry import check_scheme
+from celery_kafka_backend.sinks.registry import check_scheme, known, schemes
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from celery import Celery
     from celery.exceptions import ImproperlyConfigured
 
@@ -75,11 +78,22 @@ def settings_of(app: Celery, url: str | None = None) -> Settings:
         settings = settings_module.parse(url, app.conf.get(SETTING) or {})
         for view in settings.views:
             check_scheme(view)
+        _check_keys("history", settings.history)
+        _check_keys("view_options", settings.view_options)
         if settings.delivery == "pipelined" and app.conf.task_acks_late:
             raise _late("task_acks_late = True")
     except SettingsError as exc:
         raise improperly_configured(exc) from exc
     return settings
+
+
+def _check_keys(name: str, given: Mapping[str, object]) -> None:
+    """Refuse a key that is no view's scheme: nothing would ever look at it."""
+    for key in given:
+        if not known(key):
+            close = get_close_matches(key, schemes(), 1)
+            remedy = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(schemes())}"
+            raise SettingsError(f"{SETTING}[{name!r}]", f"{key!r} is no view's URL scheme", remedy)
 
 
 def check_tasks(app: Celery, settings: Settings) -> None:

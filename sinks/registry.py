@@ -58,6 +58,11 @@ def schemes() -> list[str]:
     return sorted({*_STORES, *(entry.name for entry in metadata.entry_points(group=ENTRY_POINTS))})
 
 
+def known(scheme: str) -> bool:
+    """Return whether a view's URL may have this scheme."""
+    return scheme in _STORES or scheme in schemes()
+
+
 def check_scheme(url: str) -> str:
     """Return the scheme of a view's URL, in lower case; no driver is imported.
 
@@ -68,7 +73,7 @@ def check_scheme(url: str) -> str:
     if not separator:
         raise SettingsError("view", f"{mask(url)!r} is not a URL", f"one of {', '.join(schemes())}, then ://")
     scheme = scheme.lower()
-    if scheme not in _STORES and scheme not in schemes():
+    if not known(scheme):
         raise SettingsError(
             "view", f"nobody knows the scheme {scheme!r} of this view's URL", f"known: {', '.join(schemes())}"
         )

@@ -36,7 +36,13 @@ def translated(path: Path) -> Iterator[None]:
 
 
 def connect(path: Path, mode: str, timeout_s: float) -> sqlite3.Connection:
-    """Open the file: ``mode`` is ``rw``, or ``rwc`` to make it. Whoever uses it sees to it that one thread does at a time."""
+    """Open the file: ``mode`` is ``rw``, or ``rwc`` to make it. Whoever uses it sees to it that one thread does at a time.
+
+    Raises:
+        Unavailable: There is none, and it is not to be made.
+    """
+    if mode == "rw" and not path.exists():  # SQLite says no more than that it cannot open it
+        raise Unavailable(f"{path} does not exist: `pipeline run` makes it for a view that is configured, a replay any")
     uri = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(uri, timeout_s, uri=True, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA synchronous = FULL")

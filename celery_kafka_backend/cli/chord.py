@@ -38,9 +38,9 @@ SHOWN: Final = 50
 @click.argument("group_id")
 @click.option("--json", "as_json", is_flag=True, help="A JSON array: one object per generation.")
 @click.option("--log", "only_log", is_flag=True, help="Read the chords' topic, also where a view shows the chord.")
-@click.option("--fire", "ask", flag_value="fire", help="Send the body with the results that are there.")
-@click.option("--fail", "ask", flag_value="fail", help="Let the chord fail: its body, errbacks and all.")
-@click.option("--resend", "ask", flag_value="resend", help="Send the body of a chord that has fired once more.")
+@click.option("--fire", is_flag=True, help="Send the body with the results that are there.")
+@click.option("--fail", is_flag=True, help="Let the chord fail: its body, errbacks and all.")
+@click.option("--resend", is_flag=True, help="Send the body of a chord that has fired once more.")
 @click.option("--reason", default="", help="Why, for those who read the history. Required with the three above.")
 @click.option("--actor", default="", help="Who asks. Default: user@host.")
 @click.option("--generation", type=int, help="Which one, of a chord that was applied more than once.")
@@ -56,7 +56,9 @@ def command(
     group_id: str,
     as_json: bool,
     only_log: bool,
-    ask: str | None,
+    fire: bool,
+    fail: bool,
+    resend: bool,
     reason: str,
     actor: str,
     generation: int | None,
@@ -78,10 +80,14 @@ def command(
       celery -A proj pipeline chord 5f0e… --fail --reason "worker 7 is gone for good"
       celery -A proj pipeline chord 5f0e… --resend --reason "the broker lost its queues"
     """
+    asked = [name for name, given in (("fire", fire), ("fail", fail), ("resend", resend)) if given]
+    if len(asked) > 1:
+        raise Stop(Exit.CONFIGURATION, f"--{asked[0]} and --{asked[1]} contradict each other", "give one of them")
     pipeline = pipeline_of(ctx)
     broker = Broker(pipeline.settings, timeout)
     try:
-        if ask:
+        if asked:
+            (ask,) = asked
             if not reason.strip():
                 raise Stop(Exit.CONFIGURATION, f"--{ask} needs --reason", "say why: it is kept with the chord")
             state = _repair(pipeline, broker, group_id, ask, (reason, actor or who()), generation, timeout)

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Final
 
@@ -103,11 +104,13 @@ class Family(_TakesUsageErrors, click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Refuse a command that does not exist with our exit code."""
+        """Refuse a command that does not exist with our exit code, and name the one that was meant."""
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as exc:
             exc.exit_code = Exit.CONFIGURATION
+            if close := get_close_matches(args[0], self.list_commands(ctx), n=1):
+                exc.message += f" Did you mean {close[0]!r}?"
             raise
 
 

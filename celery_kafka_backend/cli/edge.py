@@ -45,7 +45,10 @@ class Edge(click.ParamType):
         # A topic is all digits and dashes only if somebody wants trouble: 2026-01-31T12:00:00 is a time.
         if _MANY.fullmatch(text) and not re.match(r"\d{4}-\d\d-\d\d", text):
             return _offsets(each.split(":") for each in text.split(","))
-        return Moment().convert(value, param, ctx)
+        try:
+            return Moment().convert(value, param, ctx)
+        except click.BadParameter as exc:
+            self.fail(f"{exc.message}; {self._all_of_it}; TOPIC:PARTITION:OFFSET, …; or @FILE", param, ctx)
 
     def _exported(self, path: str, param: click.Parameter | None, ctx: click.Context | None) -> Found:
         """Read what ``kafka-consumer-groups.sh --reset-offsets --export`` wrote: [group,] topic, partition, offset."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from celery.states import ALL_STATES
 
 from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.moment import Moment, Span
+from celery_kafka_backend.events import KINDS
 from celery_kafka_backend.query import Query
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 _Function = TypeVar("_Function", bound="Callable[..., Any]")
 
@@ -55,6 +58,20 @@ def placed(function: _Function) -> _Function:
     for option in reversed(_PLACE):
         function = option(function)
     return function
+
+
+def meant(states: Iterable[str]) -> str:
+    """Return a question, for a remedy of who found nothing, if a state may be another one's misspelling; else "".
+
+    A state of a user's own is as good as one of Celery's, so that none can be refused.
+    """
+    known = {*ALL_STATES, *KINDS}
+    for state in states:
+        if state.upper() not in known and state.lower() not in known:
+            close = get_close_matches(state.upper(), ALL_STATES, 1) or get_close_matches(state.lower(), KINDS, 1)
+            if close:
+                return f"--state {state}: did you mean {close[0]}? Or "
+    return ""
 
 
 def query_of(given: dict[str, Any], *, limit: int = 0, newest_first: bool = False) -> Query:

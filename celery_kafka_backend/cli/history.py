@@ -339,7 +339,9 @@ def _group(pipeline: Pipeline, asked: Asked) -> Exit:
     # What was said of the group itself, and its chord's body, which carries the group's id too.
     for other in (asked.id, *{event.chord for event in events if event.chord}):
         members.pop(other, None)
-    if not events:
+    if not any(event.group == asked.id for event in events):
+        if events:
+            raise Stop(Exit.NOT_FOUND, f"{asked.id!r} is a task, and no group", "leave out --group")
         raise _not_found(pipeline, asked)
     if asked.as_of is not None:
         then = {task: timeline.as_of(life, asked.as_of) for task, life in members.items()}

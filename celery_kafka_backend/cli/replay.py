@@ -17,6 +17,7 @@ from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import chosen_view, pipeline_of
 from celery_kafka_backend.cli.edge import Edge
 from celery_kafka_backend.cli.exits import Exit, Stop
+from celery_kafka_backend.cli.filters import meant
 from celery_kafka_backend.cli.output import duration, progress, when
 from celery_kafka_backend.cli.records import firsts
 from celery_kafka_backend.cli.run import check_picklable, check_topics
@@ -136,12 +137,16 @@ def run(pipeline: Pipeline, asked: Asked) -> Exit:
         broker.close()
     _say_before(asked, prepared)
     began = time.monotonic()
-    try:
-        done = _work(pipeline, asked, prepared)
-    except (PipelineError, KeyboardInterrupt):
-        if not asked.dry:
-            click.echo(f"What was written stays; go on with `{pipeline.command} replay --to … --continue`.", err=True)
-        raise
+    with tempfile.TemporaryDirectory(prefix="celery-kafka-replay-") as folder:
+        chosen = _choose(pipeline, asked, prepared, Path(folder, "chosen.db")) if asked.wanted else None
+        try:
+            done = _work(pipeline, asked, prepared, chosen)
+        except (PipelineError, KeyboardInterrupt):
+            if not asked.dry:
+                click.echo(
+                    f"What was written stays; go on with `{pipeline.command} replay --to … --continue`.", err=True
+                )
+            raise
     _say_after(asked, prepared, done, time.monotonic() - began)
     return Exit.OK
 
@@ -182,17 +187,23 @@ def _say_before(asked: Asked, prepared: Prepared) -> None:
         click.echo("An earlier replay into this store is begun anew; --continue would take it up.", err=True)
 
 
-def _work(pipeline: Pipeline, asked: Asked, prepared: Prepared) -> Replayed:
-    target, job = Target(asked.url, pipeline.options(asked.url)), prepared.job
-    with tempfile.TemporaryDirectory(prefix="celery-kafka-replay-") as folder, _telling(quiet=asked.quiet) as tell:
-        if asked.wanted:
-            path = Path(folder, "chosen.db")
-            found = survey(
-                pipeline.settings, prepared.whole, asked.wanted, path, lambda n, of: tell("finding tasks", n, of)
-            )
-            click.echo(f"{found} tasks are wanted.")
-            job = msgspec.structs.replace(job, chosen=str(path))
-        job = msgspec.structs.replace(job, per_s=asked.per_s)
+def _choose(pipeline: Pipeline, asked: Asked, prepared: Prepared, path: Path) -> Path:
+    """Write down which tasks are wanted; return where."""
+    with _telling(quiet=asked.quiet) as tell:
+        found = survey(
+            pipeline.settings, prepared.whole, asked.wanted, path, lambda n, of: tell("finding tasks", n, of)
+        )
+    click.echo(f"{found} tasks are wanted.")
+    if not found:
+        remedy = f"{meant(asked.wanted.states)}`{pipeline.command} search` shows what there is"
+        raise Stop(Exit.NOT_FOUND, "no task of the log is as asked for", remedy)
+    return path
+
+
+def _work(pipeline: Pipeline, asked: Asked, prepared: Prepared, chosen: Path | None) -> Replayed:
+    target = Target(asked.url, pipeline.options(asked.url))
+    job = msgspec.structs.replace(prepared.job, chosen=str(chosen or ""), per_s=asked.per_s)
+    with _telling(quiet=asked.quiet) as tell:
         if not asked.dry:
             begin(target, prepared)
         what = "reading" if asked.dry else "replaying"

@@ -13,7 +13,7 @@ from celery_kafka_backend.cli.broker import Broker
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
-from celery_kafka_backend.cli.filters import filtered, query_of
+from celery_kafka_backend.cli.filters import filtered, meant, query_of
 from celery_kafka_backend.cli.history_shown import outcome, what
 from celery_kafka_backend.cli.output import console, print_json, table, watched, when
 from celery_kafka_backend.cli.resending import BATCH, Lives, Resending
@@ -83,7 +83,8 @@ def command(
         lives.go_on()
         found = lives.candidates(query)
         if not found:
-            raise Stop(Exit.NOT_FOUND, "no task is as asked for", "`pipeline search` shows what there is")
+            remedy = f"{meant(given['states'])}`{pipeline.command} search` shows what there is"
+            raise Stop(Exit.NOT_FOUND, "no task is as asked for", remedy)
         if missing := set(tasks) - {one.task for one in found}:
             raise Stop(
                 Exit.NOT_FOUND,

@@ -9,7 +9,7 @@ import click
 from celery_kafka_backend.cli.command import Command
 from celery_kafka_backend.cli.context import pipeline_of
 from celery_kafka_backend.cli.exits import Exit, Stop
-from celery_kafka_backend.cli.filters import filtered, placed, query_of
+from celery_kafka_backend.cli.filters import filtered, meant, placed, query_of
 from celery_kafka_backend.cli.history_shown import outcome, what, who
 from celery_kafka_backend.cli.output import console, duration, table, when
 from celery_kafka_backend.cli.sources import audited
@@ -68,7 +68,8 @@ def command(
     elif found:
         show(found, name, limit)
     if not found:
-        raise Stop(Exit.NOT_FOUND, f"nothing of that kind in {name}", "ask for less, or elsewhere with --view or --log")
+        remedy = f"{meant(given['states'])}ask for less, or elsewhere with --view or --log"
+        raise Stop(Exit.NOT_FOUND, f"nothing of that kind in {name}", remedy)
     return Exit.OK
 
 

@@ -72,7 +72,7 @@ def test_a_relative_path_starts_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_file_that_no_processor_has_made_is_unavailable_and_is_not_made(path: Path) -> None:
     view = registry.open_view(f"sqlite:///{path}", StoreOptions())
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="does not exist"):
         view.documents(["t"])
     assert not path.exists()
     path.touch()

@@ -338,6 +338,12 @@ def test_a_chord_as_of_now_and_as_of_before_it_was(audit):
     assert json.loads(before.stdout)["members"] == []
 
 
+def test_a_task_is_no_group(audit):
+    done = told(audit, "history", audit.world["TASK"], "--group")
+    assert done.exit_code == Exit.NOT_FOUND
+    assert "is a task, and no group" in done.stderr
+
+
 def test_counts_as_of_a_time_are_of_all_tasks_in_the_window(audit):
     for where in ((), ("--log",)):
         found = json.loads(told(audit, "history", "--as-of", "0s", "--window", "1h", "--json", *where).stdout)

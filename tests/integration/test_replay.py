@@ -240,7 +240,13 @@ def test_some_tasks_are_taken_whole(world):
 
 def test_pending_tasks_are_those_of_which_nothing_is_shown(world):
     url = f"sqlite:///{world.folder}/pending.db"
-    assert "0 tasks are wanted" in world.replay(url, "--state", "PENDING").stdout
+    assert "0 tasks are wanted" in world.replay(url, "--state", "PENDING", code=Exit.NOT_FOUND).stdout
+
+
+def test_a_replay_of_no_task_is_not_taken_for_one(world):
+    done = world.replay(f"sqlite:///{world.folder}/none.db", "--state", "FAILED", code=Exit.NOT_FOUND)
+    assert "did you mean FAILURE?" in done.said
+    assert "--continue" not in done.said
 
 
 def test_offsets_begin_and_end_a_replay(world):

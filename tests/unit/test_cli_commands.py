@@ -18,6 +18,7 @@ from celery_kafka_backend import timeline
 from celery_kafka_backend.cli import checks, output, pipeline
 from celery_kafka_backend.cli.command import complain
 from celery_kafka_backend.cli.exits import MEANINGS, Exit, Stop, code_of
+from celery_kafka_backend.cli.filters import meant
 from celery_kafka_backend.cli.history_shown import outcome
 from celery_kafka_backend.errors import ForeignLog, NotAcknowledged, SettingsError, Unavailable
 from celery_kafka_backend.events import Event
@@ -102,11 +103,36 @@ def test_a_mistake_on_the_command_line_is_configuration_and_not_nobody_folds():
         assert invoke(*arguments).exit_code == Exit.CONFIGURATION
 
 
+def test_a_command_that_does_not_exist_is_told_with_the_one_that_was_meant():
+    assert "Did you mean 'status'?" in invoke("statsu").output
+    assert "Did you mean 'requeue'?" in invoke("dead-letters", "reqeue").output
+    assert "Did you mean" not in invoke("wat").output
+
+
+def test_a_state_that_may_be_misspelt_is_asked_about_and_one_s_own_is_not():
+    assert meant(["FAILED"]) == "--state FAILED: did you mean FAILURE? Or "
+    assert meant(["success", "worker_lost"]) == "--state worker_lost: did you mean worker-lost? Or "
+    assert meant(["FAILURE", "worker-lost", "SHIPPED"]) == ""
+
+
+def test_where_a_replay_may_begin_is_told_in_full():
+    assert "earliest; TOPIC:PARTITION:OFFSET" in invoke("replay", "--to", "redis", "--from", "whenever").output
+
+
 def test_an_unknown_setting_is_named_with_the_one_that_was_meant():
     done = invoke("run", settings={"partitons": 3})
     assert done.exit_code == Exit.CONFIGURATION
     assert "kafka_backend_settings['partitons']" in done.output
     assert "'partitions'" in done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("history", {"redsi": True}), ("view_options", {"redsi": {"socket_timeout": 3}})]
+)
+def test_a_setting_for_a_scheme_that_no_view_can_have_is_refused(name, given):
+    done = invoke("run", settings={name: given})
+    assert done.exit_code == Exit.CONFIGURATION
+    assert f"kafka_backend_settings['{name}']: 'redsi' is no view's URL scheme. did you mean 'redis'?" in done.output
 
 
 def test_a_contradictory_setting_is_named():
@@ -158,7 +184,9 @@ def test_a_view_is_chosen_by_url_scheme_or_name_and_others_are_refused():
         ("findings", "--since", "1h", "--until", "2h"),
         ("findings", "--kind", "wat"),
         ("forget",),
+        ("chord", "x", "--fire", "--fail", "--reason", "r"),
         ("replay", "--to", "redis", "--continue", "--from", "1h"),
+        ("replay", "--to", "redis", "--from", "whenever"),
         ("verify", "--view", "redis", "--against", "redis"),
     ],
 )
