@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 
 import click
 import pytest
 
-from celery_kafka_backend.cli.moment import Moment, Span
+from celery_kafka_backend.cli.moment import Moment, Span, latest
 
 
 def moment(text):
@@ -34,6 +34,32 @@ def test_a_time_of_day_is_its_latest():
     assert moment("3:05") <= now.timestamp() * 1000
 
 
+@pytest.fixture
+def new_york(monkeypatch):
+    """A local zone whose clocks went back from 2:00 to 1:00 on 2026-11-01, and ahead from 2:00 to 3:00 on 2026-03-08."""
+    monkeypatch.setenv("TZ", "EST5EDT,M3.2.0,M11.1.0")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("new_york")
+@pytest.mark.parametrize(
+    ("now", "clock", "then"),
+    [
+        ("2026-11-01T17:00", "23:30", "2026-11-01T03:30"),  # yesterday, by summer time
+        ("2026-11-01T17:00", "01:30", "2026-11-01T06:30"),  # the second of two
+        ("2026-11-01T06:00", "01:30", "2026-11-01T05:30"),  # the second is to come
+        ("2026-11-01T05:00", "01:30", "2026-10-31T05:30"),
+        ("2026-03-08T16:00", "23:30:15", "2026-03-08T04:30:15"),  # yesterday, by winter time
+    ],
+)
+def test_a_time_of_day_is_its_latest_where_clocks_were_changed(now, clock, then):
+    now, then = (datetime.fromisoformat(each).replace(tzinfo=timezone.utc) for each in (now, then))
+    assert latest(clock, now.astimezone()) == then
+
+
 @pytest.mark.parametrize("text", ["yesterday", "25:00", "2026-13-01", "", "5", "-3h"])
 def test_anything_else_is_refused_with_examples(text):
     with pytest.raises(click.BadParameter, match="12h or 3d"):
@@ -48,5 +74,6 @@ def test_a_span():
         7200,
         259_200,
     ]
+    assert [Span().convert(f"{ms}ms", None, None) for ms in range(20_000)] == [ms / 1000 for ms in range(20_000)]
     with pytest.raises(click.BadParameter, match="no length of time"):
         Span().convert("soon", None, None)
