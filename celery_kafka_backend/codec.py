@@ -113,6 +113,8 @@ def decode(value: bytes | None) -> Event:
         raise Unreadable("a tombstone, where an event was expected")
     try:
         event = _decoder.decode(value)
+        if not value.isascii():
+            value.decode()  # msgspec does not look into a document, nor into fields that it does not know
     except _NOT_JSON as exc:
         raise _why(value, exc) from exc
     if event.v != VERSION:
@@ -123,6 +125,11 @@ def decode(value: bytes | None) -> Event:
     if doc is not NOTHING and (raw := bytes(doc)) and not raw.startswith(b"{"):
         raise Unreadable("a document that is not a JSON object")
     return event
+
+
+def one_line(value: bytes) -> bytes:
+    """Return a record's value without line breaks: in JSON they are space. Those that we write have none."""
+    return value.replace(b"\n", b" ").replace(b"\r", b" ") if b"\n" in value or b"\r" in value else value
 
 
 def _why(value: bytes, exc: Exception) -> Unreadable | UnknownVersion:

@@ -27,7 +27,7 @@ _encode = msgspec.json.Encoder().encode
 def jsonl(found: Iterable[Logged], stream: BinaryIO, _source: str) -> None:
     """Write each event as it was recorded (docs/wire-format.md), one per line."""
     for _, value in found:
-        stream.write(value)
+        stream.write(codec.one_line(value))
         stream.write(b"\n")
 
 
@@ -63,7 +63,7 @@ def cloudevents(found: Iterable[Logged], stream: BinaryIO, source: str) -> None:
         at = datetime.fromtimestamp(event.at / 1000, timezone.utc).isoformat(timespec="milliseconds")
         made = CloudEvent(
             "1.0", event.id, f"/celery/{source}", f"celery.task.{event.kind}", event.task, at.replace("+00:00", "Z"),
-            "application/json", event.task, msgspec.Raw(value),
+            "application/json", event.task, msgspec.Raw(codec.one_line(value)),
         )  # fmt: skip
         stream.write(_encode(made))
         stream.write(b"\n")

@@ -77,7 +77,7 @@ def cells(event: Event) -> tuple[str, ...]:
 def line(event: Event, value: bytes, *, as_json: bool) -> None:
     """Print one event at once: as it was recorded, or as a line."""
     if as_json:
-        click.echo(value)
+        click.echo(codec.one_line(value))
     else:
         click.echo("  ".join(cell for cell in cells(event) if cell))
 

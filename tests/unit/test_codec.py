@@ -234,6 +234,8 @@ JUNK = {
     "an opaque without its document": b'{"v":1,' + BASE + b',"opaque":{}}',
     "a lone surrogate": b'{"v":1,' + BASE + b',"name":"\\ud800"}',
     "half a character": b'{"v":1,' + BASE + b',"name":"\xc3"}',
+    "half a character in a document": b'{"v":1,' + BASE + b',"doc":{"a":"\xc3"}}',
+    "half a character in an unknown field": b'{"v":1,' + BASE + b',"later":"\xc3"}',
     "an infinite number": b'{"v":1,' + BASE + b',"args":1e999}',
     "5,000 digits": b'{"v":1,' + BASE + b',"args":1' + b"0" * 5_000 + b"}",
     "deep nesting": DEEP,
@@ -241,6 +243,15 @@ JUNK = {
     "deep nesting in arguments": b'{"v":1,' + BASE + b',"args":' + DEEP + b"}",
     "deep nesting in an unknown field": b'{"v":1,' + BASE + b',"later":' + DEEP + b"}",
 }
+
+
+def test_a_record_on_several_lines_says_the_same_on_one():
+    value = b'{"v":1,\r\n' + BASE + b',\n "name":"a\\nb", "doc":{"a": \n[1]}}'
+    one = codec.one_line(value)
+    assert b"\n" not in one
+    assert b"\r" not in one
+    assert json.loads(one) == json.loads(value)
+    assert codec.decode(one).name == codec.decode(value).name == "a\nb"
 
 
 @pytest.mark.parametrize("value", JUNK.values(), ids=JUNK)
