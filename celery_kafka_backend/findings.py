@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from celery_kafka_backend import codec, events
+from celery_kafka_backend import codec, events, order
 from celery_kafka_backend.chord_records import Decided, Declared, Extended, Fired, Gone, Part, Sized
 from celery_kafka_backend.errors import CodecError
 
@@ -48,7 +48,9 @@ AHEAD_OF_QUEUE_MS: Final = 60_000
 _ENDS: Final = frozenset(
     {events.SUCCESS, events.FAILURE, events.WORKER_LOST, events.REVOKED, events.EXPIRED, events.UNKNOWN_TASK}
 )
-_STATES: Final = frozenset({events.STARTED, events.STATE, events.RETRY})
+_LATE: Final = frozenset(
+    {events.STARTED, events.STATE, events.RETRY, events.FAILURE, events.WORKER_LOST, events.REVOKED, events.EXPIRED}
+)
 _STATES_THAT_END: Final = frozenset({"IGNORED", "REJECTED"})
 
 
@@ -194,7 +196,7 @@ class Tasks:
                 run.end = min(run.successes)[0]
             elif run.end is None or said < run.end:
                 run.end = said
-        if kind in _STATES or kind in (events.FAILURE, events.WORKER_LOST):
+        if kind in _LATE and order.rank_of_key(event.key) is not order.Rank.GUESSED_REVOKED:
             run.late = max(run.late or said, said)
 
     def settle(self) -> Iterator[Finding]:
@@ -292,7 +294,7 @@ class Clocks:
 
     def take(self, event: Event, written_ms: int) -> None:
         """Take note of an event and of the broker's time of it, ms since 1970."""
-        if event.imported is not None:
+        if event.imported is not None or not event.host:
             return
         delay = (written_ms - event.at, event.id, event.at)
         known = self._delays.get(event.host)

@@ -9,7 +9,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from celery_kafka_backend import chord_records, events
+from celery_kafka_backend import chord_records, events, order
 from celery_kafka_backend.chord_records import Decided, Declared, Fired, Key, Part, Sized
 from celery_kafka_backend.events import CHILD, CLIENT, PARENT, Event
 from celery_kafka_backend.findings import Chords, Clocks, Finding, Tasks
@@ -111,11 +111,17 @@ def test_a_state_after_the_end_is_late_and_a_success_after_a_failure_is_the_end(
     (said,) = found(*whole("t", 0), late)
     assert (said.kind, said.events) == ("late-state", ("t success 0.3", late.id))
     assert kinds(event(events.WORKER_LOST, 1), event(events.STARTED, 2), event(events.SUCCESS, 3)) == []
-    assert kinds(event(events.SUCCESS, 3), event(events.FAILURE, 4)) == [("late-state", "t")]
+    for kind in (events.FAILURE, events.WORKER_LOST, events.REVOKED, events.EXPIRED):
+        assert kinds(event(events.SUCCESS, 3), event(kind, 4)) == [("late-state", "t")], kind
 
 
 def test_what_workers_say_who_never_had_a_task_counts_for_nothing():
     assert kinds(*whole("t", 0), event(events.REVOKED, 5, run=None, role=PARENT)) == []
+
+
+def test_a_guess_that_a_task_was_revoked_is_no_late_state():
+    key = order.order_key(order.Rank.GUESSED_REVOKED, NOON + 5 * MINUTE, RUN)
+    assert kinds(*whole("t", 0), event(events.REVOKED, 5, key=key, role=PARENT)) == []
 
 
 def test_ends_of_every_kind_end():
@@ -171,6 +177,12 @@ def test_a_host_that_writes_from_the_future_is_ahead_and_one_of_which_everything
             one = msgspec.structs.replace(event(events.SENT, 0, id=f"{host}{n}"), at=at + wrong, host=host)
             clocks.take(one, at + random.Random(n).randrange(5, 500))
     assert [(one.kind, one.host) for one in clocks.findings()] == [("clock-skew", "ahead"), ("clock-skew", "behind")]
+
+
+def test_events_of_no_host_are_of_no_clock():
+    clocks = Clocks()
+    clocks.take(event(events.SENT, 0, host=""), NOON + 30_000)
+    assert list(clocks.findings()) == []
 
 
 def test_one_late_event_is_no_wrong_clock():
