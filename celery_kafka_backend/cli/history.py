@@ -17,7 +17,7 @@ from celery_kafka_backend.cli.exits import Exit, Stop
 from celery_kafka_backend.cli.moment import Moment, Span
 from celery_kafka_backend.cli.output import duration, when
 from celery_kafka_backend.cli.records import elsewhere, following, messages, spans
-from celery_kafka_backend.cli.sources import CLOCKS_MS, audited, keeps_less, log_name, log_of
+from celery_kafka_backend.cli.sources import AHEAD_MS, audited, keeps_less, log_name, log_of
 from celery_kafka_backend.errors import CodecError, SettingsError, StoreError
 from celery_kafka_backend.query import Query
 from celery_kafka_backend.settings import mask
@@ -315,8 +315,8 @@ def _tree(pipeline: Pipeline, asked: Asked) -> Exit:
     if not found:
         raise _not_found(pipeline, asked)
     root = next((event.root for event, _ in found if event.root), asked.id)
-    # Nothing of a workflow is older than what it began with; of a part of one, than that part.
-    query = Query(root=root, since=min(event.at for event, _ in found) - CLOCKS_MS)
+    # Nothing of a workflow is older than what it began with; of a part of one, than that part. But clocks differ.
+    query = Query(root=root, since=min(event.at for event, _ in found) - AHEAD_MS)
     events, source = _gathered(pipeline, asked, query)
     nodes = timeline.tree([*events, *(event for event, _ in found)], asked.id)
     if asked.as_of is not None:
@@ -369,7 +369,8 @@ def _counts(pipeline: Pipeline, asked: Asked) -> Exit:
     tally = timeline.Tally()
     with audited(pipeline, None, asked.timeout_s, only_log=asked.only_log, no_log=asked.no_log) as source:
         for event, _ in source.search(query):
-            tally.take(event)
+            if event.hlc <= asked.as_of:  # the clock of `timeline.as_of`; a process whose own is behind says it earlier
+                tally.take(event)
         name = source.name
     counts = tally.counts()
     if asked.as_json:

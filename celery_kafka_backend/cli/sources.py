@@ -16,7 +16,7 @@ from celery_kafka_backend.cli.output import duration
 from celery_kafka_backend.cli.records import messages, spans
 from celery_kafka_backend.errors import SettingsError, StoreError
 from celery_kafka_backend.events import kept_ms
-from celery_kafka_backend.order import system_wall_ms
+from celery_kafka_backend.order import SKEW_LIMIT_MS, system_wall_ms
 from celery_kafka_backend.settings import mask
 from celery_kafka_backend.sinks.contract import matching
 from celery_kafka_backend.sinks.registry import keeps_history, open_view
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 CLOCKS_MS: Final = 60_000
 """Hosts' and brokers' clocks may differ by so much."""
+AHEAD_MS: Final = SKEW_LIMIT_MS
+"""An event may say a time so much later than Kafka's: a clock that is further ahead is believed by nobody."""
 LATE_MS: Final = 3_600_000
 """An event may reach Kafka so much later than it happened: the producer's own patience, and an hour's outage with a spool."""
 FEW: Final = 1_000_000
@@ -136,7 +138,7 @@ def in_log(broker: Broker, query: Query) -> Iterator[Logged]:
     Where much was written more than `LATE_MS` after ``query.until``, that is left out, and said.
     """
     topic = log_of(broker)
-    since = None if query.since is None else query.since - CLOCKS_MS
+    since = None if query.since is None else query.since - AHEAD_MS
     parts = spans(broker, topic, since, None)
     if query.until is not None:
         then = spans(broker, topic, since, query.until + LATE_MS)

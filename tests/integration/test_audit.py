@@ -354,6 +354,40 @@ def test_counts_as_of_a_time_are_of_all_tasks_in_the_window(audit):
     assert none["counts"] == []
 
 
+def test_what_hosts_with_wrong_clocks_say_is_found_where_it_belongs(broken):
+    now = order.system_wall_ms()
+    ahead, behind = now + 300_000, now - 120_000
+
+    def event(kind, at, task, parent=None, hlc=None, **more):
+        where = {"root": "first", "parent": parent, "run": order.run_at(now), "name": f"shop.{task}"}
+        return Event(
+            id=f"{task} {kind}", kind=kind, task=task, at=at, hlc=hlc or at, host=f"h{at - now}", **where, **more
+        )
+
+    log = topics.task_events(broken.app.app.conf.kafka_backend_settings["topic_prefix"])
+    producer = Producer(
+        {"bootstrap.servers": broken.bootstrap, "partitioner": "murmur2_random", "on_delivery": must_arrive}
+    )
+    for one in (
+        event(events.SENT, ahead, "second", "first"),
+        event(events.SENT, ahead + 1, "third", "second"),
+        event(events.STARTED, now, "third", "second", hlc=ahead + 2),
+        event(events.SUCCESS, behind, "slow", hlc=now),
+    ):
+        producer.produce(log, codec.encode(one), one.task)
+    assert producer.flush(PATIENCE_S) == 0
+
+    tree = json.loads(told(broken, "history", "second", "--log", "--tree", "--json").stdout)
+    assert [(node["task"], node["state"]) for node in tree] == [("second", "sent"), ("third", "started")]
+    since = datetime.fromtimestamp(ahead / 1000, timezone.utc).isoformat()
+    found = json.loads(told(broken, "search", "--log", "--root", "first", "--since", since, "--json").stdout)
+    assert [each["task"] for each in found] == ["third", "second"]
+    for moment, states in ((now - 1, set()), (now, {"success"})):
+        then = datetime.fromtimestamp(moment / 1000, timezone.utc).isoformat()
+        counts = json.loads(told(broken, "history", "--log", "--as-of", then, "--json").stdout)["counts"]
+        assert {row["state"] for row in counts if row["name"] == "shop.slow"} == states
+
+
 def test_the_view_and_the_log_find_the_same(audit):
     for asked in (
         ("--state", "failure"), ("--name", "shop.*"), ("--text", "ORDER-1717", "--retries", "1"), ("--group", audit.world["GROUP"]),
