@@ -44,7 +44,7 @@ def main() -> int:
                     tally = _run(name, folder, arguments)
                 verdicts.append(tally.verdict(ours=name != PEER, whole=whole))
                 print(f"{name}, run {number} of {arguments.runs}: {tally.summary()}", flush=True)
-                print("".join(f"  {line}\n" for line in verdicts[-1]), end="", flush=True)
+                print("".join(f"  {line}\n" for line in tally.raced() + verdicts[-1]), end="", flush=True)
     except ServiceError as error:
         print(error, file=sys.stderr)
         return 1

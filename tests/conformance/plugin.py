@@ -1,4 +1,4 @@
-"""Loaded into Celery's tests: lifts their gates for Redis, and writes down what really ran.
+"""Loaded into Celery's tests: lifts their gates for Redis, marks those that race with themselves, and writes down what really ran.
 
 Many tests skip themselves unless the backend's URL starts with "redis", because Redis is where Celery's chords are at
 home. Here the URL of our backend answers that question with yes, and is otherwise itself.
@@ -10,6 +10,10 @@ import json
 import os
 import sys
 from pathlib import Path
+
+import pytest
+
+from tests.conformance.tally import RACES, listed
 
 GATED = {"redis", "redis://"}
 
@@ -27,6 +31,13 @@ class Lifted(str):
 def pytest_configure(config):
     conftest = sys.modules["t.integration.conftest"]
     conftest.TEST_BACKEND = Lifted(conftest.TEST_BACKEND)
+
+
+def pytest_collection_modifyitems(items):
+    races = listed(RACES)
+    for item in items:
+        if item.nodeid in races:
+            item.add_marker(pytest.mark.flaky(reruns=5, reruns_delay=2))  # as Celery marks its own
 
 
 def pytest_collection_finish(session):

@@ -10,6 +10,7 @@ from tests.conformance import suite
 
 EXCEPTIONS = Path(__file__).with_name("exceptions.txt")
 SKIPPED = Path(__file__).with_name("skipped.txt")
+RACES = Path(__file__).with_name("races.txt")
 NOTHING_COLLECTED = 5  # pytest's exit code: a module that skips itself as a whole
 FINE = {"passed", "xfailed", "xpassed"}  # Celery's own expectations of failure are not strict
 MOST_EXCEPTIONS = 12
@@ -59,6 +60,10 @@ class Tally:
         found = [f"{len(tests)} collected", *(f"{number} {outcome}" for outcome, number in sorted(counts.items()))]
         reruns = sum(self.reruns[test] for test in tests)
         return ", ".join([*found, *([f"{reruns} reruns"] if reruns else [])])
+
+    def raced(self) -> list[str]:
+        """The tests of ``races.txt`` that ran again, a line each."""
+        return [f"ran again, {self.reruns[test]} times: {test}" for test in listed(RACES) if self.reruns[test]]
 
     def verdict(self, *, ours: bool, whole: bool) -> list[str]:
         """Everything that is wrong, a line each.

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conformance import tally
 from tests.conformance.plugin import Lifted
-from tests.conformance.tally import EXCEPTIONS, MOST_EXCEPTIONS, SKIPPED, Tally, listed
+from tests.conformance.tally import EXCEPTIONS, MOST_EXCEPTIONS, RACES, SKIPPED, Tally, listed
 
 
 @pytest.fixture
@@ -43,6 +43,16 @@ def test_a_rerun_is_counted(read):
     found = read({"collected": "a"}, ran("a", "rerun"), ran("a", "passed"))
     assert found.verdict(ours=True, whole=False) == []
     assert found.summary() == "1 collected, 1 passed, 1 reruns"
+    assert found.raced() == []
+
+
+def test_a_race_that_was_lost_is_named_and_one_that_is_lost_each_time_is_a_failure(read):
+    (race,) = listed(RACES)
+    found = read({"collected": race}, ran(race, "rerun", why="late"), ran(race, "passed"))
+    assert found.raced() == [f"ran again, 1 times: {race}"]
+    assert found.verdict(ours=True, whole=False) == []
+    found = read({"collected": race}, *[ran(race, "rerun", why="late")] * 5, ran(race, "failed", why="late"))
+    assert found.verdict(ours=True, whole=False) == [f"failed: {race}: late"]
 
 
 def test_an_exception_is_one_on_ours_alone_and_only_while_it_fails(read, monkeypatch):
@@ -67,7 +77,8 @@ def test_the_lists_are_well_formed():
     assert len(listed(EXCEPTIONS)) <= MOST_EXCEPTIONS
     assert all(test.startswith("t/integration/test_") and why for test, why in listed(EXCEPTIONS).items())
     assert all(listed(SKIPPED).values())
-    assert not listed(EXCEPTIONS).keys() & listed(SKIPPED).keys()
+    assert all(listed(RACES).values())
+    assert not listed(EXCEPTIONS).keys() & (listed(SKIPPED).keys() | listed(RACES).keys())
 
 
 def test_the_gates_are_lifted_and_nothing_else_is():
