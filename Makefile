@@ -135,8 +135,8 @@ bench-stores: $(READY)  ## how fast each store on disk takes the log, against it
 bench-replay: $(READY)  ## replay 5 million events into Redis and SQLite, against their ceilings; REPLAY_EVENTS=500000 is smaller
 	$(BIN)/python -m benchmarks.run replay --runs 3 $(ARGS)
 
-replay-long: $(READY)  ## a million mixed events, old and new, replayed in several ways to the same view (10 minutes)
-	REPLAYED_EVENTS=1000000 $(BOUNDED) 3600 $(PYTEST) tests/integration/test_replay_mixed.py $(ARGS)
+replay-long: $(READY)  ## a million mixed events, old and new, replayed in several ways to the same view (25 minutes)
+	REPLAYED_EVENTS=1000000 $(BOUNDED) 7200 $(PYTEST) -o faulthandler_timeout=3600 tests/integration/test_replay_mixed.py $(ARGS)
 
 clean:  ## remove what make made here (not the cache of servers)
 	rm -rf $(VENV) .demo .conformance .versions build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
