@@ -10,7 +10,7 @@ import redis
 from celery_kafka_backend.changes import GROUP, TASK
 from celery_kafka_backend.order import system_wall_ms
 from celery_kafka_backend.sinks.contract import Page, Stock
-from celery_kafka_backend.sinks.redis_wire import NATIVE, tells_expiry, translated, unpack
+from celery_kafka_backend.sinks.redis_wire import NATIVE, STOCK_CHORD, tells_expiry, translated, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +43,8 @@ def stock(url: str, client: redis.Redis, key_prefix: bytes, after: str) -> Itera
 def _key(name: bytes, prefixes: dict[str, bytes]) -> _Key | None:
     for subject, prefix in prefixes.items():
         if name.startswith(prefix):
+            if subject == GROUP and name.endswith(STOCK_CHORD):
+                return None
             return _Key(subject, name[len(prefix) :].decode(errors="backslashreplace"), name)
     return None
 

@@ -27,6 +27,7 @@ from celery_kafka_backend.sinks.redis_wire import (
     CHORD,
     CHORD_EXPIRY,
     NATIVE,
+    STOCK_CHORD,
     connect,
     connection,
     tells_expiry,
@@ -268,6 +269,8 @@ class RedisView(DriverView["redis.Redis"]):
             return GROUP, "chord", _text(key[len(self._chord_prefix) :])
         for subject, prefix in self._prefixes.items():
             if key.startswith(prefix):
+                if subject == GROUP and key.endswith(STOCK_CHORD):
+                    return None
                 return subject, "document", _text(key[len(prefix) :])
             if key.startswith(b"{" + prefix) and key.endswith((b"}:k", b"}:h")):
                 kind = "side" if key.endswith(b"k") else "history"

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from celery_kafka_backend.sinks.contract import StoreOptions
 
 NATIVE: Final = {TASK: b"celery-task-meta-", GROUP: b"celery-taskset-meta-"}
+STOCK_CHORD: Final = (b".j", b".t", b".s", b".d", b".c")
+"""How keys end by which Celery's own backend counts a chord; they begin as the key of its saved group."""
 CHORD: Final = b"celery-kafka-chord-"
 CHORD_EXPIRY: Final = b""
 """The one field of a chord's hash that is no fact: no fact's name is empty."""

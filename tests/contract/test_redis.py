@@ -8,9 +8,11 @@ import re
 import socket
 import threading
 import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from celery import Celery
 
 from celery_kafka_backend.changes import Partition
 from celery_kafka_backend.errors import Rejected, SettingsError, Unavailable
@@ -365,6 +367,23 @@ def test_a_key_of_another_type_is_named_to_who_reads_all(redis_url: str, key: st
         client.rpush(key, "somebody's")
         with pytest.raises(SettingsError, match=re.escape(key)):
             list(view.rows())
+    view.close()
+
+
+def test_what_celery_counts_its_own_chords_by_is_no_saved_group(redis_url: str) -> None:
+    """Such keys are there for as long as chords are open that a view counts, and minutes longer."""
+    app = Celery(broker="memory://", backend=redis_url, set_as_current=False)
+    for group, parts in (("open", 1), ("fired", 2)):
+        app.backend.set_chord_size(group, 2)
+        for n in range(parts):
+            request = SimpleNamespace(id=f"{group}-{n}", group=group, group_index=n, chord=app.signature("body"))
+            app.backend.on_chord_part_return(request, "SUCCESS", n)
+    app.backend.add_to_chord("open", None)
+    with redis.Redis.from_url(redis_url) as client:
+        assert len(client.keys("celery-taskset-meta-*")) >= 3
+    view = registry.open_view(redis_url, StoreOptions())
+    assert list(view.rows()) == []
+    assert [found for page in view.stock("") for found in page.found] == []
     view.close()
 
 
