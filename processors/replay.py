@@ -14,6 +14,7 @@ log: whoever reads them takes them for a promise. So not after a start in the mi
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
@@ -55,6 +56,18 @@ PACE_S: Final = 0.2
 """With a rate, how much of the log a batch holds."""
 
 
+_WOULD: Final = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+CREATE TABLE would (subject TEXT, id TEXT, k INTEGER, event_id TEXT, kept INTEGER, PRIMARY KEY (subject, id)) WITHOUT ROWID;
+"""
+_NOTE_WOULD: Final = """
+INSERT INTO would VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
+SET k = excluded.k, event_id = excluded.event_id, kept = excluded.kept
+WHERE excluded.k IS NOT NULL AND (k IS NULL OR (excluded.k, excluded.event_id) > (k, event_id))
+"""
+
+
 class Replayed(msgspec.Struct):
     """What a replay has done so far.
 
@@ -64,8 +77,8 @@ class Replayed(msgspec.Struct):
         read: Of that total, what is behind us.
         events: Events folded.
         facts: Facts about chords written.
-        changes: Tasks and groups written, once per batch.
-        shown: Dry: how many of these say what a task shows …
+        changes: Tasks and groups written, once per batch; dry, when it is done: once each.
+        shown: Dry, when it is done: how many of these say what a task shows …
         kept: … and in how many of these cases the store has that already, or something newer.
         expired: Tasks, groups and facts left out because they have expired, once per batch.
         remembered: Of these, tasks and groups of which the history keeps events for longer.
@@ -156,6 +169,7 @@ def feed(
             on_progress(done)
             pace.take(read.records)
         pen.write(Batch([], (), marks.moved(job.number, {at: end for at, (_, end) in job.spans.items()})), done)
+        pen.sum_up(done)
     except KafkaException as exc:
         raise translate(exc, "replay") from exc
     finally:
@@ -291,6 +305,9 @@ class _Pen(Protocol):
     def write(self, batch: Batch, done: Replayed) -> None:
         """Write a batch, and count what became of it."""
 
+    def sum_up(self, done: Replayed) -> None:
+        """Say what only all batches together tell."""
+
     def close(self) -> None:
         """Let go of the store."""
 
@@ -323,16 +340,24 @@ class _SinkPen:
                 logger.warning("refused by the store: %s: %s", subject, why)
             done.rejected += len(exc.reasons)
 
+    def sum_up(self, done: Replayed) -> None:
+        pass
+
     def close(self) -> None:
         self._sink.close()
         self._view.close()
 
 
 class _DryPen:
-    """Writes nothing, and compares what it would write with what is there."""
+    """Writes nothing, and compares what it would write with what is there.
+
+    A task is in many batches: what would be written of each is in a temporary file, some 150 bytes per task.
+    """
 
     def __init__(self, target: Target) -> None:
         self._view: View | None = open_view(target.url, target.options)
+        self._db = sqlite3.connect("", isolation_level=None)
+        self._db.executescript(_WOULD)
 
     def open(self) -> None:
         assert self._view is not None
@@ -346,16 +371,27 @@ class _DryPen:
     def living(self, over: list[Life]) -> list[Change]:  # noqa: ARG002 - nothing is told to anybody
         return []
 
-    def write(self, batch: Batch, done: Replayed) -> None:
-        winners = {each.id: each.winner for each in batch.changes if each.subject == TASK and each.winner is not None}
-        done.shown += len(winners)
-        if self._view is None:
-            return
-        there = self._view.shown(list(winners))
-        done.kept += sum(
-            (found.key, found.event_id) >= (winners[each].key, winners[each].id) for each, found in there.items()
-        )
+    def write(self, batch: Batch, done: Replayed) -> None:  # noqa: ARG002 - only all batches together tell
+        changes = [each for each in batch.changes if not each.only_history]
+        winners = {each.id: each.winner for each in changes if each.subject == TASK and each.winner is not None}
+        there = self._view.shown(list(winners)) if self._view is not None else {}
+        rows: list[tuple[str, str, int | None, str | None, bool]] = []
+        for each in changes:
+            winner = winners.get(each.id) if each.subject == TASK else None
+            key, event_id = (winner.key, winner.id) if winner is not None else (None, None)
+            found = there.get(each.id) if winner is not None else None
+            rows.append(
+                (each.subject, each.id, key, event_id, bool(found and (found.key, found.event_id) >= (key, event_id)))
+            )
+        self._db.execute("BEGIN")
+        self._db.executemany(_NOTE_WOULD, rows)
+        self._db.execute("COMMIT")
+
+    def sum_up(self, done: Replayed) -> None:
+        (counted,) = self._db.execute("SELECT count(*), count(k), coalesce(sum(kept), 0) FROM would")
+        done.changes, done.shown, done.kept = counted
 
     def close(self) -> None:
+        self._db.close()
         if self._view is not None:
             self._view.close()

@@ -219,18 +219,17 @@ def _work(pipeline: Pipeline, asked: Asked, prepared: Prepared, chosen: Path | N
 
 
 def _say_after(asked: Asked, prepared: Prepared, done: Replayed, spent_s: float) -> None:
-    would = "would be " if asked.dry else ""
     kept = f" ({done.remembered} of them are in the history)" if done.remembered else ""
     unwanted = f", {done.unwanted} records of other tasks" if asked.wanted else ""
     click.echo(
         f"{mask(asked.url)}: {done.events} events and {done.facts} chord facts of {done.records} records, "
-        f"{done.changes} tasks and groups {would}written; left out: {done.expired} expired{kept}, {done.poison} unreadable, "
+        f"{done.changes} tasks and groups {'would be written' if asked.dry else 'written (once per batch)'}; left out: {done.expired} expired{kept}, {done.poison} unreadable, "
         f"{done.rejected} refused by the store{unwanted}. {duration(spent_s)}."
     )
     if asked.dry:
         click.echo(
             f"Of {done.shown} documents the store has {done.kept} already, or newer ones, which would stay. "
-            "Nothing was written. A task is counted once per batch that it is in."
+            "Nothing was written."
         )
     elif not prepared.job.promised.issuperset(prepared.job.spans):
         click.echo("It is a part of the log: readers are not told that this view is up to date.")
