@@ -131,6 +131,8 @@ def _all(pipeline: Pipeline, broker: Broker, bounds: Bounds) -> Iterator[Finding
                 event = codec.decode(message.value())
             except CodecError:
                 continue  # the materializer's dead letters tell
+            if message.timestamp()[1] >= bounds.now < event.hlc:
+                continue  # neither happened by then nor was heard of
             tasks.take(event)
             if not broker.embedded:  # it keeps no time of its own
                 clocks.take(event, message.timestamp()[1])

@@ -182,6 +182,23 @@ def test_a_log_with_one_fault_of_each_kind_has_these_findings(broken):
     assert "1 findings" in only
 
 
+def test_findings_as_of_a_time_know_nothing_of_what_happened_after_it(broken):
+    now = order.system_wall_ms()
+    run = order.run_at(now - 9_000_000)
+    log = topics.task_events(broken.app.app.conf.kafka_backend_settings["topic_prefix"])
+    producer = Producer(
+        {"bootstrap.servers": broken.bootstrap, "partitioner": "murmur2_random", "on_delivery": must_arrive}
+    )
+    for kind, at in ((events.SENT, now - 9_000_000), (events.SUCCESS, now - 10_000)):
+        one = Event(id=kind, kind=kind, task="ended", name="shop.pay", queue="another", at=at, hlc=at, run=run)
+        producer.produce(log, codec.encode(one), "ended")
+    assert producer.flush(PATIENCE_S) == 0
+    for until_ms, known in ((now - 30_000, True), (now, False)):
+        then = datetime.fromtimestamp(until_ms / 1000, timezone.utc).isoformat()
+        found = told(broken, "findings", "--until", then, "--kind", "unfinished", "--json").stdout.splitlines()
+        assert ("ended" in {json.loads(line)["task"] for line in found}) == known
+
+
 def test_what_reached_the_log_hours_late_is_found_there_once_or_said_to_be_left_out(broken, monkeypatch):
     now = order.system_wall_ms()
     late = Event(
