@@ -78,7 +78,8 @@ def command(ctx: click.Context, task_id: str, report: bool, as_json: bool, timeo
 
     It is an event like any other, so every view that reads the log takes the result out, also one that is filled by a
     replay later. Not erased are the recorded events, with their results and arguments: in the log until Kafka
-    deletes them, and in views that keep history until they expire. --report says how many, where, and until when. Exits with 13 if a view still showed the result when time was up, with 7 if one could not be read.
+    deletes them, and in views that keep history until they expire. --report says where, and until when. Exits with 13
+    if a view still showed the result when time was up, with 7 if one could not be read.
 
     \b
     Examples:
