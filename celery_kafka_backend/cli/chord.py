@@ -140,11 +140,15 @@ def _from_log(pipeline: Pipeline, broker: Broker, group_id: str) -> list[ChordSt
         records.take(message)
     found = records.states()
     if not found:
+        kept = duration(pipeline.settings.retention_ms / 1000)
+        stock = (
+            "; what is begun with chords = 'view' is counted by Celery" if pipeline.settings.chords == "view" else ""
+        )
         raise Stop(
             Exit.NOT_FOUND,
             f"no chord of group {group_id!r}: neither a view nor {topic} knows it",
             "check the id: it is the header's (`result.parent.id` of what `chord(…)(…)` returned); chords are forgotten "
-            f"after kafka_backend_settings['retention_ms'] ({duration(pipeline.settings.retention_ms / 1000)})",
+            f"after kafka_backend_settings['retention_ms'] ({kept}){stock}",
         )
     return found
 

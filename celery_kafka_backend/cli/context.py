@@ -39,6 +39,11 @@ class Pipeline(NamedTuple):
         return configure.store_options(self.app, self.settings, url)
 
     @property
+    def shadows(self) -> bool:
+        """Whether the app has another result backend, beside which it appends to our log (`shadow`)."""
+        return bool(self.app.conf.get(configure.SHADOW)) and not str(self.app.conf.result_backend).startswith("kafka:")
+
+    @property
     def command(self) -> str:
         """How the user calls us, for remedies."""
         return called(self.reference)

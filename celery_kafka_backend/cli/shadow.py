@@ -257,7 +257,7 @@ def command(
       celery -A proj pipeline shadow --json | jq .different
     """
     pipeline = pipeline_of(ctx)
-    if not pipeline.app.conf.get(SHADOW) or str(pipeline.app.conf.result_backend).startswith("kafka:"):
+    if not pipeline.shadows:
         remedy = f"set {SHADOW} = 'kafka://…?view=…' beside it (docs/shadow.md)"
         raise Stop(Exit.CONFIGURATION, "this app has no shadow: its result_backend is all it writes", remedy)
     url = chosen_view(pipeline.settings, chosen) if chosen else pipeline.settings.views[0]

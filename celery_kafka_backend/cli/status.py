@@ -98,8 +98,11 @@ def show(state: State, command: str) -> None:
     for name in state.readers.outdated:
         again = f"`{command} cutover --to {state.readers.view}`"
         screen.print(f"  warning: {name} does not say so; repeat {again}", style="yellow")
-    style = "yellow" if state.dead_letters else None
-    screen.print(f"  {state.dead_letters} dead letters in {state.prefix}.dead-letters", style=style)
+    letters = f"{state.dead_letters} records in {state.prefix}.dead-letters"
+    if state.dead_letters:  # what was done about them, too
+        screen.print(f"  {letters}; `{command} dead-letters list --state open` says what is to be done", style="yellow")
+    else:
+        screen.print(f"  {letters}")
     for reading in state.readings:
         screen.print()
         _show(reading, state.at)

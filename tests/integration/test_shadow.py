@@ -48,6 +48,7 @@ def test_the_view_shows_what_the_backend_beside_it_has_stored(kafka, redis_serve
         found = json.loads(done.stdout)
         assert (found["same"], found["different"]) == (30, 0), found
         assert fleet.run("pipeline", "status", "--no-chords").returncode == 0
+        assert "chords: nobody" not in fleet.run("pipeline", "doctor").stdout
 
         with subprocess.Popen([*CLIENT, "moving"], env=fleet.environment, stdout=subprocess.PIPE) as client:
             assert client.stdout.readline() == b"sent\n"

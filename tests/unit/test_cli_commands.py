@@ -17,14 +17,17 @@ from click.testing import CliRunner
 from celery_kafka_backend import timeline
 from celery_kafka_backend.cli import checks, output, pipeline
 from celery_kafka_backend.cli.command import complain
+from celery_kafka_backend.cli.context import Pipeline
 from celery_kafka_backend.cli.exits import MEANINGS, Exit, Stop, code_of
 from celery_kafka_backend.cli.filters import meant
 from celery_kafka_backend.cli.history_shown import outcome
+from celery_kafka_backend.configure import settings_of
 from celery_kafka_backend.errors import ForeignLog, NotAcknowledged, SettingsError, Unavailable
 from celery_kafka_backend.events import Event
 from celery_kafka_backend.producer.publisher import Record
 from celery_kafka_backend.producer.spool import Spool, spool_for
 from celery_kafka_backend.settings import parse
+from celery_kafka_backend.topics import view_name
 
 SECRET = "hunter2"
 COMMANDS = (
@@ -219,6 +222,19 @@ def test_doctor_goes_on_without_kafka_and_gives_one_verdict():
     assert done.exit_code == Exit.KAFKA_UNREACHABLE
     assert "fail  kafka" in done.output
     assert done.output.count("Not well:") == 1
+
+
+def test_doctor_asks_of_a_shadow_for_no_processor_of_chords():
+    def looked_for(**conf):
+        app = Celery("proj", broker="memory://", set_as_current=False)
+        app.conf.update(conf)
+        pipeline = Pipeline(app, "proj", settings_of(app))
+        broker = SimpleNamespace(settings=pipeline.settings, members=lambda _group: [])
+        return [found.text.partition(":")[0] for found in checks.processors(pipeline, broker)]
+
+    url = "kafka://127.0.0.1:1/?view=memory://"
+    assert looked_for(result_backend="redis://h/1", kafka_shadow=url) == [view_name("memory://")]
+    assert looked_for(result_backend=url, kafka_shadow=url) == [view_name("memory://"), "chords"]
 
 
 def test_a_missing_rich_is_said_with_its_remedy(monkeypatch):
