@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Final
 
 from celery_kafka_backend.sinks.insight import KEPT_S, InsightStore, MinuteRow
-from celery_kafka_backend.sinks.sqlite_wire import connect, path_of, translated
+from celery_kafka_backend.sinks.sqlite_wire import connect, path_of, timeout_of, translated
 
 if TYPE_CHECKING:
     import sqlite3
@@ -34,7 +34,7 @@ class SqliteInsight(InsightStore):
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         self._path = path_of(url)
-        self._timeout_s = float(options.options.get("timeout", 10.0))
+        self._timeout_s = timeout_of(options)
 
     def open(self) -> None:
         with self._connected("rwc") as db:

@@ -219,7 +219,7 @@ def connection(client: redis.Redis) -> Any:
     pool = client.connection_pool
     try:
         return pool.connection_class(**pool.connection_kwargs)
-    except TypeError as exc:
+    except (TypeError, ValueError, redis.RedisError) as exc:
         problem = f"redis-py does not take the view's options: {exc}"
         raise SettingsError("view", problem, "correct kafka_backend_settings['view_options'] or the URL") from exc
 

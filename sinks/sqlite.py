@@ -46,7 +46,7 @@ from celery_kafka_backend.sinks.contract import (
 from celery_kafka_backend.sinks.native_columns import wrong
 from celery_kafka_backend.sinks.sqlite_native import beside, group_row, stock_document, stock_group, task_row
 from celery_kafka_backend.sinks.sqlite_search import search_condition
-from celery_kafka_backend.sinks.sqlite_wire import connect, path_of, translated
+from celery_kafka_backend.sinks.sqlite_wire import connect, path_of, timeout_of, translated
 
 if TYPE_CHECKING:
     import sqlite3
@@ -80,7 +80,7 @@ class SqliteSink(Sink):
     def __init__(self, url: str, options: StoreOptions) -> None:
         self.url = url
         self._path = path_of(url)
-        self._timeout_s = float(options.options.get("timeout", 10.0))
+        self._timeout_s = timeout_of(options)
         self._history = options.history is not False
         self._history_ms = options.history_retention_ms
         self._limit = MAX_BLOB
@@ -289,7 +289,7 @@ class SqliteView(View):
     def __init__(self, url: str, options: StoreOptions) -> None:
         self.url = url
         self._path = path_of(url)
-        self._timeout_s = float(options.options.get("timeout", 10.0))
+        self._timeout_s = timeout_of(options)
         self._serializer = options.serializer
         self.after_fork()
 

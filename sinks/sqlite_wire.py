@@ -12,6 +12,8 @@ from celery_kafka_backend.errors import SettingsError, Unavailable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from celery_kafka_backend.sinks.contract import StoreOptions
+
 
 def path_of(url: str) -> Path:
     """Return the file that a view's URL names."""
@@ -19,6 +21,22 @@ def path_of(url: str) -> Path:
     if not rest.startswith("/") or len(rest) < 2 or "?" in rest:
         raise SettingsError("view", f"{url!r} names no file", f"{scheme}:///relative.db or {scheme}:////absolute.db")
     return Path(rest[1:])
+
+
+def timeout_of(options: StoreOptions) -> float:
+    """Return for how many seconds to wait for another writer: the one option that there is.
+
+    Raises:
+        SettingsError: There is another one, or it is no such time.
+    """
+    given = dict(options.options)
+    timeout_s = given.pop("timeout", 10.0)
+    setting = "kafka_backend_settings['view_options']['sqlite']"
+    if given:
+        raise SettingsError(setting, f"no such option: {', '.join(sorted(given))}", "known: timeout")
+    if not isinstance(timeout_s, int | float) or timeout_s < 0:
+        raise SettingsError(setting, f"timeout = {timeout_s!r} is no time", "give seconds")
+    return float(timeout_s)
 
 
 @contextmanager

@@ -263,6 +263,8 @@ def test_an_eviction_policy_is_warned_of(own: service.RedisServer, opened: Any) 
 def test_an_option_that_redis_py_does_not_know_is_a_setting(redis_url: str, opening: Any) -> None:
     with pytest.raises(SettingsError, match=r"no_such_option.*view_options"):
         opening(redis_url, StoreOptions(options={"no_such_option": 1}))
+    with pytest.raises(SettingsError, match=r"maybe.*view_options"):
+        opening("rediss://h:1/0?ssl_cert_reqs=maybe", StoreOptions())
 
 
 @pytest.mark.parametrize("opening", [registry.open_sink, registry.open_view])

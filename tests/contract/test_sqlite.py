@@ -62,6 +62,13 @@ def test_a_url_without_a_usable_file_is_a_setting(url: str) -> None:
         registry.open_sink(url, StoreOptions()).open()
 
 
+@pytest.mark.parametrize("opening", [registry.open_sink, registry.open_view])
+@pytest.mark.parametrize("options", [{"timeot": 1.0}, {"timeout": "soon"}, {"timeout": None}, {"timeout": -1}])
+def test_an_option_that_is_none_is_a_setting(path: Path, opening: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=r"view_options.*time"):
+        opening(f"sqlite:///{path}", StoreOptions(options=options))
+
+
 def test_a_relative_path_starts_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sink = registry.open_sink("sqlite:///here.db", StoreOptions())
