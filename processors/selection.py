@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from celery_kafka_backend.changes import Change
 
 PENDING: Final = "PENDING"
-"""The state of a task of which nothing is shown: sent or received, and no more."""
+"""The state of a task of which nothing is shown: sent or received and no more, rejected, or with an ignored result."""
 CHUNK: Final = 500
 
 _SEEN: Final = "CREATE TABLE seen (id TEXT PRIMARY KEY, k INTEGER, e TEXT, state TEXT, named INTEGER)"
