@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -60,7 +61,7 @@ def command(
     query = query_of(given, limit=limit, newest_first=not oldest)
     with (
         audited(pipeline, view, timeout, only_log=only_log) as source,
-        console(stderr=True).status(f"searching {source.name}"),
+        nullcontext() if as_json else console(stderr=True).status(f"searching {source.name}"),
     ):
         found, name = list(source.search(query)), source.name
     if as_json:

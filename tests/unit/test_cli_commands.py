@@ -237,15 +237,27 @@ def test_doctor_asks_of_a_shadow_for_no_processor_of_chords():
     assert looked_for(result_backend=url, kafka_shadow=url) == [view_name("memory://"), "chords"]
 
 
-def test_a_missing_rich_is_said_with_its_remedy(monkeypatch):
+@pytest.fixture
+def without_rich(monkeypatch):
     real = builtins.__import__
 
-    def without_rich(name, *args, **kwargs):
+    def importing(name, *args, **kwargs):
         if name.startswith("rich"):
             raise ModuleNotFoundError("No module named 'rich'", name="rich")
         return real(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without_rich)
+    monkeypatch.setattr(builtins, "__import__", importing)
+
+
+@pytest.mark.usefixtures("without_rich")
+def test_a_search_as_json_needs_no_rich():
+    done = invoke("search", "--view", "memory", "--json", backend="kafka://127.0.0.1:1/?view=memory://rich")
+    assert done.exit_code == Exit.NOT_FOUND
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.usefixtures("without_rich")
+def test_a_missing_rich_is_said_with_its_remedy():
     with pytest.raises(Stop, match=r"pip install 'celery-kafka-backend\[processor\]'") as caught:
         output.console()
     assert caught.value.code is Exit.CONFIGURATION
