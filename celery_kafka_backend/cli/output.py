@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -12,7 +12,7 @@ import msgspec
 from celery_kafka_backend.cli.exits import Exit, Stop
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from rich.console import Console
     from rich.progress import Progress, Task
@@ -21,28 +21,41 @@ if TYPE_CHECKING:
 _EXTRA: Final = "celery-kafka-backend[processor]"
 
 
-def console(*, stderr: bool = False) -> Console:
-    """Return a terminal to draw on.
-
-    Raises:
-        Stop: rich is not installed.
-    """
+@contextmanager
+def _rich() -> Iterator[None]:
+    """Turn its absence into a `Stop` with the remedy."""
     try:
-        from rich.console import Console  # noqa: PLC0415 - an extra
+        yield
     except ModuleNotFoundError as exc:
         raise Stop(
             Exit.CONFIGURATION,
             f"tables and progress need the package {exc.name!r}, which is not installed",
             f"pip install '{_EXTRA}'; or use --json where the command has it",
         ) from exc
+
+
+@_rich()
+def console(*, stderr: bool = False) -> Console:
+    """Return a terminal to draw on.
+
+    Raises:
+        Stop: rich is not installed.
+    """
+    from rich.console import Console  # noqa: PLC0415 - an extra
+
     # Where it is not a terminal (a log, a pipe), a table must not be cut to 80 columns.
     made = Console(stderr=stderr, highlight=False, markup=False)
     return made if made.is_terminal else Console(stderr=stderr, highlight=False, markup=False, width=200)
 
 
+@_rich()
 def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
-    """Return an empty table; the columns named in ``numbers`` are right-aligned."""
-    from rich.table import Table  # noqa: PLC0415 - an extra; `console` comes first
+    """Return an empty table; the columns named in ``numbers`` are right-aligned.
+
+    Raises:
+        Stop: rich is not installed.
+    """
+    from rich.table import Table  # noqa: PLC0415 - an extra
     from rich.text import Text  # noqa: PLC0415
 
     made = Table(
@@ -53,8 +66,13 @@ def table(title: str, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
     return made
 
 
+@_rich()
 def progress() -> Progress:
-    """Return a progress display on stderr: how far, how fast, how long yet."""
+    """Return a progress display on stderr: how far, how fast, how long yet.
+
+    Raises:
+        Stop: rich is not installed.
+    """
     from rich.progress import (  # noqa: PLC0415 - an extra
         BarColumn,
         MofNCompleteColumn,

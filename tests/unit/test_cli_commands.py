@@ -257,9 +257,10 @@ def test_a_search_as_json_needs_no_rich():
 
 
 @pytest.mark.usefixtures("without_rich")
-def test_a_missing_rich_is_said_with_its_remedy():
+@pytest.mark.parametrize("drawing", [output.console, lambda: output.table(""), output.progress])
+def test_a_missing_rich_is_said_with_its_remedy(drawing):
     with pytest.raises(Stop, match=r"pip install 'celery-kafka-backend\[processor\]'") as caught:
-        output.console()
+        drawing()
     assert caught.value.code is Exit.CONFIGURATION
 
 
