@@ -3,8 +3,9 @@
 **Causal order.** Every event carries a hybrid logical clock (`order.Clock`), which is never behind what its process had
 seen: sorted by it, causes come before effects. But a reading that is over ten minutes ahead is not believed, so one
 host with a wrong clock can date its events after their effects. So what must come first does, whatever the
-clocks say: of one attempt, sent before received before started before what came of it; and a retry before the
-attempt that it announces. Everything else is by clock.
+clocks say: of one attempt, sent before received before started before what came of it (a rejection, revocation or
+expiry may come of what was received alone); and a retry before the attempt that it announces. Everything else is by
+clock.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _SAID: Final = {
 }
 _STAGES: Final = {events.SENT: 0, events.RECEIVED: 1, events.STARTED: 2, events.STATE: 3}
 _LAST_STAGE: Final = 4
+_OF_RECEIVED: Final = frozenset({events.REJECTED, events.UNKNOWN_TASK, events.REVOKED, events.EXPIRED})
+"""What a worker may say of a message that it has not started; another worker may start it later."""
 _ENDS: Final = frozenset({events.SUCCESS, events.FAILURE, events.WORKER_LOST, events.REVOKED, events.EXPIRED})
 
 
@@ -116,8 +119,9 @@ def _causes(event: Event, first: dict[tuple[int, int], Event], retries: dict[int
         return [retry for retry in retries[event.attempt] if retry.id != event.id] if event.attempt else []
     if event.kind in (events.FORGOTTEN, *events.GROUP_KINDS) or event.role == events.CLIENT:
         return []
-    stage = _STAGES.get(event.kind, _LAST_STAGE)
-    # A revoked or expired task was never started, and a worker without recorded "received" events has none.
+    unstarted = event.kind in _OF_RECEIVED and not event.terminated
+    stage = _STAGES[events.STARTED] if unstarted else _STAGES.get(event.kind, _LAST_STAGE)
+    # A worker without recorded "received" events has none.
     return [cause for before in range(stage) if (cause := first.get((event.attempt, before))) and cause is not event]
 
 

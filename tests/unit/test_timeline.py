@@ -99,6 +99,17 @@ def test_a_redelivery_stays_where_its_clock_says():
     assert timeline.causal(reversed(again)) == again
 
 
+def test_what_was_rejected_or_expired_before_another_worker_started_it_stays_there():
+    for kind in (events.REJECTED, events.EXPIRED, events.REVOKED):
+        refused = event(kind, 15, role=events.PARENT, requeue=kind == events.REJECTED)
+        life = [*LIFE[:2], refused, event(events.RECEIVED, 16), *LIFE[2:]]
+        assert timeline.causal(reversed(life)) == life, kind
+    terminated = [*LIFE[:2], event(events.STARTED, 10**12), event(events.REVOKED, 15, terminated=True)]
+    assert timeline.causal(reversed(terminated)) == terminated
+    requeued = [*LIFE[:2], event(events.REJECTED, 15, requeue=True), event(events.STARTED, 20)]
+    assert timeline.state(timeline.causal(requeued)) == "started"
+
+
 def test_runs_come_one_after_the_other_and_an_event_of_no_known_run_with_the_one_that_it_fell_into():
     later = RUN + 10
     second = [event(events.SENT, 80_000, run=later), event(events.SUCCESS, 80_100, run=later)]
