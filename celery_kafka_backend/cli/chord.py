@@ -95,6 +95,7 @@ def command(
             code = Exit.OK if _did(state, ask) else Exit.NOT_DONE
         else:
             states, source = _look(pipeline, broker, group_id, only_log)
+            states = _named(states, generation)
             code = Exit.OK
         for one in states:
             if one.lacks:
@@ -212,13 +213,19 @@ def _repair(
     )
 
 
-def _chosen(states: list[ChordState], ask: str, generation: int | None) -> ChordState:
-    """Return the generation that is meant, if what is asked makes sense for it."""
-    fits = (chord_state.SENT, chord_state.FAILED) if ask == "resend" else (chord_state.WAITING,)
+def _named(states: list[ChordState], generation: int | None) -> list[ChordState]:
+    """Return the generation that is meant, all if none is said."""
     named = [one for one in states if generation in (None, one.generation)]
     if not named:
         known = ", ".join(str(one.generation) for one in states)
         raise Stop(Exit.NOT_FOUND, f"no generation {generation} of this chord", f"there are {known}")
+    return named
+
+
+def _chosen(states: list[ChordState], ask: str, generation: int | None) -> ChordState:
+    """Return the generation that is meant, if what is asked makes sense for it."""
+    fits = (chord_state.SENT, chord_state.FAILED) if ask == "resend" else (chord_state.WAITING,)
+    named = _named(states, generation)
     able = [one for one in named if one.state in fits and (one.declared_at or ask == "resend")]
     if ask == "resend" and generation is None:
         able = able[-1:]

@@ -355,6 +355,14 @@ def test_a_chord_as_of_now_and_as_of_before_it_was(audit):
     assert json.loads(before.stdout)["members"] == []
 
 
+def test_a_generation_that_a_chord_does_not_have_is_not_shown(audit):
+    (shown,) = json.loads(told(audit, "chord", audit.world["GROUP"], "--json").stdout)
+    assert json.loads(told(audit, "chord", audit.world["GROUP"], "--json", "--generation", shown["generation"]).stdout)
+    done = told(audit, "chord", audit.world["GROUP"], "--generation", "5")
+    assert done.exit_code == Exit.NOT_FOUND
+    assert f"there are {shown['generation']}" in done.stderr
+
+
 def test_a_task_is_no_group(audit):
     done = told(audit, "history", audit.world["TASK"], "--group")
     assert done.exit_code == Exit.NOT_FOUND
