@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -16,7 +17,7 @@ from kombu.exceptions import EncodeError
 from kombu.utils import json as kombu_json
 from kombu.utils.encoding import bytes_to_str, ensure_bytes
 
-from celery_kafka_backend import codec, events, older, order
+from celery_kafka_backend import codec, events, older, order, threads
 from celery_kafka_backend.claims import stub
 from celery_kafka_backend.errors import NotAcknowledged, PublishError, TooLarge, Unavailable, Unsure
 from celery_kafka_backend.events import Opaque
@@ -43,7 +44,7 @@ _LOST: Final = frozenset({"WorkerLostError"})
 _BESIDE: Final = (("children",), ("args", "kwargs"), ("children", "args", "kwargs"))
 """What a document can do without, rather than that its result cannot be stored; the least first."""
 SET_S: Final = 1.0
-"""How long whoever sets a state outside of any task waits for Kafka to have it; Celery itself does not."""
+"""How long whoever sets a state outside of any task waits for it to be seen; Celery itself does not."""
 
 
 class Ending(NamedTuple):
@@ -115,11 +116,21 @@ class Writes(Reads):
         else:
             self.recorder.publisher.cast(record)
             if request is None:  # an abort, or a state set from outside: what comes next may depend on it
-                if self.recorder.role == events.CHILD:
-                    self.recorder.publisher.send_casts()
-                else:
-                    self.recorder.publisher.flush(SET_S)
+                self._see_through(task_id)
         return encoded
+
+    def _see_through(self, task_id: str) -> None:
+        """Wait, for a moment, for what was cast: in a worker until its own reads find it, else until anybody's do."""
+        role, publisher = self.recorder.role, self.recorder.publisher
+        if role == events.CHILD:
+            publisher.send_casts()
+            return
+        deadline = time.monotonic() + SET_S
+        publisher.flush(SET_S)
+        if role == events.CLIENT and (left_s := deadline - time.monotonic()) > 0:
+            ask = partial(self.barrier.caught_up, [task_id], self.reader.positions, left_s, patient=False)
+            with suppress(Unsure, Unavailable, TimeoutError):
+                threads.within(left_s, ask, "celery-kafka-barrier")
 
     def _state_record(self, event: Event, encoded: Any, traceback: Any, request: Any) -> Record:
         if event.state in states.READY_STATES and self.settings.claim_check:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+import uuid
 
 import pytest
 import redis
@@ -235,3 +236,15 @@ def test_a_worker_whose_kafka_is_frozen_answers_and_reads_are_bounded(redis_serv
             assert runs.read_text() == "ran\n"
     finally:
         broker.stop()
+
+
+def test_a_state_that_a_client_sets_is_seen_by_whoever_asks_next(fleet):
+    tasks = fleet.app
+    for number in range(30):
+        task_id = str(uuid.uuid4())
+        tasks.app.backend.store_result(task_id, {"number": number}, "PROGRESS")
+        assert tasks.app.AsyncResult(task_id).state == "PROGRESS"
+    with fleet.paused():
+        task_id = str(uuid.uuid4())
+        tasks.app.backend.store_result(task_id, {}, "PROGRESS")  # comes back all the same
+    until(lambda: tasks.app.AsyncResult(task_id).state == "PROGRESS", "not shown")
