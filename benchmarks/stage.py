@@ -78,7 +78,7 @@ class Stage:
                 other.stop()
             self._clusters.clear()
             say(f"starting Kafka, {brokers} broker{'s' if brokers > 1 else ''}")
-            cluster = self._clusters[brokers] = kafka.start(brokers)
+            cluster = self._clusters[brokers] = kafka.start(brokers, tier=4)
             self._stack.callback(cluster.stop)
         return self._clusters[brokers]
 
