@@ -26,6 +26,7 @@ from celery_kafka_backend.producer.courier import ONCE, Retries
 from celery_kafka_backend.producer.recorder import (
     MESSAGE_LIMIT,
     field,
+    workflow,
 )
 from celery_kafka_backend.reads import Reading, Reads
 
@@ -267,6 +268,8 @@ class Writes(Reads):
         if state == states.RETRY:
             more["due"] = self.recorder.taken_due(task_id)
         more |= planned.more if planned else {}
+        if self._here.failing_chain and (root := workflow().get("root")):
+            more["root"] = root  # the signature of what was chained does not say whose workflow it is of
         return self.recorder.event(
             (planned and planned.kind) or self._kind(result, state),
             task_id,

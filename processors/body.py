@@ -7,7 +7,7 @@ waits for nothing: what may succeed later is a `TRANSIENT` error, and the caller
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from celery import states
@@ -23,6 +23,7 @@ from celery_kafka_backend.chord_records import FAILURE, SUCCESS, Decided, Declar
 from celery_kafka_backend.errors import PipelineError, PublishError
 from celery_kafka_backend.producer import headers
 from celery_kafka_backend.producer.members import errbacks, fingerprint, last_tasks
+from celery_kafka_backend.producer.recorder import workflow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -302,19 +303,16 @@ def _fail(app: Celery, callback: Signature, decided: Decided, error: ChordError,
 
 @contextmanager
 def _of_run(backend: Any, callback: Signature, run: int) -> Iterator[None]:
-    """Let what is stored for a body belong to its run: it was never sent, so there is no request that says so."""
+    """Let what is stored for a body belong to its run, name and workflow: it was never sent, so that no request says so."""
     recorder = getattr(backend, "recorder", None)
     if recorder is None:
         yield
         return
-    ids = [callback.id, *(task["options"].get("task_id") for task in last_tasks(callback))]
-    for task_id in ids:
-        recorder.hint_run(task_id, run)
-    try:
+    known = {"name": callback.task, **workflow()}
+    with ExitStack() as hinted:
+        for task_id in {callback.id, *(task["options"].get("task_id") for task in last_tasks(callback))}:
+            hinted.enter_context(recorder.hinting(task_id, run, known if task_id == callback.id else {}))
         yield
-    finally:
-        for task_id in ids:
-            recorder.hint_run(task_id, None)
 
 
 def innermost(callback: Signature) -> Signature:

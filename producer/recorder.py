@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections import OrderedDict
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from celery import current_task
-from celery._state import _task_stack
+from celery._state import _task_stack, get_current_task
 from celery.app.task import Context
 from celery.utils.saferepr import saferepr
 
@@ -119,7 +120,7 @@ class Recorder:
         self.sending = _Sending()
         self.host = socket.gethostname()
         self._redact = self._redactor(settings.redact)
-        self._hints: dict[str, int] = {}
+        self._hints: dict[str, tuple[int, dict[str, Any]]] = {}
 
     @staticmethod
     def _redactor(redact: str) -> Callable[[str, Any, Any], tuple[Any, Any]] | None:
@@ -197,18 +198,21 @@ class Recorder:
         """Return the run and HLC that a request carries for a task; None for what it does not."""
         get = _as_sent(request)
         if get("id") != task_id:
-            return self._hints.get(task_id), None
+            hinted = self._hints.get(task_id)
+            return (hinted[0] if hinted else None), None
         owner = get(names.TASK)
         if owner is not None and owner != task_id:
             return None, None
         return get(names.RUN), get(names.HLC)
 
-    def hint_run(self, task_id: str, run: int | None) -> None:
-        """Say which run a task without a request belongs to; None takes it back."""
-        if run is None:
+    @contextmanager
+    def hinting(self, task_id: str, run: int, known: dict[str, Any]) -> Iterator[None]:
+        """Say, of a task without a request, which run it belongs to, and what else is known, under the names of `Event`."""
+        self._hints[task_id] = run, known
+        try:
+            yield
+        finally:
             self._hints.pop(task_id, None)
-        else:
-            self._hints[task_id] = run
 
     # A RETRY's HLC is taken before its successor is published, as Celery publishes first.
 
@@ -234,6 +238,8 @@ class Recorder:
     def event(self, kind: str, task_id: str, who: Identity, request: Any = None, **more: Any) -> Event:
         """Return an event with everything that the request knows."""
         known = about(request) if request is not None else {}
+        if task_id in self._hints:
+            known = {**self._hints[task_id][1], **known}
         began = field(request, BEGAN)
         since = known.get("started_at", who.wall)  # later than now: the clock was set back
         if began and kind != events.STARTED and who.wall >= since and field(request, "id") == task_id:
@@ -387,6 +393,14 @@ def about(request: Any) -> dict[str, Any]:
         stamps = get("stamps") or {}
         found["stamps"] = {name: plain(stamps.get(name)) for name in stamped}
     return found
+
+
+def workflow() -> dict[str, str]:
+    """Return the root and the parent that a task would have if the current one sent it; nothing where none runs."""
+    current = get_current_task()
+    if current is None or not current.request.id:
+        return {}
+    return {"root": current.request.root_id or current.request.id, "parent": current.request.id}
 
 
 def _as_sent(request: Any) -> Callable[[str], Any]:

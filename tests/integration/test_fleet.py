@@ -256,6 +256,14 @@ def test_a_stock_client_that_was_already_waiting_hears_the_result(fleet):
         assert stock.wait(PATIENCE_S) == 0
 
 
+def test_what_was_chained_behind_a_failed_task_is_of_its_workflow(fleet):
+    tasks = fleet.app
+    last = (tasks.fail.si("first") | tasks.add.si(1, 1) | tasks.add.si(2, 2)).delay()
+    for one in (last, last.parent):
+        failed = fleet.last(one.id, events.FAILURE)
+        assert (failed.name, failed.root) == ("fleet_app.add", last.parent.parent.id)
+
+
 def test_what_a_task_refuses_or_ignores_is_in_its_history(fleet):
     tasks = fleet.app
     refused = tasks.refuse.delay()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+import uuid
 
 import pytest
 from celery import chord
@@ -75,6 +76,18 @@ def test_an_errback_of_the_body_hears_of_a_failed_member(fleet):
     tasks = fleet.app
     result = chord([tasks.fail.s("member"), tasks.add.s(1, 1)])(tasks.listed.s().on_error(tasks.note_error.s()))
     fleet.until("worker", f"errback of {result.id}")
+
+
+def test_a_body_that_was_never_sent_is_found_by_its_name_and_in_its_workflow(fleet):
+    tasks = fleet.app
+    first = tasks.add.s(1, 1).set(task_id=str(uuid.uuid4()))  # the root of all
+    last = (first | chord([tasks.fail.si("member"), tasks.add.si(1, 1)], tasks.listed.s()) | tasks.note.s()).delay()
+    with pytest.raises(ChordError):
+        AsyncResult(last.id, app=tasks.app).get(timeout=PATIENCE_S)
+    for task_id, name in ((last.parent.id, "fleet_app.listed"), (last.id, "fleet_app.note")):
+        failed = fleet.last(task_id, events.FAILURE)
+        assert (failed.name, failed.root) == (name, first.id)
+    assert fleet.last(last.parent.id, events.FAILURE).parent in {one.id for one in last.parent.parent.results}
 
 
 def test_the_view_shows_the_chord_s_progress(fleet):
