@@ -316,7 +316,7 @@ def test_missing_rights_are_named_and_no_group_is_needed(locked, topic_prefix):
         grant(AclOperation.DESCRIBE)  # what a client has that may write only
         with pytest.raises(Unsure, match=rf"reading {log.topic} .*right Read.*authorization failed.*init --print"):
             Barrier(settings).beyond(TASK, "a", nowhere, PATIENCE_S)
-        assert not Barrier(settings).caught_up(["a"], nowhere, 0.3)
+        assert not Barrier(settings).caught_up(["a"], nowhere, 5.0)  # in which a crowded machine connects, too
         assert Barrier(settings).caught_up(["a"], lambda: dict.fromkeys(_all(log.topic), 9), PATIENCE_S)
         grant(AclOperation.READ)
         assert Barrier(settings).beyond(TASK, "a", nowhere, PATIENCE_S).key == 4
