@@ -230,7 +230,7 @@ def test_a_process_that_never_saw_the_earlier_count_looks_where_an_id_belonged_t
 
 def test_catching_up_waits_and_says_whether_it_did(log, barrier):
     stored = log.append(an_event("a"))
-    assert not barrier.caught_up(["a"], nowhere, 0.3)
+    assert not barrier.caught_up(["a"], nowhere, 3.0)
     assert barrier.caught_up(["a", "b"], lambda: {stored.partition: stored.offset + 1}, PATIENCE_S)
 
 
