@@ -102,6 +102,7 @@ class Insight:
         self._name = uuid.uuid4().hex
         self._written_at = {0}
         """When we wrote last, ms since 1970, as the view may have it: of a write that failed nobody knows."""
+        self._reassigned = 0
         self._minutes: dict[bytes, Minute] = {}
         self._counted: list[Any] = []
         self._changed: dict[bytes, int] = {}
@@ -166,6 +167,7 @@ class Insight:
 
         Before the table is read from its changelog: afterwards events are counted already.
         """
+        self._reassigned += 1
         self._minutes.clear()
         self._changed.clear()
         self._marks.clear()
@@ -239,10 +241,11 @@ class Insight:
         """
         async with self._keeping:
             counted, self._counted = self._counted, []
+            reassigned = self._reassigned
             if await self._log_changes():
                 for event in counted:
                     event.ack()
-            else:
+            elif self._reassigned == reassigned:
                 self._counted = counted + self._counted
         await self._write()  # a view that does not answer holds up no rebalance
 
@@ -254,6 +257,7 @@ class Insight:
     async def _log_changes(self) -> bool:
         changed, self._changed = self._changed, {}
         marks, self._marks = self._marks, {}
+        reassigned = self._reassigned
         rows = {key: (partition, minutes.encode(self._minutes[key])) for key, partition in changed.items()}
         large = {key for key, (_, value) in rows.items() if self._is_too_large(key, value)}
         whole = not large
@@ -268,8 +272,9 @@ class Insight:
             await self._log({key: (at, None if lacking else value) for key, (at, value) in marks.items()})
             self._hold(marks)
         except (KafkaError, asyncio.TimeoutError) as exc:
-            self._changed = changed | self._changed
-            self._marks = marks | self._marks
+            if self._reassigned == reassigned:  # else what it was of is forgotten, and read again
+                self._changed = changed | self._changed
+                self._marks = marks | self._marks
             self.complain(
                 f"the changelog cannot be written: {exc!r}; `pipeline init` makes it if it is gone, `pipeline init --print`"
                 " says which rights it takes",

@@ -166,6 +166,37 @@ def test_a_view_that_does_not_answer_holds_up_no_rebalance():
     asyncio.run(scenario())
 
 
+def test_what_could_not_be_logged_when_partitions_came_or_went_is_forgotten_and_read_again():
+    """Who waited for a changelog that is gone, and heard of a rebalance meanwhile, ended with a KeyError."""
+
+    class Slow(Table):
+        asked, over = asyncio.Event(), asyncio.Event()
+
+        async def send_changelog(self, partition: int, key: bytes, value: bytes | None) -> Any:
+            self.asked.set()
+            await self.over.wait()
+            return await super().send_changelog(partition, key, value)
+
+    async def scenario() -> None:
+        table, acked = Slow(takes=0), []
+        work = Insight(table, Store(), MAX_BYTES)
+        work.take(event(0, 5, lambda: acked.append(1)))
+        keeping = asyncio.create_task(work.keep())
+        await table.asked.wait()
+        work.reassigned()
+        table.over.set()
+        await keeping
+        table.takes = 1_000
+        await work.keep()
+        assert (table.changelog, acked) == ([], [])
+        work.take(event(0, 5, lambda: acked.append(2)))
+        await work.keep()
+        assert successes(table.data[minutes.key_of(MINUTE, 0, "a")]) == 5
+        assert acked == [2]
+
+    asyncio.run(scenario())
+
+
 def test_rows_are_forgotten_by_kafkas_clock():
     """Ours is far ahead of it here. And what cannot be logged meanwhile is kept."""
 
