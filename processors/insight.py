@@ -40,7 +40,7 @@ import msgspec
 from aiokafka.errors import KafkaError
 from confluent_kafka import KafkaException, TopicPartition
 
-from celery_kafka_backend import partials, topics
+from celery_kafka_backend import partials, threads, topics
 from celery_kafka_backend.errors import CodecError, Crashed, PublishError, SettingsError, Unavailable
 from celery_kafka_backend.kafka import OncePerInterval, translate
 from celery_kafka_backend.order import system_wall_ms
@@ -64,6 +64,8 @@ WRITE_S: Final = 0.5
 CLEAN_S: Final = 60.0
 COMPLAIN_S: Final = 60.0
 MARK_S: Final = 3_600
+STOP_S: Final = 20.0
+"""How long a crashed app may take to end."""
 STUCK_S: Final = 60.0
 """A table that comes no nearer to being back for so long is not waited for any more."""
 ANSWER_S: Final = 10.0
@@ -475,6 +477,7 @@ def insight_app(settings: Settings, view: str, options: StoreOptions) -> Any:
         work.reassigned()
         app.add_future(end_if_stuck(app))
 
+    threads.start(end_if_crashed, "insight-crash", app)
     app.timer(WRITE_S)(work.keep)
     app.timer(CLEAN_S)(work.clean)
     app.on_partitions_revoked.connect(revoked, weak=False)
@@ -503,6 +506,18 @@ async def end_if_stuck(app: Any, stuck_s: float = STUCK_S) -> None:
             await app.crash(Crashed("the table does not come back"))
             return
         await asyncio.sleep(stuck_s)
+
+
+def end_if_crashed(app: Any, patience_s: float = STOP_S) -> None:
+    """End a process whose app has crashed and does not come to its end: whoever supervises it starts another.
+
+    Faust's producer waits without a bound for a topic that is gone, also on its way out.
+    """
+    while not app.crashed:
+        time.sleep(1)
+    time.sleep(patience_s)
+    logger.error("insight: it has crashed, and does not end by itself within %g s: ending", patience_s)
+    os._exit(1)
 
 
 def run(settings: Settings, view: str, options: StoreOptions) -> None:

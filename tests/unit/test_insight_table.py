@@ -15,7 +15,7 @@ from celery_kafka_backend import partials
 from celery_kafka_backend.errors import Unavailable
 from celery_kafka_backend.partials import BUCKET, Cell, Partial
 from celery_kafka_backend.processors import minutes
-from celery_kafka_backend.processors.insight import Insight, end_if_stuck
+from celery_kafka_backend.processors.insight import Insight, end_if_crashed, end_if_stuck
 from celery_kafka_backend.sinks.insight import InsightStore, MinuteRow
 
 if TYPE_CHECKING:
@@ -393,3 +393,16 @@ def test_a_worker_of_which_the_next_rebalance_has_begun_is_given_time_again():
     tables = SimpleNamespace(actives_ready=False, recovery=SimpleNamespace(active_remaining_total=remaining))
     app = SimpleNamespace(consumer_generation_id=3, tables=tables)
     asyncio.run(end_if_stuck(app, stuck_s=0.001))
+
+
+def test_a_worker_that_crashed_and_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch):
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    app = SimpleNamespace(crashed=False)
+    watching = threading.Thread(target=end_if_crashed, args=(app, 0.0), daemon=True)
+    watching.start()
+    assert watching.is_alive()
+    assert ended == []
+    app.crashed = True
+    watching.join(60)
+    assert ended == [1]
